@@ -1,0 +1,35 @@
+# make demo   a small sweep on this machine's CPU: results in runs/demo
+# make test   lint and the test suite (slow tests: make test-all)
+# make clean  removes .venv and what the tests left; runs/ stays
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-all clean
+
+$(VENV)/demo: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "error: $(PYTHON) must be CPython 3.11 to 3.13; try make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/test: $(VENV)/demo requirements-test.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+demo: $(VENV)/demo
+	$(RUN) -m edl_jax.sweep --experiment=experiments/demo.py \
+	  --grid=losses.divergence_weight=0,0.01 --workdir=runs/demo
+
+test: $(VENV)/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest --quiet --numprocesses=2 --dist=loadfile -m "not slow"
+
+test-all: test
+	$(RUN) -m pytest --quiet -m slow
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

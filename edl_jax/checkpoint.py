@@ -1,0 +1,347 @@
+"""Orbax checkpoints that explain themselves.
+
+A checkpoint holds the parameters, the optimizer state, the position in the
+data and the run's `Provenance`: experiment, taxonomy, tokenizer and content
+hash of the corpus. `load` needs nothing else.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from edl_jax import config
+from edl_jax.config import Experiment, UserError
+from edl_jax.mixture import Taxonomy
+from edl_jax.model import Model, abstract_model
+from edl_jax.sharding import parameter_shardings, path_name
+from edl_jax.tokenizer import Tokenizer
+
+_FOLDER = "checkpoints"
+
+
+class TrainState(NamedTuple):
+  """What a training step maps to its successor."""
+
+  # Optimizer steps taken, int32 scalar.
+  step: jax.Array
+  model: Model
+  optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+  """What a run was made from; two runs may only continue each other if equal."""
+
+  experiment: Experiment
+  taxonomy: Taxonomy
+  tokenizer: Tokenizer
+  content_hash: str
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns a JSON object."""
+    return {
+      "experiment": config.flatten(self.experiment),
+      "taxonomy": self.taxonomy.to_dict(),
+      "tokenizer": self.tokenizer.to_json(),
+      "content_hash": self.content_hash,
+    }
+
+  @classmethod
+  def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+    """Inverse of `to_dict`."""
+    return cls(
+      experiment=config.unflatten(saved["experiment"]),
+      taxonomy=Taxonomy.from_dict(saved["taxonomy"]),
+      tokenizer=Tokenizer.from_json(saved["tokenizer"]),
+      content_hash=saved["content_hash"],
+    )
+
+  def check_continues(self, saved: Mapping[str, Any], where: str) -> None:
+    """Raises UserError unless this run may continue what `saved` describes."""
+    current = self.to_dict()
+    way_out = "choose another --workdir, or restore what differs"
+    keys = config.differing_keys(saved["experiment"], current["experiment"])
+    if keys:
+      raise UserError(
+        f"{where} belongs to another experiment: {'; '.join(keys)}; {way_out}"
+      )
+    for name, what in (
+      ("content_hash", "was made from other text (content hash differs)"),
+      ("taxonomy", "has other domains"),
+      ("tokenizer", "has another tokenizer"),
+    ):
+      if json.dumps(saved[name]) != json.dumps(current[name]):
+        raise UserError(f"{where} {what}; {way_out}")
+
+
+def check_workdir(
+  workdir: str, provenance: Provenance, checkpoint_bytes: int
+) -> None:
+  """Checks, before any device work, that a run can live in `workdir`.
+
+  Changes nothing there.
+
+  Args:
+    workdir: folder of the run; need not exist.
+    provenance: of the run about to start.
+    checkpoint_bytes: size of one checkpoint.
+
+  Raises:
+    UserError: the folder cannot be written, has too little room, or belongs to
+      another run.
+  """
+  saved = saved_provenance(workdir)
+  if saved is not None:
+    provenance.check_continues(saved, f"--workdir={workdir}")
+  existing = os.path.abspath(workdir)
+  while not os.path.lexists(existing):
+    existing = os.path.dirname(existing)
+  keep = provenance.experiment.train.keep_checkpoints
+  # One more than is kept exists while it is being written.
+  needed = (keep + 1) * checkpoint_bytes
+  try:
+    # Permissions tell little on read-only or special file systems: try it.
+    with tempfile.TemporaryFile(dir=existing) as file:
+      file.write(b"x")
+    present = _folder_bytes(os.path.join(workdir, _FOLDER))
+    free = shutil.disk_usage(existing).free
+  except OSError as error:
+    raise UserError(
+      f"cannot write to --workdir={workdir}: {error.strerror}; choose another"
+    ) from error
+  if free + present < needed:
+    raise UserError(
+      f"--workdir={workdir} has room for {(free + present) / 2**20:.0f} MiB, but {keep} + 1"
+      f" checkpoints take {needed / 2**20:.0f} MiB; make room or choose another"
+    )
+
+
+def describe_workdir(workdir: str, provenance: Provenance) -> None:
+  """Says in `workdir`/run.json whose folder it is, before any checkpoint."""
+  path = os.path.join(workdir, "run.json")
+  if not os.path.exists(path):
+    os.makedirs(workdir, exist_ok=True)
+    write_json(path, provenance.to_dict())
+
+
+def saved_provenance(workdir: str) -> dict[str, Any] | None:
+  """Returns what `workdir` says of its run, None if it has none."""
+  folder = os.path.join(workdir, _FOLDER)
+  steps = checkpoint_steps(folder)
+  if steps:
+    return _read_provenance(os.path.join(folder, str(steps[-1])))
+  path = os.path.join(workdir, "run.json")
+  return _read_json(path) if os.path.exists(path) else None
+
+
+def _read_provenance(checkpoint: str) -> dict[str, Any]:
+  # Where Orbax puts what JsonSave is given.
+  return _read_json(os.path.join(checkpoint, "provenance", "metadata"))
+
+
+def _read_json(path: str) -> dict[str, Any]:
+  try:
+    with open(path, encoding="utf-8") as file:
+      return json.load(file)
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} is damaged ({error}); remove it") from error
+
+
+def write_json(path: str, value: Any) -> None:
+  """Writes a JSON file that is either complete or not there."""
+  temporary = f"{path}.tmp"
+  with open(temporary, "w", encoding="utf-8") as file:
+    json.dump(value, file)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def checkpoint_steps(folder: str) -> list[int]:
+  """Returns the steps of the complete checkpoints in `folder`, rising."""
+  if not os.path.isdir(folder):
+    return []
+  # Orbax writes under a temporary name and renames when complete.
+  return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+
+
+class Checkpointer:
+  """Saves asynchronously, keeps the newest few, restores exactly."""
+
+  def __init__(self, workdir: str, keep: int):
+    self._manager = ocp.CheckpointManager(
+      os.path.abspath(os.path.join(workdir, _FOLDER)),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the newest complete checkpoint's step, None without any."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    data_state: Mapping[str, Any],
+    provenance: Provenance,
+  ) -> None:
+    """Copies the state to the host and writes it while training goes on."""
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        parameters=ocp.args.StandardSave(_by_name(state.model)),
+        optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
+        data=ocp.args.JsonSave(dict(data_state)),
+        provenance=ocp.args.JsonSave(provenance.to_dict()),
+      ),
+    )
+
+  def restore(
+    self, step: int, abstract: TrainState
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """Restores the state, laid out as `abstract` says, and the data position.
+
+    Args:
+      step: of a complete checkpoint.
+      abstract: `jax.ShapeDtypeStruct`s with the shardings wanted.
+    """
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        parameters=ocp.args.StandardRestore(_by_name(abstract.model)),
+        optimizer=ocp.args.StandardRestore(_by_name(abstract.optimizer)),
+        data=ocp.args.JsonRestore(),
+      ),
+    )
+    state = TrainState(
+      step=jax.device_put(jnp.int32(step), abstract.step.sharding),
+      model=_like(abstract.model, restored["parameters"]),
+      optimizer=_like(abstract.optimizer, restored["optimizer"]),
+    )
+    return state, restored["data"]
+
+  def wait(self) -> None:
+    """Blocks until the last save is complete."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Completes the last save and releases Orbax's threads."""
+    self._manager.close()
+
+
+class Loaded(NamedTuple):
+  """A run as a notebook sees it."""
+
+  model: Model
+  tokenizer: Tokenizer
+  taxonomy: Taxonomy
+  experiment: Experiment
+  step: int
+  content_hash: str
+
+
+def load(
+  path: str, step: int | None = None, mesh: Mesh | None = None
+) -> Loaded:
+  """Loads a model from a checkpoint directory alone.
+
+  Args:
+    path: a run's workdir, its `checkpoints` folder, or one step in it.
+    step: which checkpoint; the newest by default.
+    mesh: where the parameters go, whatever mesh wrote them; one device by
+      default.
+
+  Raises:
+    UserError: there is no such checkpoint.
+  """
+  path = os.path.abspath(path)
+  if os.path.isdir(os.path.join(path, "parameters")):
+    folder, name = os.path.split(path)
+    if not name.isdigit():
+      raise UserError(
+        f"{path}: a checkpoint's folder must be named by its step"
+      )
+    steps = [int(name)]
+  else:
+    inner = os.path.join(path, _FOLDER)
+    folder = inner if os.path.isdir(inner) else path
+    steps = checkpoint_steps(folder)
+  if not steps:
+    raise UserError(f"no checkpoint in {path}")
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise UserError(
+      f"no checkpoint of step {step} in {folder}; there are: "
+      + ", ".join(map(str, steps))
+    )
+  checkpoint = os.path.join(folder, str(step))
+  provenance = Provenance.from_dict(_read_provenance(checkpoint))
+  abstract = abstract_model(provenance.experiment.model)
+  if mesh is None:
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, abstract)
+  else:
+    shardings = parameter_shardings(abstract, mesh)
+  abstract = jax.tree.map(
+    lambda leaf, placed: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=placed
+    ),
+    abstract,
+    shardings,
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    parameters = checkpointer.restore(
+      os.path.join(checkpoint, "parameters"), _by_name(abstract)
+    )
+  return Loaded(
+    model=_like(abstract, parameters),
+    tokenizer=provenance.tokenizer,
+    taxonomy=provenance.taxonomy,
+    experiment=provenance.experiment,
+    step=step,
+    content_hash=provenance.content_hash,
+  )
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of any pytree as nested dicts of their path's names.
+
+  So a checkpoint is readable without this library's classes.
+  """
+  nested: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    *parents, name = path_name(path).split("/")
+    holder = nested
+    for parent in parents:
+      holder = holder.setdefault(parent, {})
+    holder[name] = leaf
+  return nested
+
+
+def _like(tree: Any, nested: Mapping[str, Any]) -> Any:
+  """Inverse of `_by_name`, with the structure of `tree`."""
+
+  def pick(path, _):
+    holder = nested
+    for name in path_name(path).split("/"):
+      holder = holder[name]
+    return holder
+
+  return jax.tree_util.tree_map_with_path(pick, tree)
+
+
+def _folder_bytes(folder: str) -> int:
+  return sum(
+    os.path.getsize(os.path.join(root, name))
+    for root, _, names in os.walk(folder)
+    for name in names
+  )

@@ -1,0 +1,584 @@
+"""An experiment as typed dataclasses: defaults, validation, loading, flat dump.
+
+Experiment files (`experiments/*.py`) import only this module and define
+`get_config(variant: str = "") -> Experiment`. Everything here runs before any
+device is touched.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import re
+import traceback
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+
+class UserError(Exception):
+  """Something the user can mend: reported as one line, with exit code 2."""
+
+
+# eq and hash by value make configurations usable as static pytree metadata;
+# treat them as immutable once `validate` has run.
+_config = dataclasses.dataclass(unsafe_hash=True)
+
+
+@_config
+class ModelConfig:
+  """Sizes of the transformer (Qwen3-MoE shape)."""
+
+  vocabulary_size: int = 4096
+  num_layers: int = 4
+  width: int = 128
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_width: int = 32
+  num_experts: int = 16
+  num_active_experts: int = 2
+  expert_width: int = 128
+  # Always-active experts of the same width, added to the routed ones.
+  num_shared_experts: int = 0
+  # The first layers may be dense, with a SwiGLU of `dense_width`.
+  num_dense_layers: int = 0
+  dense_width: int = 512
+  rope_theta: float = 10_000.0
+  norm_epsilon: float = 1e-6
+  # Compute type of activations and matrix products: "float32" or "bfloat16".
+  # Parameters, router and statistics are float32 whatever is chosen.
+  dtype: str = "float32"
+  # Rematerialisation of each layer in the backward pass: "none" or "full".
+  remat: str = "none"
+
+
+@_config
+class MoEConfig:
+  """How tokens meet their experts."""
+
+  # "gather": weights are gathered to the tokens, dispatch is local, dropless.
+  dispatch: str = "gather"
+
+
+@_config
+class LossesConfig:
+  """Weights of L = L_LM + alpha L_LB + beta L_ED + zeta L_z."""
+
+  balance_weight: float = 0.01
+  divergence_weight: float = 0.0
+  z_weight: float = 1e-4
+  # Added to the Jensen-Shannon divergence inside the logarithm.
+  divergence_epsilon: float = 1e-8
+
+
+@_config
+class OptimizerConfig:
+  """AdamW and its schedule."""
+
+  learning_rate: float = 1e-3
+  # "cosine", or "wsd": warm-up, stable, decay.
+  schedule: str = "cosine"
+  warmup_steps: int = 50
+  # Share of all steps in the final linear decay of "wsd".
+  decay_fraction: float = 0.2
+  # Final learning rate over the peak.
+  final_fraction: float = 0.1
+  weight_decay: float = 0.1
+  beta1: float = 0.9
+  beta2: float = 0.95
+  clip_norm: float = 1.0
+
+
+@_config
+class TrainConfig:
+  """The loop. Batch sizes count rows of the *global* batch."""
+
+  num_steps: int = 200
+  batch_size: int = 16
+  sequence_length: int = 256
+  accumulation_steps: int = 1
+  log_every: int = 10
+  eval_every: int = 100
+  # Rows evaluated per domain at most; -1 takes all that was held out.
+  eval_rows: int = 16
+  checkpoint_every: int = 100
+  keep_checkpoints: int = 2
+
+
+@_config
+class MeshConfig:
+  """Devices along each mesh axis; at most one -1 takes what is left."""
+
+  data: int = -1
+  fsdp: int = 1
+  expert: int = 1
+  tensor: int = 1
+
+
+@_config
+class DataConfig:
+  """Where text comes from and how its domains are named and mixed."""
+
+  # A glob of JSONL files with the keys "text" and "domain"; empty: the
+  # embedded mixture `python_install`.
+  files: str = ""
+  # Domain names as "fine" or "coarse/fine". Empty: the embedded taxonomy, or
+  # with `files` every domain found in them.
+  domains: tuple[str, ...] = ()
+  # Share of rows by domain, in the order of `domains` (or of the taxonomy);
+  # empty: equal shares.
+  weights: tuple[float, ...] = ()
+  # What the divergence loss calls a domain: "fine", "coarse", or the control
+  # "shuffled", which gives every training row a random fine label.
+  granularity: str = "fine"
+  # "bpe": byte-level BPE of model.vocabulary_size trained on the mixture;
+  # "byte": one token a byte.
+  tokenizer: str = "bpe"
+  # Characters read per domain at most.
+  max_characters_per_domain: int = 3_000_000
+  # Share of documents, by hash, that is held out for evaluation.
+  held_out_fraction: float = 0.05
+
+
+@_config
+class Experiment:
+  """All that decides a run."""
+
+  name: str = "experiment"
+  seed: int = 0
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+  losses: LossesConfig = dataclasses.field(default_factory=LossesConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+
+# Fields that may change between a checkpoint and its continuation: they alter
+# where or how often something happens, not what is computed.
+RESUMABLE_KEYS = frozenset(
+  {
+    "name",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.expert",
+    "mesh.tensor",
+    "model.remat",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+  }
+)
+
+_CHOICES = {
+  "model.dtype": ("float32", "bfloat16"),
+  "model.remat": ("none", "full"),
+  "moe.dispatch": ("gather",),
+  "optimizer.schedule": ("cosine", "wsd"),
+  "data.granularity": ("fine", "coarse", "shuffled"),
+  "data.tokenizer": ("bpe", "byte"),
+}
+
+_POSITIVE = (
+  "model.vocabulary_size",
+  "model.num_layers",
+  "model.width",
+  "model.num_heads",
+  "model.num_kv_heads",
+  "model.head_width",
+  "model.num_experts",
+  "model.num_active_experts",
+  "model.expert_width",
+  "model.dense_width",
+  "model.rope_theta",
+  "model.norm_epsilon",
+  "losses.divergence_epsilon",
+  "optimizer.learning_rate",
+  "optimizer.clip_norm",
+  "train.num_steps",
+  "train.batch_size",
+  "train.sequence_length",
+  "train.accumulation_steps",
+  "train.log_every",
+  "train.eval_every",
+  "train.checkpoint_every",
+  "train.keep_checkpoints",
+  "data.max_characters_per_domain",
+)
+
+_NOT_NEGATIVE = (
+  "model.num_shared_experts",
+  "model.num_dense_layers",
+  "losses.balance_weight",
+  "losses.divergence_weight",
+  "losses.z_weight",
+  "optimizer.warmup_steps",
+  "optimizer.weight_decay",
+)
+
+_FRACTION = (
+  "optimizer.decay_fraction",
+  "optimizer.final_fraction",
+  "optimizer.beta1",
+  "optimizer.beta2",
+)
+
+
+def flatten(experiment: Experiment) -> dict[str, Any]:
+  """Returns every leaf of `experiment` by its dotted path, in field order."""
+  flat = {}
+  for field in dataclasses.fields(experiment):
+    value = getattr(experiment, field.name)
+    if dataclasses.is_dataclass(value):
+      for key, leaf in flatten(value).items():
+        flat[f"{field.name}.{key}"] = leaf
+    else:
+      flat[field.name] = value
+  return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Experiment:
+  """Inverse of `flatten`; lists (as JSON gives them) become tuples.
+
+  Keys that are missing keep their defaults, so that a newer version reads the
+  checkpoints of an older one.
+
+  Raises:
+    UserError: a key does not exist in this version.
+  """
+  experiment = Experiment()
+  for key, value in flat.items():
+    check_key(key)
+    *parents, name = key.split(".")
+    holder = experiment
+    for parent in parents:
+      holder = getattr(holder, parent)
+    setattr(holder, name, tuple(value) if isinstance(value, list) else value)
+  return experiment
+
+
+def check_key(key: str) -> None:
+  """Raises UserError, naming the nearest right key, unless `key` exists."""
+  known = list(flatten(Experiment()))
+  if key in known:
+    return
+  # Compare whole paths first, then last names, which finds a right name under
+  # a wrong parent.
+  near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+  if not near:
+    by_last = {path.rsplit(".")[-1]: path for path in known}
+    last = difflib.get_close_matches(
+      key.rsplit(".")[-1], by_last, n=1, cutoff=0.6
+    )
+    near = [by_last[name] for name in last]
+  hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
+  raise UserError(f"unknown key experiment.{key}; {hint}")
+
+
+def differing_keys(
+  saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> list[str]:
+  """Lists `key: saved -> current` for keys that forbid resuming."""
+
+  def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+  # As `unflatten` reads what an older version saved.
+  saved = {**flatten(Experiment()), **saved}
+  keys = [*current, *(key for key in saved if key not in current)]
+  return [
+    f"{key}: {plain(saved.get(key))!r} -> {plain(current.get(key))!r}"
+    for key in keys
+    if key not in RESUMABLE_KEYS
+    and plain(saved.get(key)) != plain(current.get(key))
+  ]
+
+
+def validate(experiment: Experiment) -> Experiment:
+  """Checks all that can be checked without data or devices.
+
+  Returns:
+    The same experiment.
+
+  Raises:
+    UserError: one line that names the dotted path and the values.
+  """
+  flat = flatten(experiment)
+  _check_types(experiment)
+  if not 0 <= experiment.seed < 2**32:
+    raise UserError(f"seed={experiment.seed}: must lie in [0, 2**32)")
+  for key, value in flat.items():
+    items = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(x, float) and not math.isfinite(x) for x in items):
+      raise UserError(f"{key}={value}: must be finite")
+  for key, choices in _CHOICES.items():
+    if flat[key] not in choices:
+      raise UserError(
+        f"{key}={flat[key]!r}: must be one of {', '.join(choices)}"
+      )
+  for key in _POSITIVE:
+    if flat[key] <= 0:
+      raise UserError(f"{key}={flat[key]}: must be positive")
+  for key in _NOT_NEGATIVE:
+    if flat[key] < 0:
+      raise UserError(f"{key}={flat[key]}: must not be negative")
+  for key in _FRACTION:
+    if not 0 <= flat[key] <= 1:
+      raise UserError(f"{key}={flat[key]}: must lie in [0, 1]")
+  for key in ("optimizer.beta1", "optimizer.beta2"):
+    if flat[key] == 1:
+      raise UserError(f"{key}=1: must be less than 1")
+  _validate_model(experiment.model)
+  _validate_train(experiment)
+  _validate_data(experiment)
+  return experiment
+
+
+def _check_types(holder: Any, prefix: str = "") -> None:
+  """Checks every field against its annotation; an int is a float too."""
+  for name, wanted in typing.get_type_hints(type(holder)).items():
+    value, key = getattr(holder, name), f"{prefix}{name}"
+    element = next(iter(typing.get_args(wanted)), None)
+    if dataclasses.is_dataclass(wanted) and isinstance(value, wanted):
+      _check_types(value, f"{key}.")
+    elif element is not None:
+      if not isinstance(value, tuple) or not all(
+        _is_a(item, element) for item in value
+      ):
+        raise UserError(
+          f"{key}={value!r}: must be a tuple of {element.__name__}"
+        )
+    elif not _is_a(value, wanted):
+      raise UserError(f"{key}={value!r}: must be of type {wanted.__name__}")
+
+
+def _is_a(value: Any, wanted: type) -> bool:
+  accepted = (int, float) if wanted is float else wanted
+  # bool is an int to Python, but never meant as a number here.
+  return isinstance(value, accepted) and not isinstance(value, bool)
+
+
+def _validate_model(model: ModelConfig) -> None:
+  if model.num_heads % model.num_kv_heads:
+    raise UserError(
+      f"model.num_heads={model.num_heads} is not a multiple of"
+      f" model.num_kv_heads={model.num_kv_heads}"
+    )
+  if model.head_width % 2:
+    raise UserError(
+      f"model.head_width={model.head_width}: must be even, rotary position"
+      " embedding turns pairs"
+    )
+  if model.num_active_experts > model.num_experts:
+    raise UserError(
+      f"model.num_active_experts={model.num_active_experts} exceeds"
+      f" model.num_experts={model.num_experts}"
+    )
+  if model.num_dense_layers >= model.num_layers:
+    raise UserError(
+      f"model.num_dense_layers={model.num_dense_layers} leaves no"
+      f" mixture-of-experts layer in model.num_layers={model.num_layers}"
+    )
+
+
+def _validate_train(experiment: Experiment) -> None:
+  train, mesh = experiment.train, experiment.mesh
+  if train.batch_size % train.accumulation_steps:
+    raise UserError(
+      f"train.batch_size={train.batch_size} is not a multiple of"
+      f" train.accumulation_steps={train.accumulation_steps}"
+    )
+  if train.eval_rows < 1 and train.eval_rows != -1:
+    raise UserError(
+      f"train.eval_rows={train.eval_rows}: must be positive, or -1 for all"
+    )
+  if experiment.optimizer.warmup_steps > train.num_steps:
+    raise UserError(
+      f"optimizer.warmup_steps={experiment.optimizer.warmup_steps} exceeds"
+      f" train.num_steps={train.num_steps}"
+    )
+  axes = dataclasses.asdict(mesh)
+  for axis, size in axes.items():
+    if size < 1 and size != -1:
+      raise UserError(
+        f"mesh.{axis}={size}: must be positive, or -1 for what is left"
+      )
+  if list(axes.values()).count(-1) > 1:
+    wild = " and ".join(f"mesh.{axis}" for axis, n in axes.items() if n == -1)
+    raise UserError(f"{wild} are both -1: at most one axis can be")
+
+
+def _validate_data(experiment: Experiment) -> None:
+  data = experiment.data
+  if not 0 < data.held_out_fraction < 1:
+    raise UserError(
+      f"data.held_out_fraction={data.held_out_fraction}: must lie between"
+      " 0 and 1"
+    )
+  names = [name.rsplit("/", 1)[-1] for name in data.domains]
+  for name, full in zip(names, data.domains):
+    if not name or full.count("/") > 1 or full.startswith("/"):
+      raise UserError(
+        f"data.domains: {full!r} must be written as fine or coarse/fine"
+      )
+    if names.count(name) > 1:
+      raise UserError(f"data.domains: {name!r} occurs more than once")
+  if any(weight < 0 for weight in data.weights):
+    raise UserError(f"data.weights={data.weights}: must not be negative")
+  if data.weights and sum(data.weights) <= 0:
+    raise UserError(f"data.weights={data.weights}: must not all be zero")
+  if data.weights and data.domains and len(data.weights) != len(data.domains):
+    raise UserError(
+      f"data.weights has {len(data.weights)} entries for"
+      f" {len(data.domains)} data.domains"
+    )
+  if data.tokenizer == "byte" and experiment.model.vocabulary_size < 257:
+    raise UserError(
+      f"model.vocabulary_size={experiment.model.vocabulary_size}:"
+      " data.tokenizer='byte' needs at least 257"
+    )
+  if data.tokenizer == "bpe" and experiment.model.vocabulary_size < 300:
+    raise UserError(
+      f"model.vocabulary_size={experiment.model.vocabulary_size}:"
+      " data.tokenizer='bpe' needs at least 300 (256 bytes, and merges)"
+    )
+
+
+def check_override_keys(arguments: Iterable[str]) -> None:
+  """Checks the keys of `--experiment.KEY=VALUE` arguments.
+
+  Raises:
+    UserError: a key does not exist; names the nearest that does.
+  """
+  for argument in arguments:
+    name = argument.lstrip("-").split("=", 1)[0]
+    if argument.startswith("-") and name.startswith("experiment."):
+      key = name.removeprefix("experiment.")
+      if key in {field.name for field in dataclasses.fields(Experiment)} - {
+        "name",
+        "seed",
+      }:
+        raise UserError(
+          f"experiment.{key} is a group; set one of its fields, not the whole"
+        )
+      check_key(key)
+
+
+@contextlib.contextmanager
+def one_line_flag_errors(path: str | None = None) -> Iterator[None]:
+  """Turns what goes wrong while flags are parsed into a UserError of one line.
+
+  Args:
+    path: the experiment file, whose own errors are reported with their line.
+  """
+  try:
+    yield
+  except Exception as error:
+    file = (path or "").split(":", 1)[0]
+    place, cause = _error_in_file(error, file)
+    text = " ".join(str(cause).split())
+    if place is not None:
+      if found := re.search(r"unexpected keyword argument '(\w+)'", text):
+        text += _nearest_hint(found[1])
+      raise UserError(
+        f"{file}:{place}: {type(cause).__name__}: {text}"
+      ) from error
+    if file and "no attribute 'get_config'" in text:
+      raise UserError(f"{file} defines no get_config()") from error
+    if not isinstance(error, flags.Error):
+      raise
+    raise UserError(" ".join(str(error).split())) from error
+
+
+def _error_in_file(
+  error: BaseException, file: str
+) -> tuple[int | None, BaseException]:
+  """Returns the line of `file` that an error or its cause came from, and it."""
+  cause: BaseException | None = error
+  while cause is not None:
+    if isinstance(cause, SyntaxError) and cause.filename == file:
+      return cause.lineno, cause
+    for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+      if file and frame.filename == file:
+        return frame.lineno, cause
+    cause = cause.__cause__ or cause.__context__
+  return None, error
+
+
+def _nearest_hint(name: str) -> str:
+  """Returns "; did you mean ...?" for a field's last name, or nothing."""
+  groups = {field.name for field in dataclasses.fields(Experiment)}
+  known = groups | {key.rsplit(".")[-1] for key in flatten(Experiment())}
+  near = difflib.get_close_matches(name, known, n=1)
+  return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_experiment_file(path: str | None) -> None:
+  """Raises UserError unless `path` names an experiment file.
+
+  A variant may follow after a colon, as in `experiments/demo.py:coarse`.
+  """
+  if not path:
+    raise UserError(
+      "--experiment is missing: name a file, such as"
+      " --experiment=experiments/demo.py"
+    )
+  file = path.split(":", 1)[0]
+  if not os.path.isfile(file):
+    folder = os.path.dirname(file) or "."
+    there = (
+      sorted(
+        os.path.join(folder, name)
+        for name in os.listdir(folder)
+        if name.endswith(".py")
+      )
+      if os.path.isdir(folder)
+      else []
+    )
+    hint = f"; there are: {', '.join(there)}" if there else ""
+    raise UserError(f"--experiment={path}: no such file{hint}")
+
+
+def check_experiment(value: Any, path: str) -> Experiment:
+  """Checks the type that `get_config` returned, then validates it."""
+  if not isinstance(value, Experiment):
+    raise UserError(
+      f"--experiment={path}: get_config must return edl_jax.config.Experiment,"
+      f" not {type(value).__name__}"
+    )
+  return validate(value)
+
+
+def load(path: str, overrides: Mapping[str, Any] | None = None) -> Experiment:
+  """Loads an experiment file, applies overrides, validates.
+
+  Args:
+    path: file, optionally with a variant after a colon.
+    overrides: values by dotted key, as text or as they are.
+
+  Raises:
+    UserError: unknown file, unknown key, wrong type or impossible value.
+  """
+  arguments = [
+    f"--experiment.{key}={value}" for key, value in (overrides or {}).items()
+  ]
+  check_experiment_file(path)
+  check_override_keys(arguments)
+  command = ["load", f"--experiment={path}", *arguments]
+  values = flags.FlagValues()
+  # Left to itself, config_flags looks for overrides in sys.argv.
+  config_flags.DEFINE_config_file(
+    "experiment", flag_values=values, sys_argv=command
+  )
+  with one_line_flag_errors(path):
+    values(command)
+  return check_experiment(values["experiment"].value, path)

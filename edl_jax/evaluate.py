@@ -1,0 +1,210 @@
+"""Held-out loss per domain, and the routing report."""
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from edl_jax import routing
+from edl_jax.batch import Batch
+from edl_jax.checkpoint import Provenance, load, write_json
+from edl_jax.config import Experiment
+from edl_jax.input_pipeline import eval_batches
+from edl_jax.mixture import Corpus, Taxonomy
+from edl_jax.model import Model
+from edl_jax.sharding import put_batch
+from edl_jax.tokenizer import Tokenizer
+
+
+class EvalSums(NamedTuple):
+  """What evaluation adds up over batches, on the device."""
+
+  # Cross-entropy of counted tokens by domain, nats, float32 (D,).
+  nats_D: jax.Array
+  # Counted tokens by domain, float32 (D,).
+  tokens_D: jax.Array
+  # UTF-8 bytes that the target tokens stand for, by domain, float32 (D,).
+  bytes_D: jax.Array
+  routing: routing.RoutingStats
+
+
+class Evaluation(NamedTuple):
+  """Figures of one evaluation, on the host."""
+
+  # "lm_loss" (nats per token), "bits_per_byte", and "domains": by fine name
+  # the same with "tokens" and "bytes".
+  losses: dict[str, Any]
+  # Means over layers by metric, and "layers": the same for each layer.
+  routing: dict[str, Any]
+  # Arrays by domain and expert, as `routing.json` holds them.
+  report: dict[str, Any]
+
+  def metrics(self) -> dict[str, float]:
+    """Returns the scalars of `metrics.jsonl`."""
+    values = {}
+    for name in ("lm_loss", "bits_per_byte"):
+      values[f"eval/{name}"] = self.losses[name]
+      for domain, figures in self.losses["domains"].items():
+        values[f"eval/{name}/{domain}"] = figures[name]
+    for name, value in self.routing.items():
+      if name != "layers":
+        values[f"eval/routing/{name}"] = value
+    return values
+
+
+def make_eval_step(
+  num_domains: int, tokenizer: Tokenizer
+) -> Callable[[Model, Batch], EvalSums]:
+  """Returns the jitted step of an evaluation."""
+  byte_lengths_V = np.asarray(tokenizer.byte_lengths_V, np.float32)
+
+  @jax.jit
+  def eval_step(model: Model, batch: Batch) -> EvalSums:
+    sums, nats_BT = model.batch_sums(batch, num_domains)
+    bytes_BT = jnp.asarray(byte_lengths_V)[batch.targets_BT] * batch.weights_BT
+    by_domain = functools.partial(
+      jnp.einsum,
+      "BT,BD->D",
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    member_BD = jax.nn.one_hot(batch.domain_B, num_domains)
+    return EvalSums(
+      nats_D=by_domain(nats_BT, member_BD),
+      tokens_D=by_domain(batch.weights_BT, member_BD),
+      bytes_D=by_domain(bytes_BT, member_BD),
+      routing=sums.routing,
+    )
+
+  return eval_step
+
+
+def evaluate(
+  eval_step: Callable[[Model, Batch], EvalSums],
+  model: Model,
+  batches: Iterable[Batch],
+  mesh: Mesh,
+  taxonomy: Taxonomy,
+  experiment: Experiment,
+) -> Evaluation:
+  """Runs the model over held-out batches.
+
+  Args:
+    eval_step: from `make_eval_step`.
+    model: laid out on `mesh`.
+    batches: this process's rows of every batch, the same number everywhere.
+    mesh: in use.
+    taxonomy: names the domains.
+    experiment: tells which layers are mixtures of experts.
+  """
+  total = None
+  for batch in batches:
+    sums = eval_step(model, put_batch(batch, mesh))
+    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+  return summarize(total, taxonomy, experiment.model.num_dense_layers)
+
+
+@jax.jit
+def _routing_figures(stats: routing.RoutingStats) -> dict[str, Any]:
+  p_LDE, _ = routing.domain_probabilities(stats)
+  return {
+    "metrics": routing.metrics_by_layer(stats),
+    "probabilities": p_LDE,
+    "pairwise_divergence": routing.pairwise_divergence(stats),
+  }
+
+
+def summarize(
+  sums: EvalSums, taxonomy: Taxonomy, num_dense_layers: int
+) -> Evaluation:
+  """Turns sums into figures; domains without a token are left out."""
+  figures, sums = jax.device_get((_routing_figures(sums.routing), sums))
+  nats_D, tokens_D, bytes_D = (
+    np.asarray(x, np.float64)
+    for x in (sums.nats_D, sums.tokens_D, sums.bytes_D)
+  )
+
+  def both(nats: float, tokens: float, size: float) -> dict[str, float]:
+    return {
+      "lm_loss": float(nats / tokens),
+      "bits_per_byte": float(nats / np.log(2) / max(size, 1)),
+    }
+
+  domains = {
+    name: {
+      **both(nats_D[d], tokens_D[d], bytes_D[d]),
+      "tokens": int(tokens_D[d]),
+      "bytes": int(bytes_D[d]),
+    }
+    for d, name in enumerate(taxonomy.fine)
+    if tokens_D[d]
+  }
+  by_layer = figures["metrics"]
+  num_layers = len(by_layer["diversity"])
+  assignments_LDE = np.asarray(sums.routing.assignments_LDE, np.float64)
+  share_LDE = assignments_LDE / np.maximum(
+    assignments_LDE.sum(-1, keepdims=True), 1
+  )
+  return Evaluation(
+    losses={
+      **both(nats_D.sum(), tokens_D.sum(), bytes_D.sum()),
+      "domains": domains,
+    },
+    routing={
+      **{name: float(np.mean(x_L)) for name, x_L in by_layer.items()},
+      "layers": [
+        {name: float(x_L[layer]) for name, x_L in by_layer.items()}
+        for layer in range(num_layers)
+      ],
+    },
+    report={
+      "domains": list(taxonomy.fine),
+      "layers": [num_dense_layers + layer for layer in range(num_layers)],
+      "probabilities": figures["probabilities"].tolist(),
+      "assignments": share_LDE.tolist(),
+      "pairwise_divergence": figures["pairwise_divergence"].tolist(),
+    },
+  )
+
+
+def evaluate_checkpoint(
+  corpus: Corpus, provenance: Provenance, mesh: Mesh, workdir: str
+) -> None:
+  """Evaluates the newest checkpoint of `workdir`.
+
+  Prints the figures and leaves them in `workdir`/eval.json, with the step and
+  the arrays of the routing report; the run's own files stay as they are.
+  """
+  process = (jax.process_index(), jax.process_count())
+  with jax.set_mesh(mesh):
+    loaded = load(workdir, mesh=mesh)
+    evaluation = evaluate(
+      make_eval_step(len(corpus.taxonomy.fine), provenance.tokenizer),
+      loaded.model,
+      eval_batches(
+        corpus, provenance.tokenizer, provenance.experiment, *process
+      ),
+      mesh,
+      corpus.taxonomy,
+      provenance.experiment,
+    )
+  if jax.process_index():
+    return
+  path = os.path.join(workdir, "eval.json")
+  write_json(
+    path,
+    {
+      "step": loaded.step,
+      "eval": evaluation.losses,
+      "routing": evaluation.routing,
+      "report": evaluation.report,
+    },
+  )
+  print(f"checkpoint of step {loaded.step}")
+  for name, value in evaluation.metrics().items():
+    print(f"  {name:<48} {value:.4f}")
+  print(f"written to {path}")

@@ -1,0 +1,281 @@
+"""From a corpus to batches: tokenize, pack within a domain, mix, batch.
+
+Grain's `MapDataset` carries the mixture: row i depends on (i, seed) only, so
+that the state of the input is one number, resuming is exact, and processes
+take their rows of the same global sequence.
+"""
+
+import dataclasses
+import hashlib
+import io
+import zipfile
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from edl_jax.batch import Batch
+from edl_jax.config import Experiment, UserError
+from edl_jax.mixture import Corpus, mix, mixture_weights
+from edl_jax.sources import Document
+from edl_jax.tokenizer import Tokenizer, cache_key, read_cache, write_cache
+
+# Batches made ahead in the background.
+_PREFETCHED_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+  """Random access to the rows of one domain's stream of tokens.
+
+  Row r reads the tokens [rT, rT + T) and predicts [rT + 1, rT + T + 1). The
+  token after a document's last is the next one's start, so a document's end
+  is predicted like any other token and no position is lost.
+  """
+
+  # Documents, each opened by the start token, and one more start at the end;
+  # int32 (tokens,).
+  stream: np.ndarray
+  sequence_length: int
+  document_start_id: int
+  # Fine label of every row.
+  domain: int
+  # Whether a last row that is not full counts, filled up with padding.
+  keep_partial: bool = False
+
+  def __len__(self) -> int:
+    predicted = len(self.stream) - 1
+    if self.keep_partial:
+      predicted += self.sequence_length - 1
+    return predicted // self.sequence_length
+
+  def __getitem__(self, row: int) -> Batch:
+    """Returns a Batch whose arrays lack the axis B."""
+    length = self.sequence_length
+    tokens = self.stream[row * length : (row + 1) * length + 1]
+    inputs_T, targets_T = tokens[:-1], tokens[1:]
+    index_T = np.arange(len(inputs_T), dtype=np.int32)
+    starts_T = inputs_T == self.document_start_id
+    # A row may begin within a document, which then is its first segment.
+    starts_T[0] = True
+    arrays = (
+      inputs_T,
+      targets_T,
+      np.cumsum(starts_T, dtype=np.int32),
+      index_T - np.maximum.accumulate(np.where(starts_T, index_T, 0)),
+      np.ones(len(inputs_T), np.float32),
+    )
+    if missing := length - len(inputs_T):
+      arrays = (np.pad(array_T, (0, missing)) for array_T in arrays)
+    return Batch(*arrays, domain_B=np.int32(self.domain))
+
+
+def train_dataset(
+  corpus: Corpus, tokenizer: Tokenizer, experiment: Experiment
+) -> grain.MapDataset[Batch]:
+  """Returns the endless sequence of training rows, without the axis B.
+
+  Each domain is reshuffled every epoch of its own. With `data.granularity`
+  "shuffled" the label of row i is a random fine one that depends on i and the
+  seed alone.
+
+  Raises:
+    UserError: a domain that fills no row, or rows longer than any document.
+  """
+  weights = mixture_weights(experiment.data, corpus.taxonomy)
+  tokens = _tokenize(corpus, "train", tokenizer)
+  _check_lengths(corpus.taxonomy.fine, weights, tokens, experiment)
+  datasets = []
+  for domain, documents in enumerate(tokens):
+    seed = _seed(experiment, f"documents {domain}")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    rows = PackedRows(
+      stream=_stream([documents[i] for i in order], tokenizer),
+      sequence_length=experiment.train.sequence_length,
+      document_start_id=tokenizer.document_start_id,
+      domain=domain,
+    )
+    # Not MapDataset.source(rows): that measures every array it reads, which
+    # takes longer than making the row.
+    dataset = grain.MapDataset.range(len(rows))
+    dataset = dataset.shuffle(_seed(experiment, f"rows {domain}"))
+    datasets.append(dataset.repeat().map(rows.__getitem__))
+  mixture = mix(datasets, weights)
+  if experiment.data.granularity == "shuffled":
+    count = len(corpus.taxonomy.fine)
+    mixture = mixture.random_map(
+      lambda row, rng: row._replace(domain_B=np.int32(rng.integers(count))),
+      seed=_seed(experiment, "labels"),
+    )
+  return mixture
+
+
+def train_iterator(
+  dataset: grain.MapDataset[Batch],
+  experiment: Experiment,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+  """Returns an endless iterator of NumPy batches, made in the background.
+
+  `dataset` holds the rows of `train_dataset`. Process p of P gets the rows p, p + P, ... of each global batch. The
+  iterator's `get_state()` is a dict for JSON; `set_state` continues exactly
+  there, in this process or another.
+
+  Raises:
+    UserError: a batch that the processes cannot share evenly.
+  """
+  rows = _local_batch_size(experiment, process_count)
+  dataset = dataset[process_index::process_count]
+  dataset = dataset.batch(rows, drop_remainder=True, batch_fn=_stack)
+  options = grain.ReadOptions(
+    num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES
+  )
+  return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(
+  corpus: Corpus,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> list[Batch]:
+  """Returns held-out rows of every domain with their true labels.
+
+  At most `train.eval_rows` rows a domain, spread evenly over its text, the
+  same for every seed. A domain's last row and the last batch are filled up
+  with padding (weight and segment 0), so that all held-out text can count.
+
+  Raises:
+    UserError: a batch that the processes cannot share evenly.
+  """
+  local_rows = _local_batch_size(experiment, process_count)
+  rows = []
+  for domain, documents in enumerate(_tokenize(corpus, "held_out", tokenizer)):
+    packed = PackedRows(
+      stream=_stream(documents, tokenizer),
+      sequence_length=experiment.train.sequence_length,
+      document_start_id=tokenizer.document_start_id,
+      domain=domain,
+      keep_partial=True,
+    )
+    count = len(packed)
+    if experiment.train.eval_rows != -1:
+      count = min(count, experiment.train.eval_rows)
+    rows += [packed[i * len(packed) // count] for i in range(count)]
+  padding = Batch(*(np.zeros_like(array) for array in rows[0]))
+  rows += [padding] * (-len(rows) % experiment.train.batch_size)
+  rows = rows[process_index::process_count]
+  return [
+    _stack(rows[start : start + local_rows])
+    for start in range(0, len(rows), local_rows)
+  ]
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+  return Batch(*map(np.array, zip(*rows)))
+
+
+def _local_batch_size(experiment: Experiment, process_count: int) -> int:
+  rows, remainder = divmod(experiment.train.batch_size, process_count)
+  if remainder:
+    raise UserError(
+      f"train.batch_size={experiment.train.batch_size} is not a multiple of"
+      f" the {process_count} processes"
+    )
+  return rows
+
+
+def _seed(experiment: Experiment, purpose: str) -> int:
+  """Derives a 32-bit seed.
+
+  Grain shuffles epoch n with seed + n: seeds that are near each other would
+  repeat each other's epochs.
+  """
+  digest = hashlib.sha256(f"{experiment.seed} {purpose}".encode()).digest()
+  return int.from_bytes(digest[:4], "big")
+
+
+def _stream(
+  documents: Sequence[np.ndarray], tokenizer: Tokenizer
+) -> np.ndarray:
+  """Joins documents as `PackedRows` wants them."""
+  start = np.array([tokenizer.document_start_id], np.int32)
+  pieces = [piece for document in documents for piece in (start, document)]
+  return np.concatenate([*pieces, start])
+
+
+def _tokenize(
+  corpus: Corpus, split: str, tokenizer: Tokenizer
+) -> list[list[np.ndarray]]:
+  """Returns the tokens of each document, int32, by domain.
+
+  Encoding takes a second per two or three megabytes, so its result is cached.
+  """
+  groups: tuple[tuple[Document, ...], ...] = getattr(corpus, split)
+  documents = [document for group in groups for document in group]
+  # The split may differ for the same content: texts are part of the key.
+  texts = hashlib.sha256()
+  for document in documents:
+    texts.update(hashlib.sha256(document.text.encode()).digest())
+  key = cache_key(texts.hexdigest(), tokenizer.to_json())
+  cached = read_cache(f"tokens-{key}.npz")
+  encoded = _unpack(cached) if cached is not None else None
+  if encoded is None:
+    encoded = tokenizer.encode_batch([document.text for document in documents])
+    write_cache(f"tokens-{key}.npz", _pack(encoded))
+  remaining = iter(encoded)
+  return [[next(remaining) for _ in group] for group in groups]
+
+
+def _pack(encoded: Sequence[np.ndarray]) -> bytes:
+  file = io.BytesIO()
+  tokens = np.concatenate(encoded)
+  small = tokens.max(initial=0) < 2**16
+  np.savez(
+    file,
+    tokens=tokens.astype(np.uint16) if small else tokens,
+    lengths=np.array([len(document) for document in encoded]),
+  )
+  return file.getvalue()
+
+
+def _unpack(content: bytes) -> list[np.ndarray] | None:
+  """Inverse of `_pack`; None if the file was damaged (zip has checksums)."""
+  try:
+    arrays = np.load(io.BytesIO(content), allow_pickle=False)
+    tokens, lengths = arrays["tokens"].astype(np.int32), arrays["lengths"]
+  except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
+    return None
+  return np.split(tokens, np.cumsum(lengths)[:-1])
+
+
+def _check_lengths(
+  names: Sequence[str],
+  weights: Sequence[float],
+  tokens: Sequence[Sequence[np.ndarray]],
+  experiment: Experiment,
+) -> None:
+  """Checks, for the domains in use, that rows can be filled and are of use."""
+  length = experiment.train.sequence_length
+  # The start token counts as part of a document.
+  sizes = {
+    name: [len(document) + 1 for document in documents]
+    for name, weight, documents in zip(names, weights, tokens)
+    if weight > 0
+  }
+  for name, own in sizes.items():
+    if sum(own) < length:
+      raise UserError(
+        f"domain {name!r} has {sum(own)} training tokens, less than one row of"
+        f" train.sequence_length={length}; add text or shorten the rows"
+      )
+  name = max(sizes, key=lambda name: max(sizes[name]))
+  longest = max(sizes[name])
+  if length > longest:
+    raise UserError(
+      f"train.sequence_length={length} is more than any training document"
+      f" holds (longest: {longest} tokens, in {name!r}), and attention stays"
+      " within a document; shorten the rows"
+    )

@@ -1,0 +1,270 @@
+"""Where figures go: `metrics.jsonl`, TensorBoard, and a line for the eye.
+
+Imports no JAX: reports and sweeps read metrics without starting a device.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import IO, Any, Self
+
+from edl_jax.config import UserError
+
+_METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+  """Reads `workdir`/metrics.jsonl in the order written.
+
+  A last line that is incomplete, because the run was killed or is still
+  writing, is left out.
+
+  Returns:
+    One dict a line: "step" (int) and its values (float); empty without a file.
+
+  Raises:
+    UserError: a line before the last is not a JSON object with a step.
+  """
+  return [values for _, values in _read_lines(workdir)]
+
+
+def _read_lines(workdir: str) -> list[tuple[bytes, dict[str, Any]]]:
+  """Returns every complete line of metrics.jsonl, as it is and parsed."""
+  path = os.path.join(workdir, _METRICS_FILE)
+  if not os.path.exists(path):
+    return []
+  with open(path, "rb") as file:
+    lines = file.read().splitlines(keepends=True)
+  parsed = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      values = json.loads(line)
+      if not isinstance(values["step"], int):
+        raise TypeError("step")
+    except (ValueError, TypeError, KeyError) as error:
+      if number == len(lines):
+        break
+      raise UserError(
+        f"{path}:{number}: not a JSON object with a step; delete that line"
+      ) from error
+    if line.endswith(b"\n"):
+      parsed.append((line, values))
+  return parsed
+
+
+class MetricsWriter:
+  """Appends scalars to metrics.jsonl and to TensorBoard, both in `workdir`.
+
+  On construction everything after `first_step` is dropped, which a killed run
+  may have written after its last checkpoint; so the file of a resumed run
+  equals that of one that was never interrupted.
+  """
+
+  def __init__(self, workdir: str, *, first_step: int = 0):
+    """Opens the files, making `workdir` where needed.
+
+    Args:
+      workdir: folder of the run.
+      first_step: step of the checkpoint the run goes on from, 0 for a new run.
+
+    Raises:
+      UserError: `workdir` cannot be written.
+    """
+    self._workdir = workdir
+    try:
+      os.makedirs(workdir, exist_ok=True)
+      _drop_after(workdir, first_step)
+      path = os.path.join(workdir, _METRICS_FILE)
+      self._file = open(path, "ab")  # noqa: SIM115
+      self._tensorboard = _TensorBoard(
+        os.path.join(workdir, "tensorboard"), first_step
+      )
+    except OSError as error:
+      raise UserError(
+        f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
+      ) from error
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Appends one line and flushes it.
+
+    Args:
+      step: optimizer steps taken so far.
+      values: scalars by name; float32 values are written as the float64 that
+        equals them. NaN and infinities are written as Python's json does.
+
+    Raises:
+      UserError: the disk is full or gone.
+    """
+    scalars = {name: float(value) for name, value in values.items()}
+    line = json.dumps({"step": int(step), **scalars}) + "\n"
+    try:
+      self._file.write(line.encode())
+      self._file.flush()
+      self._tensorboard.write(step, scalars)
+    except OSError as error:
+      raise UserError(
+        f"cannot write metrics to {self._workdir}: {error.strerror}; make room"
+        " and start again, the run goes on from its last checkpoint"
+      ) from error
+
+  def close(self) -> None:
+    """Closes both files."""
+    # Every write was flushed: all that can be left, and fail again, is a line
+    # whose failure `write` has reported.
+    for file in (self._file, self._tensorboard):
+      with contextlib.suppress(OSError):
+        file.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+
+class _TensorBoard:
+  """Event files written in this thread.
+
+  tensorboardX.SummaryWriter writes in a thread of its own: on a full disk that
+  thread dies and the run hangs on its queue; and two writers opened within one
+  second share a file name, so a quick restart loses the first one's events.
+  """
+
+  def __init__(self, folder: str, first_step: int):
+    # Loads protobuf, which readers of this module do not need.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    os.makedirs(folder, exist_ok=True)
+    self._event, self._summary = Event, Summary
+    self._events = EventsWriter(
+      os.path.join(folder, "events"), filename_suffix=f".{time.time_ns()}"
+    )
+    # Hides events of this step and later in the files of a killed run.
+    self._add(first_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    values = [
+      self._summary.Value(tag=name, simple_value=value)
+      for name, value in scalars.items()
+    ]
+    self._add(step, summary=self._summary(value=values))
+
+  def _add(self, step: int, **content: Any) -> None:
+    self._events.write_event(
+      self._event(wall_time=time.time(), step=step, **content)
+    )
+    self._events.flush()
+
+  def close(self) -> None:
+    self._events.close()
+
+
+def _drop_after(workdir: str, first_step: int) -> None:
+  """Keeps the complete lines up to `first_step`, all or nothing."""
+  path = os.path.join(workdir, _METRICS_FILE)
+  kept = b"".join(
+    line
+    for line, values in _read_lines(workdir)
+    if values["step"] <= first_step
+  )
+  if not os.path.exists(path) or os.path.getsize(path) == len(kept):
+    return
+  temporary = f"{path}.tmp"
+  with open(temporary, "wb") as file:
+    file.write(kept)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+class Progress:
+  """How far a run is: one live line on a terminal, plain lines elsewhere."""
+
+  def __init__(
+    self, num_steps: int, first_step: int, stream: IO[str] | None = None
+  ):
+    """Starts at `first_step` of `num_steps`; `stream` defaults to stdout."""
+    self._num_steps = num_steps
+    self._stream = sys.stdout if stream is None else stream
+    self._live = self._stream.isatty()
+    self._line = ""
+    self.restart(first_step)
+
+  def restart(self, step: int) -> None:
+    """Takes the rate, and with it the ETA, from `step` and now on."""
+    self._origin = (step, time.monotonic())
+
+  def update(self, step: int, text_values: Mapping[str, float]) -> None:
+    """Shows a step.
+
+    Args:
+      step: steps taken so far.
+      text_values: scalars to show, in order, named by the last part of their
+        keys; `tokens_per_second` is shown in its unit.
+    """
+    now = time.monotonic()
+    parts = [
+      f"step {step}/{self._num_steps}",
+      f"{100 * step // self._num_steps}%",
+    ]
+    origin_step, origin_time = self._origin
+    if step > origin_step:
+      seconds_per_step = (now - origin_time) / (step - origin_step)
+      seconds = seconds_per_step * (self._num_steps - step)
+      parts.append(f"ETA {format_duration(seconds)}")
+    for key, value in text_values.items():
+      name = key.rsplit("/", 1)[-1]
+      if name == "tokens_per_second":
+        parts.append(f"{format_quantity(value)} tokens/s")
+      else:
+        parts.append(f"{name} {value:.4g}")
+    self._line = "  ".join(parts)
+    self._show()
+
+  def print(self, text: str) -> None:
+    """Prints `text` on lines of its own, above the live line if there is one."""
+    if self._live and self._line:
+      self._stream.write(f"\r\x1b[K{text}\n")
+      self._show()
+    else:
+      self._stream.write(f"{text}\n")
+      self._stream.flush()
+
+  def close(self) -> None:
+    """Ends the live line, which stays visible."""
+    if self._live and self._line:
+      self._stream.write("\n")
+      self._stream.flush()
+    self._line = ""
+
+  def _show(self) -> None:
+    if self._live:
+      # A line wider than the terminal would wrap and could not be rewritten.
+      width = shutil.get_terminal_size().columns - 1
+      self._stream.write(f"\r\x1b[K{self._line[:width]}")
+    else:
+      self._stream.write(f"{self._line}\n")
+    self._stream.flush()
+
+
+def format_duration(seconds: float) -> str:
+  """Formats seconds as 1:02:03, or 2:03 below an hour."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  if hours:
+    return f"{hours}:{minutes:02}:{rest:02}"
+  return f"{minutes}:{rest:02}"
+
+
+def format_quantity(value: float) -> str:
+  """Formats a rate or a size as 950, 12.3k, 4.6M or 15.1G."""
+  for suffix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    if value >= scale:
+      return f"{value / scale:.1f}{suffix}"
+  return f"{value:.0f}"

@@ -1,0 +1,172 @@
+"""The transformer: embedding, blocks, scan over layers, head."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from edl_jax import losses, routing, sharding
+from edl_jax.attention import Attention, RMSNorm, fan_in_normal
+from edl_jax.batch import Batch
+from edl_jax.config import ModelConfig
+from edl_jax.moe import MoE, SwiGLU
+
+
+class Block(nnx.Module):
+  """Pre-norm attention, then experts or, in dense blocks, one SwiGLU."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array, *, dense: bool):
+    attention, feed_forward = jax.random.split(key)
+    self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+    self.attention = Attention(config, attention)
+    self.feed_forward_norm = RMSNorm(config.width, config.norm_epsilon)
+    if dense:
+      self.mlp = SwiGLU(config, config.dense_width, feed_forward)
+    else:
+      self.moe = MoE(config, feed_forward)
+
+  def __call__(
+    self,
+    x_BTM: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    weights_BT: jax.Array,
+    summarize: Callable[..., Any],
+  ) -> tuple[jax.Array, Any]:
+    """Returns the residual stream and, of experts, the routing's summary."""
+    x_BTM = sharding.constrain_rows(x_BTM)
+    x_BTM += self.attention(
+      self.attention_norm(x_BTM), segments_BT, positions_BT
+    )
+    h_BTM = self.feed_forward_norm(x_BTM)
+    if hasattr(self, "mlp"):
+      return x_BTM + self.mlp(h_BTM), None
+    y_BTM, rows = self.moe(h_BTM, weights_BT, summarize)
+    return x_BTM + y_BTM, rows
+
+
+class Model(nnx.Module):
+  """A decoder-only mixture-of-experts language model (Qwen3-MoE shape).
+
+  Parameters are float32; layers of a kind are stacked on a leading L axis and
+  scanned. Initialisation: weights truncated normal with variance 1 / fan-in
+  (LeCun, 1998), branches into the residual stream scaled by 1 / sqrt(2 L)
+  (GPT-2, section 2.3), embeddings of standard deviation 0.02 (GPT-2), norms 1.
+  """
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    embedding, dense, blocks, head = jax.random.split(key, 4)
+    shape = (config.vocabulary_size, config.width)
+    self.config = config
+    self.embedding_VM = nnx.Param(
+      0.02 * jax.random.normal(embedding, shape, jnp.float32)
+    )
+    if config.num_dense_layers:
+      self.dense_blocks = jax.vmap(lambda k: Block(config, k, dense=True))(
+        jax.random.split(dense, config.num_dense_layers)
+      )
+    num_moe_layers = config.num_layers - config.num_dense_layers
+    self.blocks = jax.vmap(lambda k: Block(config, k, dense=False))(
+      jax.random.split(blocks, num_moe_layers)
+    )
+    self.final_norm = RMSNorm(config.width, config.norm_epsilon)
+    self.head_MV = nnx.Param(fan_in_normal(head, shape[::-1], config.width))
+
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    weights_BT: jax.Array,
+    summarize: Callable[..., Any] = routing.row_routing,
+  ) -> tuple[jax.Array, Any]:
+    """Runs all but the head.
+
+    Returns:
+      x_BTM after the final norm, in the compute dtype, and what `summarize`
+      makes of the routing of every mixture-of-experts layer, stacked on a
+      leading L axis: by default `RowRouting`, (L, B, ...).
+    """
+    dtype = jnp.dtype(self.config.dtype)
+    x_BTM = self.embedding_VM[...].astype(dtype)[tokens_BT]
+
+    def layer(x_BTM, block):
+      return block(x_BTM, segments_BT, positions_BT, weights_BT, summarize)
+
+    if self.config.remat == "full":
+      layer = jax.checkpoint(layer)
+    if self.config.num_dense_layers:
+      x_BTM, _ = jax.lax.scan(layer, x_BTM, self.dense_blocks)
+    x_BTM, rows = jax.lax.scan(layer, x_BTM, self.blocks)
+    return self.final_norm(x_BTM), rows
+
+  def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    """Logits of whole documents, float32 (B, T, V), for looking inside."""
+    x_BTM, _ = self.hidden(tokens_BT, *_whole_documents(tokens_BT.shape))
+    head_MV = self.head_MV[...].astype(x_BTM.dtype)
+    return jnp.dot(x_BTM, head_MV, preferred_element_type=jnp.float32)
+
+  def token_routing(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Routing of whole documents token by token, for looking inside.
+
+    Returns:
+      probs_LBTE, the float32 router probabilities of every mixture-of-experts
+      layer, and expert_LBTA, int32, the active experts by falling probability.
+    """
+
+    def keep_tokens(logits_BTE, probs_BTE, expert_BTA, weights_BT):
+      del logits_BTE, weights_BT
+      return probs_BTE, expert_BTA
+
+    _, tokens = self.hidden(
+      tokens_BT, *_whole_documents(tokens_BT.shape), keep_tokens
+    )
+    return tokens
+
+  def batch_sums(
+    self, batch: Batch, num_domains: int
+  ) -> tuple[losses.BatchSums, jax.Array]:
+    """Runs a batch down to the sums that objective and reports need.
+
+    Returns:
+      The sums over the global batch, differentiable, and weighted nats_BT.
+    """
+    x_BTM, rows = self.hidden(
+      batch.tokens_BT, batch.segments_BT, batch.positions_BT, batch.weights_BT
+    )
+    nats, nats_BT = losses.chunked_cross_entropy(
+      x_BTM, self.head_MV[...], batch.targets_BT, batch.weights_BT
+    )
+    sums = losses.BatchSums(
+      nats=nats,
+      tokens=batch.weights_BT.sum(),
+      routing=routing.collect(rows, batch.domain_B, num_domains),
+    )
+    return sums, nats_BT
+
+
+def _whole_documents(
+  shape: tuple[int, int],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Segments, positions and weights of rows that are one document each."""
+  positions_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+  return jnp.ones(shape, jnp.int32), positions_BT, jnp.ones(shape)
+
+
+def abstract_model(config: ModelConfig) -> Model:
+  """Returns the model with shapes in place of arrays; allocates nothing."""
+  return jax.eval_shape(lambda: Model(config, jax.random.key(0)))
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+  """Returns (total, active) parameters; active ones work for one token.
+
+  Embedding and head count in both.
+  """
+  total = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
+  expert = 3 * config.width * config.expert_width
+  idle = config.num_experts - config.num_active_experts
+  moe_layers = config.num_layers - config.num_dense_layers
+  return total, total - moe_layers * idle * expert

@@ -1,0 +1,210 @@
+"""Router, dispatch, experts, combine: the mixture-of-experts layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from edl_jax import sharding
+from edl_jax.attention import fan_in_normal
+from edl_jax.config import ModelConfig
+from edl_jax.grouped_matmul import grouped_matmul
+from edl_jax.routing import row_routing
+
+
+class SwiGLU(nnx.Module):
+  """Gated feed-forward layer (Shazeer, arXiv:2002.05202)."""
+
+  def __init__(self, config: ModelConfig, hidden: int, key: jax.Array):
+    up, down = jax.random.split(key)
+    residual_scale = (2 * config.num_layers) ** -0.5
+    self.gate_up_M2F = nnx.Param(
+      fan_in_normal(up, (config.width, 2, hidden), config.width)
+    )
+    self.down_FM = nnx.Param(
+      fan_in_normal(down, (hidden, config.width), hidden, residual_scale)
+    )
+
+  def __call__(self, x_BTM: jax.Array) -> jax.Array:
+    dtype = x_BTM.dtype
+    gate_up = jnp.einsum(
+      "BTM,MGF->BTGF", x_BTM, self.gate_up_M2F[...].astype(dtype)
+    )
+    hidden_BTF = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+    return jnp.einsum(
+      "BTF,FM->BTM", hidden_BTF, self.down_FM[...].astype(dtype)
+    )
+
+
+@jax.custom_vjp
+def _repeat_sorted(x_PM, order_R, place_R):
+  """Returns row order_R // A of `x_PM`, (R, M), with R = P A.
+
+  `order_R` is a permutation and `place_R` its inverse, so both directions are
+  gathers: deterministic, and faster than the scatter that autodiff would use.
+  """
+  del place_R
+  return x_PM[order_R // (order_R.shape[0] // x_PM.shape[0])]
+
+
+def _repeat_sorted_forward(x_PM, order_R, place_R):
+  return _repeat_sorted(x_PM, order_R, place_R), (x_PM.shape, place_R)
+
+
+def _repeat_sorted_backward(residuals, dx_RM):
+  (tokens, width), place_R = residuals
+  return dx_RM[place_R].reshape(tokens, -1, width).sum(1), None, None
+
+
+_repeat_sorted.defvjp(_repeat_sorted_forward, _repeat_sorted_backward)
+
+
+@jax.custom_vjp
+def _unsort(y_RM, order_R, place_R):
+  """Undoes the sort: row r of the result is row place_R[r] of `y_RM`."""
+  del order_R
+  return y_RM[place_R]
+
+
+def _unsort_forward(y_RM, order_R, place_R):
+  return y_RM[place_R], order_R
+
+
+def _unsort_backward(order_R, dy_RM):
+  return dy_RM[order_R], None, None
+
+
+_unsort.defvjp(_unsort_forward, _unsort_backward)
+
+
+def apply_experts(
+  x_PM: jax.Array,
+  expert_PA: jax.Array,
+  gate_PA: jax.Array,
+  gate_up_EM2F: jax.Array,
+  down_EFM: jax.Array,
+) -> jax.Array:
+  """Sends each token through its active experts and adds what they return.
+
+  Dropless: whatever the routing, every token meets all its experts.
+
+  Args:
+    x_PM: tokens.
+    expert_PA: int32 active experts of each token.
+    gate_PA: float32 weight of each active expert's output.
+    gate_up_EM2F, down_EFM: expert weights, in the dtype of `x_PM`.
+
+  Returns:
+    y_PM, in the dtype of `x_PM`.
+  """
+  tokens, width = x_PM.shape
+  num_experts, _, _, hidden = gate_up_EM2F.shape
+  expert_R = expert_PA.reshape(-1)
+  order_R = jnp.argsort(expert_R, stable=True)
+  place_R = jnp.argsort(order_R)
+  sizes_E = (expert_R[:, None] == jnp.arange(num_experts)).sum(0, jnp.int32)
+
+  x_RM = _repeat_sorted(x_PM, order_R, place_R)
+  # Gate and up projection are one product.
+  both_R2F = grouped_matmul(
+    x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
+  )
+  hidden_RF = jax.nn.silu(both_R2F[:, :hidden]) * both_R2F[:, hidden:]
+  y_RM = grouped_matmul(hidden_RF, down_EFM, sizes_E)
+  y_PAM = _unsort(y_RM, order_R, place_R).reshape(tokens, -1, width)
+  return jnp.einsum("PAM,PA->PM", y_PAM, gate_PA.astype(y_PAM.dtype))
+
+
+class MoE(nnx.Module):
+  """Softmax top-k router with renormalised weights, and SwiGLU experts."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    router, up, down, shared = jax.random.split(key, 4)
+    e, m, f = config.num_experts, config.width, config.expert_width
+    residual_scale = (2 * config.num_layers) ** -0.5
+    self._num_active = config.num_active_experts
+    self.router_ME = nnx.Param(fan_in_normal(router, (m, e), m))
+    self.gate_up_EM2F = nnx.Param(fan_in_normal(up, (e, m, 2, f), m))
+    self.down_EFM = nnx.Param(fan_in_normal(down, (e, f, m), f, residual_scale))
+    if config.num_shared_experts:
+      self.shared = SwiGLU(config, config.num_shared_experts * f, shared)
+    else:
+      self.shared = None
+
+  def route(
+    self, x_BTM: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Decides which experts each token meets.
+
+    Returns:
+      logits_BTE and probs_BTE, float32; expert_BTA, int32, by falling
+      probability; gate_BTA, the active probabilities renormalised to sum to 1.
+    """
+    # float32 throughout, and on TPU without bfloat16 passes: ties and tiny
+    # divergences decide here.
+    logits_BTE = jnp.einsum(
+      "BTM,ME->BTE",
+      x_BTM.astype(jnp.float32),
+      self.router_ME[...],
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    top_BTA, expert_BTA = jax.lax.top_k(probs_BTE, self._num_active)
+    gate_BTA = top_BTA / top_BTA.sum(-1, keepdims=True)
+    return logits_BTE, probs_BTE, expert_BTA, gate_BTA
+
+  def __call__(
+    self,
+    x_BTM: jax.Array,
+    weights_BT: jax.Array,
+    summarize: Callable[..., Any] = row_routing,
+  ) -> tuple[jax.Array, Any]:
+    """Returns the layer's output (B, T, M) and its routing by row.
+
+    `summarize` takes the arguments of `row_routing`; what it returns stands in
+    for the routing by row.
+    """
+    logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(x_BTM)
+    y_BTM = self._gather_dispatch(x_BTM, expert_BTA, gate_BTA)
+    if self.shared is not None:
+      y_BTM += self.shared(x_BTM)
+    return y_BTM, summarize(logits_BTE, probs_BTE, expert_BTA, weights_BT)
+
+  def _gather_dispatch(self, x_BTM, expert_BTA, gate_BTA):
+    """Gathers the weights to the tokens: dispatch is local to each device.
+
+    The hidden width stays spread over `tensor`, whose partial outputs add.
+    """
+    rows = PartitionSpec(sharding.ROW_AXES)
+
+    def local(x_BTM, expert_BTA, gate_BTA, gate_up_EM2F, down_EFM):
+      width, active = x_BTM.shape[-1], expert_BTA.shape[-1]
+      y_PM = apply_experts(
+        x_BTM.reshape(-1, width),
+        expert_BTA.reshape(-1, active),
+        gate_BTA.reshape(-1, active),
+        gate_up_EM2F,
+        down_EFM,
+      )
+      return sharding.sum_over(y_PM.reshape(x_BTM.shape), ("tensor",))
+
+    return sharding.per_shard(
+      local,
+      (
+        rows,
+        rows,
+        rows,
+        PartitionSpec(None, None, None, "tensor"),
+        PartitionSpec(None, "tensor", None),
+      ),
+      rows,
+    )(
+      x_BTM,
+      expert_BTA,
+      gate_BTA,
+      self.gate_up_EM2F[...].astype(x_BTM.dtype),
+      self.down_EFM[...].astype(x_BTM.dtype),
+    )

@@ -1,0 +1,64 @@
+"""AdamW with a schedule, as one optax chain."""
+
+from typing import Any
+
+import jax
+import optax
+
+from edl_jax.config import OptimizerConfig
+from edl_jax.sharding import path_name
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+  """Returns the learning rate by step (counted from 0).
+
+  Both schedules warm up linearly, and end at `final_fraction` of the peak.
+  "cosine" then follows half a cosine (Loshchilov and Hutter,
+  arXiv:1608.03983); "wsd" stays at the peak and falls linearly over the last
+  `decay_fraction` of all steps (Hu et al., arXiv:2404.06395).
+  """
+  peak = config.learning_rate
+  final = config.final_fraction * peak
+  # Starts at peak / warmup rather than 0, so that no step is lost.
+  warmup = optax.linear_schedule(
+    peak / max(1, config.warmup_steps), peak, max(1, config.warmup_steps - 1)
+  )
+  left = max(1, num_steps - config.warmup_steps)
+  if config.schedule == "cosine":
+    after = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)
+  else:
+    decay = min(left, max(1, round(config.decay_fraction * num_steps)))
+    after = optax.join_schedules(
+      [
+        optax.constant_schedule(peak),
+        optax.linear_schedule(peak, final, decay),
+      ],
+      [left - decay],
+    )
+  return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def decays(parameters: Any) -> Any:
+  """Returns, as the same pytree, which parameters weight decay applies to.
+
+  All but the scales of norms; the model has no biases.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: not path_name(path).endswith("norm/scale"), parameters
+  )
+
+
+def make_optimizer(
+  config: OptimizerConfig, num_steps: int
+) -> optax.GradientTransformation:
+  """Returns clipping by global norm followed by AdamW (arXiv:1711.05101)."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      make_schedule(config, num_steps),
+      b1=config.beta1,
+      b2=config.beta2,
+      weight_decay=config.weight_decay,
+      mask=decays,
+    ),
+  )

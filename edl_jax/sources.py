@@ -1,0 +1,447 @@
+"""Where text comes from: the embedded mixture, or JSONL files of the user's.
+
+The embedded mixture `python_install` reads what every machine with this
+library already has and needs no download. Its domains are labelled by where
+the text was found, never by looking at the text.
+"""
+
+import ast
+import collections
+import dataclasses
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import sysconfig
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from edl_jax.arithmetic import worked_problems
+from edl_jax.config import DataConfig, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """One text, with its fine domain label and the origin that the split hashes.
+
+  Documents made from one file share an origin, so that training and held-out
+  text never hold the same words in two guises.
+  """
+
+  text: str
+  domain: str
+  origin: str
+
+
+def read_documents(data: DataConfig) -> tuple[tuple[str, ...], list[Document]]:
+  """Reads the documents of every domain, without duplicates or empty texts.
+
+  A JSONL record has the keys text and domain and may have origin, a name shared
+  by texts that belong on the same side of the split; without it the text is
+  its own origin. `data.domains` selects, orders and may regroup domains; they are matched by
+  fine label. A name declared without a coarse part takes the one that the
+  source gives. The last document of a domain is cut where
+  `data.max_characters_per_domain` is reached.
+
+  Returns:
+    The domains as "coarse/fine" ("fine" where there is no coarse name), and
+    the documents, domain by domain, in an order that only depends on their
+    origin (embedded) or place (JSONL).
+
+  Raises:
+    UserError: nothing to read, a bad line, an unknown or an empty domain.
+  """
+  gathered = _Gatherer(data.max_characters_per_domain)
+  if data.files:
+    coarse_by_fine = _read_json_lines(data, gathered)
+    source = data.files
+  else:
+    coarse_by_fine = _read_embedded(data, gathered)
+    source = "the embedded mixture"
+  if not data.domains:
+    found = {fine: coarse_by_fine[fine] for fine in gathered.documents}
+    domains = sorted(_join(coarse, fine) for fine, coarse in found.items())
+  else:
+    declared = [_split(name, "data.domains") for name in data.domains]
+    domains = [
+      _join(coarse or coarse_by_fine.get(fine, ""), fine)
+      for coarse, fine in declared
+    ]
+  if not domains:
+    raise UserError(f"data.files={data.files}: no text in any of the files")
+  documents = []
+  for coarse_and_fine in domains:
+    fine = coarse_and_fine.rsplit("/", 1)[-1]
+    if not gathered.documents[fine]:
+      raise UserError(
+        f"empty domain {fine!r}: no text in {source}; add some, or leave it"
+        " out of data.domains"
+      )
+    documents += gathered.documents[fine]
+  return tuple(domains), documents
+
+
+class _Gatherer:
+  """Documents by fine label: no empty text, no duplicate, a cap on each."""
+
+  def __init__(self, max_characters: int):
+    self.documents = collections.defaultdict[str, list[Document]](list)
+    self._room = collections.defaultdict[str, int](lambda: max_characters)
+    self._seen: set[bytes] = set()
+
+  def has_room(self, domain: str) -> bool:
+    return self._room[domain] > 0
+
+  def add(self, text: str, domain: str, origin: str) -> None:
+    if not self.has_room(domain) or not text or text.isspace():
+      return
+    digest = hashlib.sha256(text.encode()).digest()
+    if digest in self._seen:
+      return
+    self._seen.add(digest)
+    text = text[: self._room[domain]]
+    self._room[domain] -= len(text)
+    self.documents[domain].append(Document(text, domain, origin))
+
+
+def _split(label: str, where: str) -> tuple[str, str]:
+  """Splits "coarse/fine" or "fine" into (coarse or "", fine)."""
+  coarse, _, fine = label.rpartition("/")
+  if not fine or "/" in coarse or label.startswith("/"):
+    raise UserError(f"{where}: domain {label!r} must be fine or coarse/fine")
+  return coarse, fine
+
+
+def _join(coarse: str, fine: str) -> str:
+  return f"{coarse}/{fine}" if coarse else fine
+
+
+def _declared_coarse(data: DataConfig) -> dict[str, str]:
+  """Coarse names ("" for none) by fine label, as `data.domains` has them."""
+  pairs = [_split(name, "data.domains") for name in data.domains]
+  return {fine: coarse for coarse, fine in pairs}
+
+
+# --- JSONL -------------------------------------------------------------------
+
+
+def _read_json_lines(data: DataConfig, gathered: _Gatherer) -> dict[str, str]:
+  """Adds every record; returns the coarse name of each fine label."""
+  declared = _declared_coarse(data)
+  pattern = os.path.expanduser(data.files)
+  paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+  if not paths:
+    raise UserError(f"data.files={data.files}: no such file")
+  coarse_by_fine: dict[str, str] = {}
+  for where, record in _records(paths):
+    label, text = record["domain"], record["text"]
+    coarse, fine = _split(label, where)
+    if declared and fine not in declared:
+      raise UserError(
+        f"{where}: unknown domain {label!r}; data.domains has"
+        f" {', '.join(data.domains)}"
+      )
+    known = coarse_by_fine.setdefault(fine, coarse)
+    if coarse and known and coarse != known and not declared.get(fine):
+      raise UserError(
+        f"{where}: domain {fine!r} belongs to {coarse!r} here and to"
+        f" {known!r} before; name it {label!r} in data.domains to decide"
+      )
+    coarse_by_fine[fine] = known or coarse
+    gathered.add(text, fine, record.get("origin", text))
+  return coarse_by_fine
+
+
+def _records(paths: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
+  """Yields ("path:line", record) of every line that is not blank."""
+  for path in paths:
+    try:
+      with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+          if line.strip():
+            where = f"{path}:{number}"
+            yield where, _parse(line, where)
+    except OSError as error:
+      raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _parse(line: bytes, where: str) -> dict[str, str]:
+  try:
+    # Some editors put a byte order mark at the start of a file.
+    record = json.loads(line.decode("utf-8-sig"))
+  except UnicodeDecodeError as error:
+    raise UserError(f"{where}: not UTF-8 ({error.reason})") from error
+  except json.JSONDecodeError as error:
+    raise UserError(
+      f"{where}: not JSON ({error.msg} at character {error.pos + 1})"
+    ) from error
+  except (ValueError, RecursionError) as error:  # Too long, or too deep.
+    raise UserError(f"{where}: not JSON ({error})") from error
+  if not isinstance(record, dict):
+    raise UserError(
+      f"{where}: not an object with the keys text and domain, but"
+      f" {type(record).__name__}"
+    )
+  for key in ("text", "domain", "origin"):
+    if key not in record:
+      if key == "origin":  # Optional.
+        continue
+      raise UserError(f"{where}: key {key!r} is missing")
+    if not isinstance(record[key], str):
+      raise UserError(
+        f"{where}: {key} must be a string, not {type(record[key]).__name__}"
+      )
+  try:
+    record["text"].encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"{where}: text holds half a surrogate pair") from error
+  return record
+
+
+# --- The embedded mixture ----------------------------------------------------
+
+# Readers yield (origin, text).
+_Texts = Iterator[tuple[str, str]]
+
+# Folders that are not the library itself. The topics are prose in a Python
+# file: a domain of documentation, not of code.
+_SKIPPED_FOLDERS = frozenset(
+  {
+    "__pycache__",
+    "dist-packages",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+  }
+)
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+_HEADERS = Path(sysconfig.get_path("include"))
+# What requirements.txt names; the rest follows from their own requirements.
+_REQUIRED = (
+  "jax",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "absl-py",
+  "ml_collections",
+  "tokenizers",
+  "tensorboardx",
+  "matplotlib",
+)
+
+_PYTHON_FILE = re.compile(r"\.py$")
+_HEADER_FILE = re.compile(r"\.(h|hh|hpp)$")
+_LEGAL_FILE = re.compile(
+  r"^(licen[cs]e|copying|copyright|notice|third.?party.?notices?)"
+  r"(?!.*\.(py|pyc|pyi|so|json|html|js|css)$)",
+  re.IGNORECASE,
+)
+_CODE_POINTS_PER_TABLE = 64
+
+
+def _read_embedded(data: DataConfig, gathered: _Gatherer) -> dict[str, str]:
+  """Adds the texts of the wanted domains; returns their coarse names."""
+  pairs = [_split(name, "embedded") for name in _EMBEDDED]
+  coarse_by_fine = {fine: coarse for coarse, fine in pairs}
+  wanted = _declared_coarse(data) or coarse_by_fine
+  for fine in wanted:
+    if fine not in coarse_by_fine:
+      raise UserError(
+        f"data.domains: the embedded mixture has no domain {fine!r}; it has"
+        f" {', '.join(_EMBEDDED)}"
+      )
+  # One huge file must not be a whole domain where the cap is small.
+  longest = -(-data.max_characters_per_domain // 16)
+  for name, read in _EMBEDDED.items():
+    fine = name.rsplit("/", 1)[-1]
+    for origin, text in read() if fine in wanted else ():
+      gathered.add(text[:longest], fine, origin)
+      if not gathered.has_room(fine):
+        break
+  return coarse_by_fine
+
+
+def _by_hash(origin: str) -> bytes:
+  """Sort key: an order that has nothing to do with what the text is about.
+
+  Nor with the split, which hashes origins too: the first files of this order,
+  all that a cap leaves, must not be the held-out ones.
+  """
+  return hashlib.sha256(f"order {origin}".encode(errors="replace")).digest()
+
+
+def _find(name: str, root: Path, pattern: re.Pattern) -> dict[str, Path]:
+  """Files under `root` whose name matches, by `name`/relative path."""
+  found = {}
+  for folder, folders, files in os.walk(root):
+    folders[:] = [inner for inner in folders if inner not in _SKIPPED_FOLDERS]
+    for file in files:
+      if pattern.search(file):
+        path = Path(folder, file)
+        found[f"{name}/{path.relative_to(root).as_posix()}"] = path
+  return found
+
+
+def _find_in_packages(pattern: re.Pattern) -> dict[str, Path]:
+  """Matching files of the packages that this library needs, at any depth.
+
+  Not of all that is installed: another package, added between two starts of a
+  run, would change the text that the run is made from.
+  """
+  found: dict[str, Path] = {}
+  waiting, known = list(_REQUIRED), set(_REQUIRED)
+  while waiting:
+    name = waiting.pop()
+    try:
+      distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue  # Needed on other platforms only, or by an extra.
+    for path in distribution.files or ():
+      inner = _SKIPPED_FOLDERS.intersection(path.parts)
+      if pattern.search(path.name) and not inner:
+        found[f"packages/{path.as_posix()}"] = Path(path.locate())
+    for requirement in distribution.requires or ():
+      needed = re.match(r"[A-Za-z0-9._-]+", requirement).group().lower()
+      if "extra ==" not in requirement and needed not in known:
+        known.add(needed)
+        waiting.append(needed)
+  return found
+
+
+def _read(files: dict[str, Path]) -> _Texts:
+  """Yields the readable files in the order of their hash."""
+  for origin in sorted(files, key=_by_hash):
+    try:
+      yield origin, files[origin].read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+      continue
+
+
+def _python_source() -> _Texts:
+  """The standard library, without its tests."""
+  return _read(_find("python", _STANDARD_LIBRARY, _PYTHON_FILE))
+
+
+def _c_headers() -> _Texts:
+  """C and C++ headers of the interpreter and of installed packages."""
+  return _read(
+    _find("include", _HEADERS, _HEADER_FILE) | _find_in_packages(_HEADER_FILE)
+  )
+
+
+def _documentation() -> _Texts:
+  """Language reference topics, and the docstrings of each module as one text.
+
+  Origins are those of the module's source, which python_source may hold too.
+  """
+  files = _find("python", _STANDARD_LIBRARY, _PYTHON_FILE)
+  for package in ("numpy", "jax"):
+    found = importlib.util.find_spec(package)
+    if found and found.origin:
+      files |= _find(package, Path(found.origin).parent, _PYTHON_FILE)
+  try:
+    from pydoc_data.topics import topics
+  except ImportError:  # Small system packages of Python leave it out.
+    topics = {}
+  for name in sorted(topics):
+    yield f"pydoc_data/topics/{name}", topics[name]
+  for origin, source in _read(files):
+    text = _docstrings(origin, source)
+    if text:
+      yield origin, text
+
+
+def _docstrings(origin: str, source: str) -> str:
+  """Every docstring of a module under its dotted name; found without import."""
+  if '"""' not in source:
+    return ""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      module = ast.parse(source)
+  except (SyntaxError, ValueError, RecursionError):
+    return ""
+  name = origin.removeprefix("python/").removesuffix(".py").replace("/", ".")
+  sections = []
+  definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+  def visit(node: ast.AST, name: str) -> None:
+    docstring = ast.get_docstring(node)
+    if docstring:
+      sections.append(f"{name}\n\n{docstring}\n")
+    for inner in node.body:
+      if isinstance(inner, definitions):
+        visit(inner, f"{name}.{inner.name}")
+
+  visit(module, name.removesuffix(".__init__"))
+  # An escape in a docstring can spell half a surrogate pair.
+  return "\n".join(sections).encode(errors="replace").decode()
+
+
+def _legal() -> _Texts:
+  """Licences and notices of the interpreter and of installed packages.
+
+  Most are one of few texts under another copyright line. The origin is what
+  remains without that, so that all copies of a licence are held out together.
+  """
+  files = _find_in_packages(_LEGAL_FILE)
+  files["python/LICENSE.txt"] = _STANDARD_LIBRARY / "LICENSE.txt"
+  for _, text in _read(files):
+    lines = text.lower().splitlines()
+    lines = [line for line in lines if "copyright (c)" not in line]
+    yield "legal/" + " ".join(re.findall(r"[a-z]+", " ".join(lines))), text
+
+
+def _unicode() -> _Texts:
+  """Tables of the Unicode character data base, tab-separated.
+
+  Characters whose name is made by rule from their code (Han, Hangul, Tangut)
+  would be most of it and say nothing; they are left out.
+  """
+  rows = collections.defaultdict[int, list[str]](list)
+  for code in range(0x110000):
+    character = chr(code)
+    name = unicodedata.name(character, "")
+    if (
+      name
+      and not name.startswith("HANGUL SYLLABLE")
+      and not name.endswith(f"-{code:04X}")
+    ):
+      row = (
+        f"U+{code:04X}",
+        character if character.isprintable() else "",
+        unicodedata.category(character),
+        unicodedata.bidirectional(character),
+        unicodedata.decomposition(character),
+        str(unicodedata.numeric(character, "")),
+        name,
+      )
+      rows[code // _CODE_POINTS_PER_TABLE].append("\t".join(row))
+  header = "code\tcharacter\tcategory\tdirection\tdecomposition\tvalue\tname"
+  tables = {f"unicode/{number}": lines for number, lines in rows.items()}
+  for origin in sorted(tables, key=_by_hash):
+    yield origin, "\n".join([header, *tables[origin], ""])
+
+
+def _arithmetic() -> _Texts:
+  """Worked arithmetic and algebra: generated, not found."""
+  for number, text in enumerate(worked_problems()):
+    yield f"arithmetic/{number}", text
+
+
+_EMBEDDED: dict[str, Callable[[], _Texts]] = {
+  "code/python_source": _python_source,
+  "code/c_headers": _c_headers,
+  "prose/documentation": _documentation,
+  "prose/legal": _legal,
+  "tables/unicode": _unicode,
+  "math/arithmetic": _arithmetic,
+}

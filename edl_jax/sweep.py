@@ -1,0 +1,369 @@
+"""Runs every point of a grid of experiments, then reports on them.
+
+  python -m edl_jax.sweep --experiment=experiments/demo.py \\
+    --grid=losses.divergence_weight=0,0.003,0.01 --grid=seed=0,1,2 \\
+    --workdir=runs/sweep
+
+Each point is an ordinary run in its own folder of --workdir. The same command
+goes on where a killed sweep stopped and skips finished points. Fields common
+to all points are set as for edl_jax.main, --experiment.train.num_steps=500.
+Values that hold commas are separated by semicolons:
+
+  --grid='data.weights=0.5,0.5;0.9,0.1'
+
+One command a line for xpk, Slurm arrays or GNU parallel, and the report alone:
+
+  python -m edl_jax.sweep --experiment=... --grid=... --workdir=... --dry_run
+  python -m edl_jax.sweep --workdir=runs/sweep --report
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, Self
+
+from absl import flags
+
+from edl_jax import config, report, sweep_report
+from edl_jax.config import Experiment, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One run of a sweep."""
+
+  # Name of its folder.
+  name: str
+  # Text by dotted key: what all points share, then what the grid sets.
+  overrides: Mapping[str, str]
+  experiment: Experiment
+
+
+def parse_grid(grids: Sequence[str]) -> dict[str, list[str]]:
+  """Parses KEY=V1,V2,... (or KEY=V1;V2;...) into texts by dotted key.
+
+  Raises:
+    UserError: no grid, no value, an unknown key or one that occurs twice.
+  """
+  if not grids:
+    raise UserError("--grid is missing: give a key and values, --grid=seed=0,1")
+  parsed: dict[str, list[str]] = {}
+  for grid in grids:
+    key, _, text = grid.partition("=")
+    values = text.split(";" if ";" in text else ",")
+    config.check_override_keys([f"--experiment.{key}={text}"])
+    if not all(value.strip() for value in values):
+      raise UserError(
+        f"--grid={grid}: empty value; write --grid={key}=VALUE,VALUE,..."
+      )
+    if key in parsed:
+      raise UserError(f"--grid={grid}: {key} is in another --grid too")
+    parsed[key] = values
+  return parsed
+
+
+def points(
+  experiment: str, grids: Sequence[str], common: Mapping[str, str]
+) -> list[Point]:
+  """Returns the product of the grids, the last one varying fastest.
+
+  Args:
+    experiment: experiment file, as for `config.load`.
+    grids: KEY=V1,V2,... each.
+    common: overrides shared by all points, text by dotted key.
+
+  Raises:
+    UserError: a point is impossible, or two points are the same.
+  """
+  config.check_experiment_file(experiment)
+  grid = parse_grid(grids)
+  for key in grid:
+    if key in common:
+      raise UserError(f"{key} is set by both --grid and --experiment.{key}")
+  names = sweep_report.short_names(grid)
+  made: list[Point] = []
+  for values in itertools.product(*grid.values()):
+    overrides = {**common, **dict(zip(grid, values))}
+    loaded = config.load(experiment, overrides)
+    flat = config.flatten(loaded)
+    # From the values as loaded: 0.01 and 1e-2 are the same run.
+    name = ",".join(
+      f"{names[key]}={sweep_report.format_value(flat[key])}" for key in grid
+    )
+    # No separators of paths, nothing that a shell would have to quote.
+    name = re.sub(r"[^\w.,=+-]+", "_", name)
+    if name in {point.name for point in made}:
+      raise UserError(f"--grid gives the point {name} more than once")
+    made.append(Point(name, overrides, loaded))
+  return made
+
+
+def command(point: Point, experiment: str, workdir: str) -> list[str]:
+  """Returns the command line that runs one point of a sweep in `workdir`."""
+  return [
+    sys.executable,
+    "-m",
+    "edl_jax.main",
+    f"--experiment={experiment}",
+    f"--workdir={os.path.join(workdir, point.name)}",
+    *(f"--experiment.{key}={text}" for key, text in point.overrides.items()),
+  ]
+
+
+def is_finished(point: Point, workdir: str) -> bool:
+  """Says whether the point has a result in its folder of `workdir`.
+
+  Raises:
+    UserError: the folder has the result of another experiment.
+  """
+  folder = os.path.join(workdir, point.name)
+  result = sweep_report.read_result(folder)
+  if result is None:
+    return False
+  differing = config.differing_keys(
+    result["experiment"], config.flatten(point.experiment)
+  )
+  if differing:
+    raise UserError(
+      f"{folder} has the result of another experiment"
+      f" ({'; '.join(differing)}); choose another --workdir"
+    )
+  return True
+
+
+class _StoppedError(Exception):
+  """The sweep was told to end by a signal."""
+
+  def __init__(self, number: int):
+    super().__init__(number)
+    self.number = number
+
+
+class _Launcher:
+  """Runs one process at a time and passes signals on to it."""
+
+  _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+  def __init__(self) -> None:
+    self._running = False
+    self._process: subprocess.Popen[bytes] | None = None
+    self._received: int | None = None
+
+  def __enter__(self) -> Self:
+    self._before = {
+      number: signal.getsignal(number) for number in self._SIGNALS
+    }
+    for number, handler in self._before.items():
+      # nohup leaves SIGHUP ignored, which has to stay so.
+      if number != signal.SIGHUP or handler != signal.SIG_IGN:
+        signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _receive(self, number: int, frame: Any) -> None:
+    del frame
+    self._received = number
+    if self._process is not None:
+      self._process.send_signal(number)
+    elif not self._running:
+      raise _StoppedError(number)
+
+  def run(self, arguments: Sequence[str], lock: IO[str]) -> int:
+    """Runs a command to its end; returns its exit code, or minus a signal.
+
+    The command has a process group of its own, so that Ctrl-C reaches it
+    once, through this process; and it holds `lock` as long as it lives.
+
+    Raises:
+      _StoppedError: a signal came, and the command has ended.
+    """
+    self._running = True
+    self._process = subprocess.Popen(
+      arguments,
+      stdin=subprocess.DEVNULL,
+      process_group=0,
+      pass_fds=[lock.fileno()],
+    )
+    # One that came while the process was being started.
+    if self._received is not None:
+      self._process.send_signal(self._received)
+    code = self._process.wait()
+    self._running, self._process = False, None
+    if self._received is not None:
+      raise _StoppedError(self._received)
+    return code
+
+
+@contextlib.contextmanager
+def _locked(workdir: str) -> Iterator[IO[str]]:
+  """Waits until no other sweep, nor a run that one left behind, works here."""
+  try:
+    os.makedirs(workdir, exist_ok=True)
+    file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115
+  except OSError as error:
+    raise UserError(
+      f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
+    ) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f"waiting for a run that is still at work in {workdir}", flush=True)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield file
+
+
+def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
+  """Runs the points that are not finished, one after the other, and reports.
+
+  Returns:
+    Exit code: 0, 1 if a point failed, 128 + number if a signal ended it.
+
+  Raises:
+    UserError: a folder has the result of another experiment, or `workdir`
+      cannot be written.
+  """
+  for point in made:
+    is_finished(point, workdir)
+  failed = []
+  try:
+    with _Launcher() as launcher, _locked(workdir) as lock:
+      for number, point in enumerate(made, start=1):
+        title = f"[{number}/{len(made)}] {point.name}"
+        if is_finished(point, workdir):
+          print(f"{title}: finished before, skipped", flush=True)
+          continue
+        print(title, flush=True)
+        code = launcher.run(command(point, experiment, workdir), lock)
+        if code or not is_finished(point, workdir):
+          reason = _reason(code)
+          failed.append(f"{point.name} ({reason})")
+          _print_error(f"{point.name} {reason}; going on with the others")
+  except _StoppedError as stopped:
+    name = signal.Signals(stopped.number).name
+    _print_error(f"stopped by {name}; the same command goes on from here")
+    return 128 + stopped.number
+  if len(failed) < len(made):
+    print_report(workdir)
+  if failed:
+    _print_error(f"{len(failed)} of {len(made)} failed: {', '.join(failed)}")
+  return 1 if failed else 0
+
+
+def _reason(code: int) -> str:
+  if code < 0:
+    return f"was killed by {signal.Signals(-code).name}"
+  return f"ended with exit code {code}" if code else "ended without result.json"
+
+
+def print_report(workdir: str) -> None:
+  """Writes the report on all finished runs in `workdir` and prints its table.
+
+  Raises:
+    UserError: no run is finished.
+  """
+  text = sweep_report.write_report(workdir)
+  runs = sweep_report.read_runs(workdir)
+  if len(runs) == 2:
+    text = report.comparison_table(runs)
+  path = os.path.join(workdir, "report.md")
+  print(
+    f"\nwritten: {path}, report.csv and plots beside it\n\n{text}", flush=True
+  )
+
+
+def _print_error(text: str) -> None:
+  print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+def _define_flags() -> flags.FlagValues:
+  """Defines the flags on their own, apart from those of edl_jax.main."""
+  values = flags.FlagValues()
+  for name, text in {
+    "experiment": "Experiment file; a variant may follow after a colon.",
+    "workdir": "Folder of the sweep, with one folder a run.",
+  }.items():
+    flags.DEFINE_string(name, None, text, flag_values=values)
+  flags.DEFINE_multi_string(
+    "grid", [], "KEY=V1,V2,...; may be repeated.", flag_values=values
+  )
+  for name, text in {
+    "dry_run": "Print the commands, one a line, and do nothing else.",
+    "report": "Report on the finished runs in --workdir, run nothing.",
+    "help": "Show this help.",
+  }.items():
+    flags.DEFINE_bool(name, False, text, flag_values=values)
+  return values
+
+
+def _help(values: flags.FlagValues) -> str:
+  lines = [f"  --{name}: {values[name].help}" for name in values]
+  return "\n".join([__doc__.strip(), "", "Flags:", *lines])
+
+
+def _split_overrides(
+  arguments: Sequence[str],
+) -> tuple[list[str], dict[str, str]]:
+  """Splits `--experiment.KEY=VALUE` off; returns the rest and the overrides."""
+  rest, overrides = [], {}
+  for argument in arguments:
+    if not re.match("--?experiment[.]", argument):
+      rest.append(argument)
+      continue
+    config.check_override_keys([argument])
+    name, equals, text = argument.lstrip("-").partition("=")
+    if not equals:
+      raise UserError(f"{argument} needs a value: write {argument}=VALUE")
+    overrides[name.removeprefix("experiment.")] = text
+  return rest, overrides
+
+
+def _run(arguments: Sequence[str]) -> int:
+  rest, common = _split_overrides(arguments)
+  values = _define_flags()
+  with config.one_line_flag_errors():
+    positional = values(rest)[1:]
+  if values.help:
+    print(_help(values))
+    return 0
+  if positional:
+    raise UserError(
+      f"unexpected argument {positional[0]!r}; options start with --"
+    )
+  if not values.workdir:
+    raise UserError("--workdir is missing: name the folder of the sweep")
+  if values.report:
+    if values.grid or values.experiment or common or values.dry_run:
+      raise UserError("--report takes --workdir alone: it runs nothing")
+    print_report(values.workdir)
+    return 0
+  made = points(values.experiment, values.grid, common)
+  if values.dry_run:
+    for point in made:
+      print(shlex.join(command(point, values.experiment, values.workdir)))
+    return 0
+  return run_points(made, values.experiment, values.workdir)
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command line `arguments`, program first; returns the exit code."""
+  try:
+    return _run(arguments)
+  except UserError as error:
+    _print_error(str(error))
+    return 2
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))

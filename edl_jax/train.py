@@ -1,0 +1,575 @@
+"""TrainState, train_step, and the loop."""
+
+import contextlib
+import functools
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from edl_jax import losses, report, routing, sharding
+from edl_jax.batch import Batch
+from edl_jax.checkpoint import (
+  Checkpointer,
+  Provenance,
+  TrainState,
+  describe_workdir,
+  write_json,
+)
+from edl_jax.config import Experiment
+from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
+from edl_jax.input_pipeline import eval_batches, train_iterator
+from edl_jax.metrics import MetricsWriter, Progress, read_metrics
+from edl_jax.mixture import Corpus, Taxonomy
+from edl_jax.model import Model, parameter_counts
+from edl_jax.optim import make_optimizer, make_schedule
+
+
+class NonFiniteError(Exception):
+  """A loss term or the gradient became infinite or NaN."""
+
+
+class Preempted(Exception):
+  """The process was asked to end; a checkpoint was written.
+
+  Attributes:
+    signal: the number of the signal that asked.
+  """
+
+  def __init__(self, message: str, number: int):
+    super().__init__(message)
+    self.signal = number
+
+
+class StepOutput(NamedTuple):
+  """What a training step reports; stays on the device until it is read."""
+
+  # Float32 scalars: the loss terms and "grad_norm".
+  scalars: dict[str, jax.Array]
+  routing: routing.RoutingStats
+
+
+class _Pending(NamedTuple):
+  """Figures of a dispatched step, not read yet."""
+
+  step: int
+  scalars: dict[str, jax.Array]
+  # Means over layers, of steps that are logged.
+  routing: dict[str, jax.Array] | None
+
+
+def compared_parents(
+  taxonomy: Taxonomy, granularity: str
+) -> tuple[int, ...] | None:
+  """Returns how `losses.objective` merges domains: None for fine labels."""
+  return taxonomy.parent if granularity == "coarse" else None
+
+
+def loss_and_gradient(
+  model: Model,
+  batch: Batch,
+  experiment: Experiment,
+  num_domains: int,
+  parent_D: tuple[int, ...] | None = None,
+) -> tuple[losses.BatchSums, dict[str, jax.Array], Model]:
+  """The objective of a global batch, its terms, and its gradient.
+
+  With `train.accumulation_steps` = k > 1 the result is the same, exactly: the
+  objective is not a sum over micro-batches (a divergence of means is not a
+  mean of divergences), but a function of sums. A first pass adds up the sums
+  of all micro-batches; a second one back-propagates each micro-batch with the
+  objective's gradient with respect to those sums. It costs one more forward
+  pass, and the memory of one micro-batch.
+
+  Returns:
+    The sums, the terms by name, and the gradient as a model-shaped pytree.
+  """
+
+  def objective(sums: losses.BatchSums):
+    return losses.objective(sums, experiment.losses, parent_D)
+
+  def forward(model: Model, batch: Batch) -> losses.BatchSums:
+    return model.batch_sums(batch, num_domains)[0]
+
+  count = experiment.train.accumulation_steps
+  if count == 1:
+
+    def whole(model: Model):
+      sums = forward(model, batch)
+      loss, terms = objective(sums)
+      return loss, (sums, terms)
+
+    gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model)
+    return sums, terms, gradient
+
+  # Row i goes to micro-batch i % k: every device keeps rows of its own.
+  micro = jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
+  )
+  zero = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+    jax.eval_shape(forward, model, jax.tree.map(lambda x: x[0], micro)),
+  )
+  sums, _ = jax.lax.scan(
+    lambda total, part: (
+      jax.tree.map(jnp.add, total, forward(model, part)),
+      None,
+    ),
+    zero,
+    micro,
+  )
+  by_sums, terms = jax.grad(objective, has_aux=True)(sums)
+
+  def add_gradient(total, part):
+    _, pull_back = jax.vjp(lambda model: forward(model, part), model)
+    return jax.tree.map(jnp.add, total, pull_back(by_sums)[0]), None
+
+  gradient, _ = jax.lax.scan(
+    add_gradient, jax.tree.map(jnp.zeros_like, model), micro
+  )
+  return sums, terms, gradient
+
+
+def make_train_step(
+  experiment: Experiment,
+  optimizer: optax.GradientTransformation,
+  num_domains: int,
+  parent_D: tuple[int, ...] | None,
+  mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]:
+  """Returns the jitted step; the state's buffers are donated."""
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  shardings = state_shardings(experiment, optimizer, mesh)
+
+  @functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere)
+  )
+  def train_step(state: TrainState, batch: Batch):
+    sums, terms, gradient = loss_and_gradient(
+      state.model, batch, experiment, num_domains, parent_D
+    )
+    updates, optimizer_state = optimizer.update(
+      gradient, state.optimizer, state.model
+    )
+    model = optax.apply_updates(state.model, updates)
+    scalars = {**terms, "grad_norm": optax.tree.norm(gradient)}
+    state = TrainState(state.step + 1, model, optimizer_state)
+    return state, StepOutput(scalars, sums.routing)
+
+  return train_step
+
+
+def _new_state(
+  experiment: Experiment, optimizer: optax.GradientTransformation
+) -> TrainState:
+  model = Model(experiment.model, jax.random.key(experiment.seed))
+  return TrainState(jnp.int32(0), model, optimizer.init(model))
+
+
+def state_shardings(
+  experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Returns the sharding of every leaf of the state.
+
+  Moments lie where their parameters lie, all else everywhere.
+  """
+  abstract = jax.eval_shape(lambda: _new_state(experiment, optimizer))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  by_parameter = sharding.parameter_shardings(abstract.model, mesh)
+  return TrainState(
+    step=everywhere,
+    model=by_parameter,
+    optimizer=optax.tree.map_params(
+      optimizer,
+      lambda _, spec: spec,
+      abstract.optimizer,
+      by_parameter,
+      transform_non_params=lambda _: everywhere,
+    ),
+  )
+
+
+def abstract_state(
+  experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Returns the state as shapes, dtypes and shardings; allocates nothing."""
+  return jax.tree.map(
+    lambda leaf, placed: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=placed
+    ),
+    jax.eval_shape(lambda: _new_state(experiment, optimizer)),
+    state_shardings(experiment, optimizer, mesh),
+  )
+
+
+def init_state(
+  experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Initialises parameters and optimizer where they will live."""
+  return jax.jit(
+    lambda: _new_state(experiment, optimizer),
+    out_shardings=state_shardings(experiment, optimizer, mesh),
+  )()
+
+
+@jax.jit
+def _mean_routing(stats: routing.RoutingStats) -> dict[str, jax.Array]:
+  return {
+    name: values.mean()
+    for name, values in {
+      "diversity": routing.routing_diversity(stats),
+      "inter_fraction": routing.inter_fraction(stats),
+      "max_violation": routing.max_violation(stats),
+    }.items()
+  }
+
+
+class _Clock:
+  """Throughput and input wait of the training steps alone.
+
+  Compilation, evaluation and checkpoints are `excluded`.
+  """
+
+  def __init__(self, tokens_per_step: int):
+    self._tokens_per_step = tokens_per_step
+
+  def restart(self, step: int) -> None:
+    """Starts measuring, after step number `step`."""
+    self._step = step
+    self._start = time.monotonic()
+    self._waited = 0.0
+
+  def exclude(self, started: float) -> None:
+    """Leaves out the time since `started`."""
+    self._start += time.monotonic() - started
+
+  def wait(self, seconds: float) -> None:
+    self._waited += seconds
+
+  def read(self, step: int) -> dict[str, float]:
+    """Returns the figures since the last reading."""
+    seconds = max(time.monotonic() - self._start, 1e-9)
+    rate = (step - self._step) * self._tokens_per_step / seconds
+    figures = {
+      "train/tokens_per_second": rate,
+      "train/input_wait_fraction": min(self._waited / seconds, 1.0),
+    }
+    self.restart(step)
+    return figures
+
+
+class _Loop:
+  """One run's loop: what happens between two steps."""
+
+  def __init__(
+    self,
+    corpus: Corpus,
+    rows: grain.MapDataset[Batch],
+    provenance: Provenance,
+    mesh: Mesh,
+    workdir: str,
+  ):
+    experiment = provenance.experiment
+    self._experiment, self._provenance = experiment, provenance
+    self._mesh, self._workdir = mesh, workdir
+    self._taxonomy = corpus.taxonomy
+    self._is_first = jax.process_index() == 0
+    process = (jax.process_index(), jax.process_count())
+    optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
+    self._schedule = make_schedule(
+      experiment.optimizer, experiment.train.num_steps
+    )
+    num_domains = len(corpus.taxonomy.fine)
+    parent_D = compared_parents(corpus.taxonomy, experiment.data.granularity)
+    self._train_step = make_train_step(
+      experiment, optimizer, num_domains, parent_D, mesh
+    )
+    self._eval_step = make_eval_step(num_domains, provenance.tokenizer)
+    self._eval_batches = eval_batches(
+      corpus, provenance.tokenizer, experiment, *process
+    )
+    self._iterator = train_iterator(rows, experiment, *process)
+    self._checkpointer = Checkpointer(
+      workdir, experiment.train.keep_checkpoints
+    )
+    self._clock = _Clock(
+      experiment.train.batch_size * experiment.train.sequence_length
+    )
+    self._pending: _Pending | None = None
+    self.evaluation: Evaluation | None = None
+
+    self.first_step = self._checkpointer.latest_step() or 0
+    if self.first_step:
+      self.state, data_state = self._checkpointer.restore(
+        self.first_step, abstract_state(experiment, optimizer, mesh)
+      )
+      self._iterator.set_state(data_state)
+    else:
+      self.state = init_state(experiment, optimizer, mesh)
+    self._last_good = self.first_step
+    self._clock.restart(self.first_step)
+    if self._is_first:
+      describe_workdir(workdir, provenance)
+    self._writer = (
+      MetricsWriter(workdir, first_step=self.first_step)
+      if self._is_first
+      else None
+    )
+    self.progress = Progress(
+      experiment.train.num_steps,
+      self.first_step,
+      # Other processes stay silent.
+      None if self._is_first else open(os.devnull, "w"),  # noqa: SIM115
+    )
+
+  def step(self, step: int) -> None:
+    """Dispatches step number `step` (from 1), then reads the one before."""
+    started = time.monotonic()
+    batch = sharding.put_batch(next(self._iterator), self._mesh)
+    self._clock.wait(time.monotonic() - started)
+    if step == self.first_step + 1:
+      # Compiled ahead, so that the first step's time is like the others'.
+      self._train_step = self._train_step.lower(self.state, batch).compile()
+      self._clock.restart(step - 1)
+      self.progress.restart(step - 1)
+    self.state, output = self._train_step(self.state, batch)
+    # Dispatched now: behind the next step, it would be read a step too late.
+    logged = _mean_routing(output.routing) if self._is_logged(step) else None
+    self.read_pending()
+    self._pending = _Pending(step, output.scalars, logged)
+
+  def _is_logged(self, step: int) -> bool:
+    settings = self._experiment.train
+    return step % settings.log_every == 0 or step == settings.num_steps
+
+  def read_pending(self) -> None:
+    """Reads the last dispatched step's figures; stops if one is not finite."""
+    if self._pending is None:
+      return
+    step, scalars, mean_routing = jax.device_get(self._pending)
+    self._pending = None
+    bad = [
+      f"train/{name} is {value}"
+      for name, value in scalars.items()
+      if not np.isfinite(value)
+    ]
+    if bad:
+      kept = (
+        f"the checkpoint of step {self._last_good} is intact"
+        if self._last_good
+        else "there is no checkpoint yet"
+      )
+      raise NonFiniteError(
+        f"step {step}: {', '.join(bad)}; {kept}; a lower"
+        " optimizer.learning_rate or a longer optimizer.warmup_steps may help,"
+        " in a new --workdir"
+      )
+    if mean_routing is None:
+      return
+    values = {f"train/{name}": float(x) for name, x in scalars.items()}
+    # The rate of the update that led to this step's parameters.
+    values["train/learning_rate"] = float(self._schedule(step - 1))
+    values |= self._clock.read(step)
+    values |= {f"routing/{name}": float(x) for name, x in mean_routing.items()}
+    self.write(step, values)
+    shown = (
+      "train/lm_loss",
+      "train/divergence_loss",
+      "routing/diversity",
+      "train/tokens_per_second",
+    )
+    self.progress.update(step, {name: values[name] for name in shown})
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    if self._writer is not None:
+      self._writer.write(step, values)
+
+  def evaluate(self, step: int, *, record: bool = True) -> None:
+    """Evaluates the current parameters."""
+    self.read_pending()
+    started = time.monotonic()
+    self.evaluation = evaluate(
+      self._eval_step,
+      self.state.model,
+      self._eval_batches,
+      self._mesh,
+      self._taxonomy,
+      self._experiment,
+    )
+    if record:
+      self.write(step, self.evaluation.metrics())
+    self.progress.print(
+      f"step {step}: held-out lm_loss"
+      f" {self.evaluation.losses['lm_loss']:.4f} nats/token,"
+      f" {self.evaluation.losses['bits_per_byte']:.4f} bits/byte,"
+      f" routing diversity {self.evaluation.routing['diversity']:.4f}"
+    )
+    self._clock.exclude(started)
+
+  def save(self, step: int) -> None:
+    """Starts a checkpoint, once this step is known to be finite."""
+    self.read_pending()
+    started = time.monotonic()
+    self._checkpointer.save(
+      step, self.state, self._iterator.get_state(), self._provenance
+    )
+    self._last_good = step
+    self._clock.exclude(started)
+
+  def finish(self) -> None:
+    """Completes the last checkpoint, then writes the run's results."""
+    self._checkpointer.wait()
+    if not self._is_first:
+      return
+    total, active = parameter_counts(self._experiment.model)
+    write_json(
+      os.path.join(self._workdir, "routing.json"), self.evaluation.report
+    )
+    result = {
+      "experiment": self._provenance.to_dict()["experiment"],
+      "step": self._experiment.train.num_steps,
+      "content_hash": self._provenance.content_hash,
+      "parameters": {"total": total, "active": active},
+      # Over all processes that the run took.
+      "tokens_per_second": statistics.median(
+        line["train/tokens_per_second"]
+        for line in read_metrics(self._workdir)
+        if "train/tokens_per_second" in line
+      ),
+      "eval": self.evaluation.losses,
+      "routing": self.evaluation.routing,
+    }
+    self.progress.close()
+    report.write_run_report(self._workdir)
+    # Last: its presence says that the run is complete.
+    write_json(os.path.join(self._workdir, "result.json"), result)
+
+  def close(self) -> None:
+    self.progress.close()
+    self._iterator.close()
+    self._checkpointer.close()
+    if self._writer is not None:
+      self._writer.close()
+
+
+def train(
+  corpus: Corpus,
+  rows: grain.MapDataset[Batch],
+  provenance: Provenance,
+  mesh: Mesh,
+  workdir: str,
+) -> None:
+  """Trains to `train.num_steps`, going on from the newest checkpoint.
+
+  Everything that a step computes depends only on the experiment, the corpus
+  and the step, so an interrupted run gives the same figures as one that was
+  not.
+
+  Args:
+    corpus: with the text that the provenance describes.
+    rows: its training rows, from `input_pipeline.train_dataset`.
+    provenance: saved in every checkpoint.
+    mesh: over all devices.
+    workdir: the run's folder, checked by `checkpoint.check_workdir`.
+
+  Raises:
+    NonFiniteError: a loss term or the gradient is not finite.
+    Preempted: SIGTERM or SIGINT arrived; the state was saved first.
+  """
+  settings = provenance.experiment.train
+  with _noted_signals() as preempted, jax.set_mesh(mesh):
+    loop = _Loop(corpus, rows, provenance, mesh, workdir)
+    try:
+      if loop.first_step:
+        loop.progress.print(
+          f"going on from the checkpoint of step {loop.first_step}"
+        )
+      for step in range(loop.first_step + 1, settings.num_steps + 1):
+        loop.step(step)
+        last = step == settings.num_steps
+        # Evaluated before it is saved: whoever goes on from a checkpoint finds
+        # all figures up to its step.
+        if last or step % settings.eval_every == 0:
+          loop.evaluate(step)
+        if last or preempted or step % settings.checkpoint_every == 0:
+          loop.save(step)
+        if preempted and not last:
+          name = signal.Signals(preempted[0]).name
+          raise Preempted(
+            f"ended by {name}; the checkpoint of step {step} is written and"
+            " the same command goes on from it",
+            preempted[0],
+          )
+      if loop.evaluation is None:
+        # Killed between the last checkpoint and the report.
+        loop.evaluate(settings.num_steps, record=False)
+      loop.finish()
+    finally:
+      loop.close()
+
+
+@contextlib.contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+  """Collects SIGTERM and SIGINT; a second one of a kind ends the process.
+
+  With several processes each would stop at a step of its own, and wait for
+  the others forever: there signals keep their meaning.
+  """
+  noted: list[int] = []
+  previous = {}
+
+  def note(number: int, frame: FrameType | None) -> None:
+    del frame
+    noted.append(number)
+    signal.signal(number, previous[number])
+
+  if jax.process_count() == 1:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      previous[number] = signal.getsignal(number)
+      signal.signal(number, note)
+  try:
+    yield noted
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def state_bytes(experiment: Experiment) -> int:
+  """Returns the bytes of one checkpoint: parameters and two moments."""
+  total, _ = parameter_counts(experiment.model)
+  return 3 * 4 * total
+
+
+def describe(experiment: Experiment, corpus: Corpus, mesh: Mesh) -> list[str]:
+  """Returns the lines that a run prints at its start."""
+  total, active = parameter_counts(experiment.model)
+  axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  train = experiment.train
+  domains = []
+  for name, *parts in zip(corpus.taxonomy.fine, corpus.train, corpus.held_out):
+    documents = [document for part in parts for document in part]
+    characters = sum(len(document.text) for document in documents)
+    cut = characters >= experiment.data.max_characters_per_domain
+    domains.append(
+      f"  {name}: {len(documents):,} documents, {characters:,} characters"
+      + (" (cut at data.max_characters_per_domain)" if cut else "")
+    )
+  return [
+    f"{experiment.name}: {total:,} parameters, {active:,} active per token",
+    f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s): {axes}",
+    f"{len(corpus.taxonomy.fine)} domains:",
+    *domains,
+    f"{train.num_steps:,} steps of {train.batch_size} rows of"
+    f" {train.sequence_length} tokens:"
+    f" {train.num_steps * train.batch_size * train.sequence_length:,} tokens",
+  ]

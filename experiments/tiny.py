@@ -1,0 +1,44 @@
+"""Seconds on a CPU: the experiment that the tests run.
+
+python -m edl_jax.main --experiment=experiments/tiny.py --workdir=runs/tiny
+"""
+
+from edl_jax.config import (
+  DataConfig,
+  Experiment,
+  LossesConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
+
+
+def get_config(variant: str = "") -> Experiment:
+  if variant:
+    raise ValueError(f"variant {variant!r} must be left out")
+  return Experiment(
+    name="tiny",
+    model=ModelConfig(
+      vocabulary_size=257,
+      num_layers=2,
+      width=32,
+      num_heads=2,
+      num_kv_heads=1,
+      head_width=16,
+      num_experts=4,
+      num_active_experts=2,
+      expert_width=32,
+    ),
+    losses=LossesConfig(divergence_weight=0.01),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=5),
+    train=TrainConfig(
+      num_steps=20,
+      batch_size=8,
+      sequence_length=64,
+      log_every=2,
+      eval_every=10,
+      eval_rows=4,
+      checkpoint_every=5,
+    ),
+    data=DataConfig(tokenizer="byte", max_characters_per_domain=100_000),
+  )

@@ -1,0 +1,213 @@
+"""Metrics: exact files after a resume, and progress on terminals and pipes."""
+
+import io
+import os
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edl_jax import metrics
+from edl_jax.config import UserError
+
+
+def write_steps(workdir, steps, first_step=0):
+  with metrics.MetricsWriter(str(workdir), first_step=first_step) as writer:
+    for step in steps:
+      writer.write(step, {"train/loss": 1 / step, "train/z_loss": step})
+      if step % 4 == 0:
+        writer.write(step, {"eval/lm_loss": np.float32(step) / 3})
+
+
+def test_written_values_are_read_back_exactly(tmp_path):
+  value = np.float32(0.1)
+  with metrics.MetricsWriter(str(tmp_path)) as writer:
+    writer.write(np.int64(3), {"a": value, "b": 0.1, "c": np.float64(1e-300)})
+    # Readable while the writer is open.
+    (line,) = metrics.read_metrics(str(tmp_path))
+  assert line == {"step": 3, "a": 0.10000000149011612, "b": 0.1, "c": 1e-300}
+  assert np.float32(line["a"]) == value
+
+
+@pytest.mark.parametrize(
+  "torn", [b"", b'{"step": 9, "train/lo', b'{"step": 4}', b"\0\0\0\n"]
+)
+def test_resumed_file_equals_uninterrupted(tmp_path, torn):
+  write_steps(tmp_path / "whole", range(1, 13))
+  write_steps(tmp_path / "killed", range(1, 9))
+  file = tmp_path / "killed" / "metrics.jsonl"
+  file.write_bytes(file.read_bytes() + torn)
+  write_steps(tmp_path / "killed", range(5, 13), first_step=4)
+  whole = tmp_path / "whole" / "metrics.jsonl"
+  assert file.read_bytes() == whole.read_bytes()
+  assert [line["step"] for line in metrics.read_metrics(str(file.parent))] == (
+    [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11, 12, 12]
+  )
+  assert not list(file.parent.glob("*.tmp"))
+
+
+def test_new_run_starts_with_an_empty_file(tmp_path):
+  write_steps(tmp_path, range(1, 4))
+  metrics.MetricsWriter(str(tmp_path)).close()
+  assert metrics.read_metrics(str(tmp_path)) == []
+
+
+def test_read_metrics_without_file_and_with_torn_end(tmp_path):
+  assert metrics.read_metrics(str(tmp_path)) == []
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 2.0}\n{"step"')
+  assert metrics.read_metrics(str(tmp_path)) == [{"step": 1, "a": 2.0}]
+
+
+@pytest.mark.parametrize(
+  "bad", ["nonsense", "[1]", '{"a": 1}', '{"step": "1"}']
+)
+def test_damaged_line_is_named(tmp_path, bad):
+  (tmp_path / "metrics.jsonl").write_text(
+    f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n'
+  )
+  with pytest.raises(UserError, match=r"metrics\.jsonl:2: "):
+    metrics.read_metrics(str(tmp_path))
+
+
+def test_unwritable_workdir_is_a_user_error(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(UserError, match=r"cannot write to .*file"):
+    metrics.MetricsWriter(str(tmp_path / "file"))
+
+
+def test_full_disk_is_a_user_error(tmp_path):
+  # A limit on the size of files stands for a full disk; in a process of its
+  # own, since a lowered limit cannot be raised again.
+  code = """
+import resource, signal
+from edl_jax import config, metrics
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+try:
+  with metrics.MetricsWriter("run") as writer:
+    for step in range(1, 1000):
+      writer.write(step, {"train/loss": 1.0})
+except config.UserError as error:
+  print(error)
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=tmp_path,
+    env={**os.environ, "PYTHONPATH": os.getcwd()},
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert re.fullmatch(r"cannot write metrics to run: .*\n", result.stdout)
+  assert result.returncode == 0 and result.stderr == ""
+  metrics.MetricsWriter(str(tmp_path / "run"), first_step=5).close()
+  steps = [line["step"] for line in metrics.read_metrics(str(tmp_path / "run"))]
+  assert steps == [1, 2, 3, 4, 5]
+
+
+def read_tensorboard(folder):
+  """Decodes event files (TFRecord framing) with the protobuf classes."""
+  from tensorboardX.proto import event_pb2
+
+  scalars, starts = [], []
+  for path in sorted(folder.glob("events*")):
+    data = path.read_bytes()
+    while data:
+      (length,) = struct.unpack("<Q", data[:8])
+      event = event_pb2.Event.FromString(data[12 : 12 + length])
+      data = data[16 + length :]
+      if event.HasField("session_log"):
+        starts.append(event.step)
+      for value in event.summary.value:
+        scalars.append((event.step, value.tag, value.simple_value))
+  return scalars, starts
+
+
+def test_tensorboard_has_the_same_scalars(tmp_path):
+  with metrics.MetricsWriter(str(tmp_path), first_step=6) as writer:
+    writer.write(7, {"train/loss": 0.5, "eval/lm_loss/c": 2.25})
+    writer.write(8, {"train/loss": 0.25})
+  scalars, starts = read_tensorboard(tmp_path / "tensorboard")
+  assert scalars == [
+    (7, "train/loss", 0.5),
+    (7, "eval/lm_loss/c", 2.25),
+    (8, "train/loss", 0.25),
+  ]
+  assert starts == [7]
+
+
+def test_importing_loads_neither_jax_nor_tensorboard():
+  code = (
+    "import sys, edl_jax.metrics;"
+    "print([m for m in ('jax', 'tensorboardX') if m in sys.modules])"
+  )
+  output = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  ).stdout
+  assert output.strip() == "[]"
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def screen(text):
+  """What a terminal shows: carriage return plus erase starts a line anew."""
+  return [line.rsplit("\r\x1b[K", 1)[-1] for line in text.split("\n")]
+
+
+def test_progress_piped_prints_plain_lines():
+  stream = io.StringIO()
+  progress = metrics.Progress(40, 0, stream)
+  progress.update(10, {"train/loss": 4.32149, "train/tokens_per_second": 12345})
+  progress.print("eval done")
+  progress.update(20, {"train/loss": 4.0})
+  progress.close()
+  text = re.sub(r"ETA \d+:\d\d", "ETA", stream.getvalue())
+  assert text == (
+    "step 10/40  25%  ETA  loss 4.321  12.3k tokens/s\n"
+    "eval done\n"
+    "step 20/40  50%  ETA  loss 4\n"
+  )
+
+
+def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
+  monkeypatch.setenv("COLUMNS", "60")
+  stream = Terminal()
+  progress = metrics.Progress(40, 0, stream)
+  progress.print("start")
+  progress.update(10, {"loss": 4.0})
+  progress.update(20, {"loss": 3.0, **{f"term_{i}": 1.0 for i in range(9)}})
+  progress.print("eval done")
+  assert [line[:10] for line in screen(stream.getvalue())] == [
+    "start",
+    "eval done",
+    "step 20/40",
+  ]
+  assert len(screen(stream.getvalue())[-1]) == 59
+  progress.close()
+  progress.print("end")
+  assert screen(stream.getvalue())[-2:] == ["end", ""]
+
+
+def test_eta_leaves_compilation_out(monkeypatch):
+  clock = iter([0.0, 100.0, 110.0])
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+  stream = io.StringIO()
+  progress = metrics.Progress(1000, 500, stream)
+  progress.restart(500)  # Compiled.
+  progress.update(510, {})
+  assert stream.getvalue() == "step 510/1000  51%  ETA 8:10\n"  # 490 of 1 s
+
+
+def test_formats():
+  assert metrics.format_duration(3723.4) == "1:02:03"
+  assert metrics.format_duration(59.7) == "1:00"
+  assert metrics.format_duration(7) == "0:07"
+  assert metrics.format_quantity(950) == "950"
+  assert metrics.format_quantity(12_345) == "12.3k"
+  assert metrics.format_quantity(15_100_000_000) == "15.1G"

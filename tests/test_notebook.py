@@ -1,0 +1,181 @@
+"""The notebook runs, in a real kernel, on a run that the real command made."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import nbformat
+import numpy as np
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+from edl_jax import config
+from edl_jax.model import Model, parameter_counts
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks" / "inspect_checkpoint.ipynb"
+OVERRIDES = {
+  "train.num_steps": 2,
+  "train.eval_rows": 1,
+  "optimizer.warmup_steps": 1,
+  "data.max_characters_per_domain": 20_000,
+}
+
+
+def read_notebook() -> nbformat.NotebookNode:
+  return nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+  """One device as users have it, and nothing written outside tmp_path."""
+  monkeypatch.delenv("XLA_FLAGS")
+  monkeypatch.delenv("MPLBACKEND", raising=False)
+  for name in (
+    "EDL_JAX_CACHE",
+    "IPYTHONDIR",
+    "JUPYTER_RUNTIME_DIR",
+    "MPLCONFIGDIR",
+  ):
+    monkeypatch.setenv(name, str(tmp_path / name))
+  monkeypatch.setenv("EDL_JAX_RUN", str(tmp_path / "run"))
+
+
+def execute(notebook: nbformat.NotebookNode) -> None:
+  """Runs all cells in a kernel of this interpreter; an error raises."""
+  # Without folders to search, "python3" is what ipykernel itself describes,
+  # whatever kernels are installed.
+  manager = AsyncKernelManager(
+    kernel_name="python3",
+    kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+  )
+  client = NotebookClient(
+    notebook,
+    km=manager,
+    timeout=120,
+    resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+  )
+  client.execute(cleanup_kc=True)
+
+
+def outputs(notebook: nbformat.NotebookNode, cell_id: str) -> list:
+  (cell,) = (cell for cell in notebook.cells if cell.id == cell_id)
+  return cell.outputs
+
+
+def printed(notebook: nbformat.NotebookNode, cell_id: str) -> str:
+  return "".join(
+    output.text
+    for output in outputs(notebook, cell_id)
+    if output.output_type == "stream" and output.name == "stdout"
+  )
+
+
+def test_notebook_shows_a_run(environment, tmp_path):
+  subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "edl_jax.main",
+      "--experiment=experiments/tiny.py",
+      f"--workdir={tmp_path / 'run'}",
+      *(f"--experiment.{key}={value}" for key, value in OVERRIDES.items()),
+    ],
+    cwd=ROOT,
+    check=True,
+    capture_output=True,
+    timeout=120,
+  )
+  notebook = read_notebook()
+  execute(notebook)
+
+  loaded = printed(notebook, "load")
+  assert "tiny, step 2" in loaded
+  for domain in ("python_source", "legal", "arithmetic"):
+    assert domain in loaded
+    assert domain in printed(notebook, "batch")
+  experiment = config.load(str(ROOT / "experiments" / "tiny.py"), OVERRIDES)
+  counts = re.search(
+    r"total ([\d,]+), active ([\d,]+)", printed(notebook, "parameters-table")
+  )
+  assert tuple(
+    int(count.replace(",", "")) for count in counts.groups()
+  ) == parameter_counts(experiment.model)
+  assert len(printed(notebook, "continue")) > len("def __init__(self")
+  for cell_id in ("domains", "tokens", "divergence"):
+    images = [
+      output.data["image/png"]
+      for output in outputs(notebook, cell_id)
+      if "image/png" in output.get("data", {})
+    ]
+    assert len(images) == 1, cell_id
+    assert len(images[0]) > 10_000, cell_id
+
+
+def test_notebook_is_committed_without_outputs():
+  notebook = read_notebook()
+  nbformat.validate(notebook)
+  assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+  assert notebook.metadata.kernelspec.name == "python3"
+  for cell in notebook.cells:
+    if cell.cell_type == "code":
+      assert cell.outputs == []
+      assert cell.execution_count is None
+  tagged = [
+    c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())
+  ]
+  assert len(tagged) == 1
+  assert "EDL_JAX_RUN" in tagged[0].source
+
+
+def test_token_routing_is_what_the_routers_decide():
+  sizes = config.ModelConfig(
+    vocabulary_size=50,
+    num_layers=3,
+    num_dense_layers=1,
+    width=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_width=8,
+    num_experts=5,
+    num_active_experts=2,
+    expert_width=8,
+    dense_width=16,
+  )
+  model = jax.jit(Model, static_argnums=0)(sizes, jax.random.key(0))
+  tokens_BT = jax.random.randint(jax.random.key(1), (2, 9), 0, 50)
+  probs_LBTE, expert_LBTA = jax.jit(Model.token_routing)(model, tokens_BT)
+  want_LBTE = jax.jit(layer_by_layer)(model, tokens_BT)
+  np.testing.assert_allclose(probs_LBTE, want_LBTE, rtol=1e-4)
+  np.testing.assert_array_equal(
+    expert_LBTA, np.argsort(-want_LBTE, axis=-1)[..., :2]
+  )
+
+
+def layer_by_layer(model: Model, tokens_BT: jax.Array) -> jax.Array:
+  """Router probabilities (L, B, T, E) from each block's parts, without scan."""
+  ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+  positions_BT = jnp.broadcast_to(
+    jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
+  )
+  x_BTM = model.embedding_VM[...][tokens_BT]
+  probs = []
+  for stacked, index in [
+    (model.dense_blocks, 0),
+    (model.blocks, 0),
+    (model.blocks, 1),
+  ]:
+    block = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
+    x_BTM += block.attention(block.attention_norm(x_BTM), ones_BT, positions_BT)
+    h_BTM = block.feed_forward_norm(x_BTM)
+    if stacked is model.dense_blocks:
+      x_BTM += block.mlp(h_BTM)
+    else:
+      probs.append(jax.nn.softmax(h_BTM @ block.moe.router_ME[...]))
+      x_BTM += block.moe(h_BTM, ones_BT.astype(jnp.float32))[0]
+  return jnp.stack(probs)

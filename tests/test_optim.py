@@ -1,0 +1,130 @@
+"""Schedules in closed form, and steps against AdamW in NumPy float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from edl_jax.config import ModelConfig, OptimizerConfig
+from edl_jax.model import abstract_model
+from edl_jax.optim import decays, make_optimizer, make_schedule
+from edl_jax.sharding import path_name
+
+STEPS = 100
+
+
+def rate(step, **settings):
+  config = OptimizerConfig(
+    learning_rate=0.2, final_fraction=0.1, warmup_steps=20, **settings
+  )
+  return float(make_schedule(config, STEPS)(step))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_warm_up_is_linear_and_loses_no_step(schedule):
+  for step in range(20):
+    assert rate(step, schedule=schedule) == pytest.approx(
+      0.2 * (step + 1) / 20, rel=1e-6
+    )
+  assert rate(STEPS, schedule=schedule) == pytest.approx(0.02, rel=1e-5)
+
+
+def test_cosine_in_closed_form():
+  for step in (20, 21, 50, 60, 99, 100, 130):
+    share = min((step - 20) / 80, 1)
+    want = 0.02 + (0.2 - 0.02) * (1 + math.cos(math.pi * share)) / 2
+    assert rate(step, schedule="cosine") == pytest.approx(want, rel=1e-5)
+
+
+def test_wsd_in_closed_form():
+  for step in (20, 50, 74, 75, 76, 90, 99, 100, 130):
+    share = min(max(step - 75, 0) / 25, 1)
+    want = 0.2 - (0.2 - 0.02) * share
+    got = rate(step, schedule="wsd", decay_fraction=0.25)
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1, STEPS])
+def test_extreme_warm_up(schedule, warmup):
+  config = OptimizerConfig(
+    learning_rate=0.2, warmup_steps=warmup, schedule=schedule
+  )
+  rates = [float(make_schedule(config, STEPS)(step)) for step in range(STEPS)]
+  assert max(rates) == pytest.approx(0.2)
+  assert min(rates) > 0
+  assert rates[max(warmup - 1, 0)] == pytest.approx(0.2)
+
+
+def test_decay_leaves_out_norms_only():
+  config = ModelConfig(num_shared_experts=1, num_dense_layers=1)
+  model = abstract_model(config)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(decays(model))
+  excluded = sorted(path_name(path) for path, value in leaves if not value)
+  assert excluded == [
+    *(
+      f"{blocks}/{norm}/scale"
+      for blocks in ("blocks", "dense_blocks")
+      for norm in (
+        "attention/key_norm",
+        "attention/query_norm",
+        "attention_norm",
+        "feed_forward_norm",
+      )
+    ),
+    "final_norm/scale",
+  ]
+  assert len(leaves) > 2 * len(excluded)
+
+
+def test_steps_against_numpy_float64():
+  config = OptimizerConfig(
+    learning_rate=0.05,
+    warmup_steps=3,
+    weight_decay=0.3,
+    beta1=0.8,
+    beta2=0.9,
+    clip_norm=1.0,
+  )
+  random = np.random.default_rng(0)
+  shapes = {"weight": (4, 3), "some_norm": {"scale": (3,)}}
+  draw = lambda scale: jax.tree.map(  # noqa: E731
+    lambda shape: scale * random.standard_normal(shape),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  start = draw(1.0)
+  # Norms of about 4, 0.4 and 40: clipped, left alone, clipped.
+  gradients = [draw(scale) for scale in (1.0, 0.1, 10.0, 1.0)]
+  norms = [
+    math.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(gradient)))
+    for gradient in gradients
+  ]
+  assert norms[0] > 1 > norms[1] and norms[2] > 1
+
+  optimizer = make_optimizer(config, STEPS)
+  as_float32 = lambda tree: jax.tree.map(jnp.float32, tree)  # noqa: E731
+  got = as_float32(start)
+  state = optimizer.init(got)
+  update = jax.jit(optimizer.update)
+  want, moments = jax.tree.leaves(start), [(0.0, 0.0)] * 2
+  # Leaves in the order of jax.tree: some_norm/scale, weight.
+  decay = [0.0, 0.3]
+  for step, (gradient, norm) in enumerate(zip(gradients, norms)):
+    updates, state = update(as_float32(gradient), state, got)
+    got = optax.apply_updates(got, updates)
+    learning_rate = 0.05 * min((step + 1) / 3, 1)
+    for i, g in enumerate(jax.tree.leaves(gradient)):
+      g = g / max(norm, 1.0)
+      first = 0.8 * moments[i][0] + 0.2 * g
+      second = 0.9 * moments[i][1] + 0.1 * g**2
+      moments[i] = (first, second)
+      direction = (first / (1 - 0.8 ** (step + 1))) / (
+        np.sqrt(second / (1 - 0.9 ** (step + 1))) + 1e-8
+      )
+      want[i] = want[i] - learning_rate * (direction + decay[i] * want[i])
+    for mine, reference in zip(jax.tree.leaves(got), want):
+      np.testing.assert_allclose(mine, reference, rtol=2e-5, atol=1e-6)

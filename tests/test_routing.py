@@ -1,0 +1,238 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from edl_jax import routing
+
+NUM_DOMAINS = 4
+
+
+def entropy(p):
+  p = np.asarray(p, np.float64)
+  return -sum(x * math.log(x) for x in p.ravel() if x > 0)
+
+
+def jensen_shannon(p, q):
+  m = (p + q) / 2
+  return entropy(m) - (entropy(p) + entropy(q)) / 2
+
+
+@pytest.fixture(scope="module")
+def batch():
+  """Two layers, rows of three of four domains, one row of padding only."""
+  random = np.random.default_rng(0)
+  logits = random.standard_normal((2, 7, 5, 6)) * 1.5
+  weights = (random.random((7, 5)) < 0.8).astype(np.float64)
+  weights[4] = 0
+  domain = np.array([0, 1, 1, 3, 0, 0, 3])
+  probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  expert = np.argsort(-probs, -1)[..., :2]
+  return logits, probs, expert, weights, domain
+
+
+def stats_of(batch, rows=slice(None), num_domains=NUM_DOMAINS):
+  logits, probs, expert, weights, domain = (
+    jnp.asarray(x, jnp.float32) if x.dtype == np.float64 else jnp.asarray(x)
+    for x in batch
+  )
+  by_layer = [
+    routing.row_routing(
+      logits[layer, rows],
+      probs[layer, rows],
+      expert[layer, rows],
+      weights[rows],
+    )
+    for layer in range(2)
+  ]
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *by_layer)
+  return routing.collect(stacked, domain[rows], num_domains)
+
+
+def sequences(batch, layer):
+  """(domain, mean probabilities, mean token entropy) of each counted row."""
+  _, probs, _, weights, domain = batch
+  for b in range(len(domain)):
+    tokens = [probs[layer, b, t] for t in range(5) if weights[b, t]]
+    if tokens:
+      yield domain[b], np.mean(tokens, 0), np.mean([entropy(p) for p in tokens])
+
+
+def domain_means(batch, layer):
+  means = {}
+  for d in range(NUM_DOMAINS):
+    own = [p for domain, p, _ in sequences(batch, layer) if domain == d]
+    if own:
+      means[d] = np.mean(own, 0)
+  return means
+
+
+def assignments(batch, layer):
+  _, _, expert, weights, domain = batch
+  table = np.zeros((NUM_DOMAINS, 6))
+  for b in range(len(domain)):
+    for t in range(5):
+      for e in expert[layer, b, t]:
+        table[domain[b], e] += weights[b, t]
+  return table
+
+
+def test_sums_against_loops(batch):
+  logits, probs, _, weights, _ = batch
+  stats = stats_of(batch)
+  for layer in range(2):
+    rows = list(sequences(batch, layer))
+    for d in range(NUM_DOMAINS):
+      own = [(p, h) for domain, p, h in rows if domain == d]
+      assert float(stats.sequences_LD[layer, d]) == len(own)
+      np.testing.assert_allclose(
+        stats.probability_LDE[layer, d],
+        sum((p for p, _ in own), np.zeros(6)),
+        rtol=1e-5,
+      )
+      assert float(stats.sequence_entropy_LD[layer, d]) == pytest.approx(
+        sum(entropy(p) for p, _ in own), rel=1e-5
+      )
+      assert float(stats.token_entropy_LD[layer, d]) == pytest.approx(
+        sum(h for _, h in own), rel=1e-5
+      )
+    np.testing.assert_array_equal(
+      stats.assignments_LDE[layer], assignments(batch, layer)
+    )
+    np.testing.assert_allclose(
+      stats.token_probability_LE[layer],
+      np.einsum("bte,bt->e", probs[layer], weights),
+      rtol=1e-5,
+    )
+    squared = np.log(np.exp(logits[layer]).sum(-1)) ** 2
+    assert float(stats.squared_logsumexp_L[layer]) == pytest.approx(
+      (squared * weights).sum(), rel=1e-5
+    )
+    assert float(stats.tokens_L[layer]) == weights.sum()
+
+
+def test_stats_add_over_any_split_of_rows(batch):
+  whole = stats_of(batch)
+  parts = [stats_of(batch, np.array([i])) for i in (6, 0, 3, 4, 1, 5, 2)]
+  total = jax.tree.map(lambda *x: sum(x), *parts)
+  for got, want in zip(total, whole):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_diversity_and_divergence_against_pairs(batch):
+  stats = stats_of(batch)
+  for layer in range(2):
+    means = domain_means(batch, layer)
+    table = np.zeros((NUM_DOMAINS, NUM_DOMAINS))
+    for j, p in means.items():
+      for k, q in means.items():
+        table[j, k] = jensen_shannon(p, q)
+    np.testing.assert_allclose(
+      routing.pairwise_divergence(stats)[layer], table, rtol=1e-4, atol=1e-7
+    )
+    pairs = [table[j, k] for j in means for k in means if j < k]
+    assert float(routing.routing_diversity(stats)[layer]) == pytest.approx(
+      np.mean(pairs) / math.log(2), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+def test_decomposition_against_loops(batch, unit):
+  total_L, inter_L = routing.diversity_decomposition(stats_of(batch), unit)
+  for layer in range(2):
+    rows = list(sequences(batch, layer))
+    mean = np.mean([p for _, p, _ in rows], 0)
+    units = [entropy(p) if unit == "sequence" else h for _, p, h in rows]
+    means = domain_means(batch, layer)
+    shares = {d: np.mean([domain == d for domain, _, _ in rows]) for d in means}
+    assert float(total_L[layer]) == pytest.approx(
+      entropy(mean) - np.mean(units), rel=1e-4
+    )
+    assert float(inter_L[layer]) == pytest.approx(
+      entropy(mean) - sum(shares[d] * entropy(p) for d, p in means.items()),
+      rel=1e-4,
+    )
+    assert 0 <= inter_L[layer] <= total_L[layer]
+
+
+def test_inter_part_is_exact_where_domains_are_close():
+  p = np.full((2, 64), 1 / 64)
+  p[0, :32] *= 1 + 1e-4
+  p[0, 32:] *= 1 - 1e-4
+  empty = stats_of_domains(p)
+  _, inter_L = routing.diversity_decomposition(empty)
+  # For two equal shares D_inter is the JSD, about mean d^2 / 8.
+  assert float(inter_L[0]) == pytest.approx(1e-8 / 8, rel=1e-3)
+
+
+def stats_of_domains(p_DE, assignments_DE=None) -> routing.RoutingStats:
+  """One sequence a domain, with the given means."""
+  p_DE = np.asarray(p_DE, np.float64)
+  if assignments_DE is None:
+    assignments_DE = p_DE
+  zeros = jnp.zeros((1, len(p_DE)))
+  return routing.RoutingStats(
+    probability_LDE=jnp.asarray(p_DE, jnp.float32)[None],
+    sequences_LD=zeros + 1,
+    sequence_entropy_LD=jnp.array([[entropy(p) for p in p_DE]]),
+    token_entropy_LD=zeros,
+    assignments_LDE=jnp.asarray(assignments_DE, jnp.float32)[None],
+    token_probability_LE=jnp.asarray(p_DE.sum(0), jnp.float32)[None],
+    squared_logsumexp_L=jnp.zeros(1),
+    tokens_L=jnp.full(1, float(len(p_DE))),
+  )
+
+
+def test_disjoint_and_equal_domains_are_the_extremes():
+  disjoint = stats_of_domains(np.eye(4))
+  assert float(routing.routing_diversity(disjoint)[0]) == pytest.approx(1)
+  assert float(routing.inter_fraction(disjoint)[0]) == pytest.approx(1)
+  assert float(routing.clustering_purity(disjoint)[0]) == 1
+  assert float(
+    routing.normalized_mutual_information(disjoint)[0]
+  ) == pytest.approx(1)
+  assert float(routing.max_violation(disjoint)[0]) == 0
+
+  equal = stats_of_domains(np.full((4, 4), 0.25))
+  assert float(routing.routing_diversity(equal)[0]) == 0
+  assert float(routing.inter_fraction(equal)[0]) == 0
+  assert float(routing.clustering_purity(equal)[0]) == 0.25
+  assert float(
+    routing.normalized_mutual_information(equal)[0]
+  ) == pytest.approx(0, abs=1e-6)
+
+
+def test_assignment_metrics_against_definitions(batch):
+  stats = stats_of(batch)
+  for layer in range(2):
+    table = assignments(batch, layer)
+    load = table.sum(0)
+    assert float(routing.max_violation(stats)[layer]) == pytest.approx(
+      load.max() / load.mean() - 1, rel=1e-5
+    )
+    assert float(routing.clustering_purity(stats)[layer]) == pytest.approx(
+      sum(table[:, e].max() for e in range(6)) / table.sum(), rel=1e-5
+    )
+    joint = table / table.sum()
+    domain, expert = joint.sum(1), joint.sum(0)
+    information = sum(
+      joint[d, e] * math.log(joint[d, e] / domain[d] / expert[e])
+      for d in range(NUM_DOMAINS)
+      for e in range(6)
+      if joint[d, e]
+    )
+    want = information / ((entropy(domain) + entropy(expert)) / 2)
+    assert float(
+      routing.normalized_mutual_information(stats)[layer]
+    ) == pytest.approx(want, rel=1e-4)
+
+
+def test_merged_domains_are_those_of_coarse_labels(batch):
+  parent = (0, 1, 1, 0)
+  merged = routing.merge_domains(stats_of(batch), parent)
+  *rest, domain = batch
+  coarse = stats_of((*rest, np.array(parent)[domain]), num_domains=2)
+  for got, want in zip(merged, coarse):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

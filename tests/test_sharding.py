@@ -1,0 +1,137 @@
+"""The mesh, and rules that fit every parameter exactly once."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from edl_jax import sharding
+from edl_jax.config import (
+  Experiment,
+  MeshConfig,
+  ModelConfig,
+  TrainConfig,
+  UserError,
+)
+from edl_jax.model import abstract_model
+
+MODELS = [
+  ModelConfig(num_layers=2, num_dense_layers=dense, num_shared_experts=shared)
+  for dense in (0, 1)
+  for shared in (0, 2)
+]
+
+
+def names(model):
+  leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+  return [sharding.path_name(path) for path, _ in leaves]
+
+
+def test_rules_are_total_both_ways():
+  every_name = {
+    name for model in MODELS for name in names(abstract_model(model))
+  }
+  for name in every_name:
+    matching = [
+      rule for rule, _ in sharding.PARAMETER_RULES if re.fullmatch(rule, name)
+    ]
+    assert len(matching) == 1, name
+  for rule, _ in sharding.PARAMETER_RULES:
+    assert any(re.fullmatch(rule, name) for name in every_name), rule
+
+
+def test_specs_of_stacked_and_single_parameters():
+  model = abstract_model(MODELS[-1])
+  specs = sharding.parameter_specs(model)
+  leaves = jax.tree.leaves(
+    specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )
+  by_name = dict(zip(names(model), leaves, strict=True))
+  assert by_name["embedding_VM"] == PartitionSpec("tensor", "fsdp")
+  assert by_name["blocks/moe/gate_up_EM2F"] == PartitionSpec(
+    None, "expert", "fsdp", None, "tensor"
+  )
+  assert by_name["final_norm/scale"] == PartitionSpec(None)
+  assert by_name["blocks/attention_norm/scale"] == PartitionSpec(None, None)
+
+
+def test_unmatched_and_doubly_matched_parameters_raise(monkeypatch):
+  zeros = np.zeros((2, 2))
+  with pytest.raises(ValueError, match="new_MM matches 0"):
+    sharding.parameter_specs({"new_MM": zeros})
+  with pytest.raises(ValueError, match=r"embedding_VM.*does not fit"):
+    sharding.parameter_specs({"embedding_VM": np.zeros((2,))})
+  monkeypatch.setattr(
+    sharding,
+    "PARAMETER_RULES",
+    (*sharding.PARAMETER_RULES, (r"embedding_.*", (None, None))),
+  )
+  with pytest.raises(ValueError, match="embedding_VM matches 2"):
+    sharding.parameter_specs({"embedding_VM": zeros})
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shape"),
+  [
+    ((-1, 1, 1, 1), (8, 1, 1, 1)),
+    ((1, -1, 1, 2), (1, 4, 1, 2)),
+    ((2, 2, 2, -1), (2, 2, 2, 1)),
+    ((1, 1, 4, 2), (1, 1, 4, 2)),
+  ],
+)
+def test_mesh(sizes, shape):
+  mesh = sharding.make_mesh(MeshConfig(*sizes))
+  assert dict(mesh.shape) == dict(zip(sharding.MESH_AXES, shape))
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1, -1), (2, 1, 1, 1), (16, 1, 1, 1)])
+def test_mesh_that_does_not_fit_the_devices(sizes):
+  with pytest.raises(UserError, match=f"mesh.data={sizes[0]}.* 8 devices"):
+    sharding.make_mesh(MeshConfig(*sizes))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "model", "named"),
+  [
+    ((1, 8, 1, 1), {"width": 12}, "mesh.fsdp=8 .* model.width=12"),
+    ((1, 1, 8, 1), {"num_experts": 12}, "mesh.expert=8 .*num_experts=12"),
+    ((1, 1, 1, 8), {"num_heads": 4}, "mesh.tensor=8 .*num_heads=4"),
+    ((4, 1, 1, 2), {"num_kv_heads": 1}, "mesh.tensor=2 .*num_kv_heads=1"),
+    ((4, 1, 1, 2), {"expert_width": 3}, "mesh.tensor=2 .*expert_width=3"),
+    ((4, 1, 1, 2), {"vocabulary_size": 4097}, "vocabulary_size=4097"),
+    (
+      (4, 1, 1, 2),
+      {"dense_width": 3, "num_dense_layers": 1},
+      "model.dense_width=3",
+    ),
+  ],
+)
+def test_mesh_that_does_not_divide_the_model(sizes, model, named):
+  mesh = sharding.make_mesh(MeshConfig(*sizes))
+  sharding.check_divisible(
+    Experiment(model=ModelConfig(num_heads=8, num_kv_heads=8)), mesh
+  )
+  experiment = Experiment(
+    model=ModelConfig(**{"num_heads": 8, "num_kv_heads": 8} | model)
+  )
+  with pytest.raises(UserError, match=named):
+    sharding.check_divisible(experiment, mesh)
+
+
+def test_mesh_that_does_not_divide_the_rows():
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+  train = TrainConfig(batch_size=16, accumulation_steps=2)
+  sharding.check_divisible(Experiment(train=train), mesh)
+  train = TrainConfig(batch_size=16, accumulation_steps=4)
+  with pytest.raises(UserError, match="4 rows do not divide over 8 shards"):
+    sharding.check_divisible(Experiment(train=train), mesh)
+
+
+def test_put_batch_spreads_rows():
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, expert=1, tensor=2))
+  rows = np.arange(16).reshape(8, 2)
+  placed = sharding.put_batch({"x": rows}, mesh)["x"]
+  np.testing.assert_array_equal(placed, rows)
+  assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}

@@ -1,0 +1,400 @@
+"""Training: the same numbers on any mesh, in any micro-batches, after any kill.
+
+Runs are real processes that share compiled programs: compiling takes longest.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import edl_jax
+from edl_jax import sharding, train
+from edl_jax.batch import Batch
+from edl_jax.checkpoint import Checkpointer, checkpoint_steps
+from edl_jax.config import (
+  Experiment,
+  LossesConfig,
+  MeshConfig,
+  ModelConfig,
+  TrainConfig,
+)
+from edl_jax.metrics import read_metrics
+from edl_jax.model import abstract_model
+from edl_jax.optim import make_optimizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = str(ROOT / "experiments" / "tiny.py")
+
+ROWS, LENGTH, DOMAINS = 16, 16, 5
+PARENT_D = (0, 1, 1, 2, 0)
+MODEL = ModelConfig(
+  vocabulary_size=64,
+  num_layers=3,
+  width=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_width=4,
+  num_experts=8,
+  num_active_experts=2,
+  expert_width=8,
+  num_shared_experts=1,
+  num_dense_layers=1,
+  dense_width=16,
+  remat="full",
+)
+# Large enough that a wrong router gradient shows beside the LM's.
+LOSSES = LossesConfig(balance_weight=0.3, divergence_weight=0.2, z_weight=0.1)
+
+
+@functools.cache
+def random_model():
+  """Random parameters of about the scale that training gives them."""
+  random = np.random.default_rng(1)
+
+  def draw(path, leaf):
+    value = random.standard_normal(leaf.shape, np.float32)
+    is_norm = sharding.path_name(path).endswith("norm/scale")
+    return 1 + 0.1 * value if is_norm else 0.3 * value
+
+  return jax.tree_util.tree_map_with_path(draw, abstract_model(MODEL))
+
+
+def random_batch():
+  """Packed rows, the last positions of some and all of three being padding."""
+  random = np.random.default_rng(2)
+  starts_BT = random.random((ROWS, LENGTH)) < 0.15
+  starts_BT[:, 0] = True
+  index_BT = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
+  begin_BT = np.maximum.accumulate(np.where(starts_BT, index_BT, 0), 1)
+  tokens_B = random.integers(LENGTH // 2, LENGTH + 1, ROWS)
+  tokens_B[[3, 8, 9]] = 0
+  counted_BT = index_BT < tokens_B[:, None]
+  return Batch(
+    tokens_BT=random.integers(0, 64, (ROWS, LENGTH), np.int32) * counted_BT,
+    targets_BT=random.integers(0, 64, (ROWS, LENGTH), np.int32) * counted_BT,
+    segments_BT=(starts_BT.cumsum(1) * counted_BT).astype(np.int32),
+    positions_BT=((index_BT - begin_BT) * counted_BT).astype(np.int32),
+    weights_BT=counted_BT.astype(np.float32),
+    domain_B=random.integers(0, DOMAINS - 1, ROWS, np.int32),
+  )
+
+
+def compute(batch, mesh_sizes=(1, 1, 1, 1), accumulation_steps=1):
+  """Returns every number of a step, by name, on the mesh of these sizes."""
+  count = int(np.prod(mesh_sizes))
+  mesh = sharding.make_mesh(MeshConfig(*mesh_sizes), jax.devices()[:count])
+  experiment = Experiment(
+    model=MODEL,
+    losses=LOSSES,
+    train=TrainConfig(
+      batch_size=len(batch.domain_B), accumulation_steps=accumulation_steps
+    ),
+  )
+  sharding.check_divisible(experiment, mesh)
+  with jax.set_mesh(mesh):
+    model = random_model()
+    model = jax.device_put(model, sharding.parameter_shardings(model, mesh))
+    # Unoptimised machine code: compiles in half the time.
+    made = jax.jit(
+      lambda model, batch: train.loss_and_gradient(
+        model, batch, experiment, DOMAINS, PARENT_D
+      ),
+      compiler_options={"xla_backend_optimization_level": 0},
+    )(model, sharding.put_batch(batch, mesh))
+  leaves, _ = jax.tree_util.tree_flatten_with_path(made)
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf, np.float64)
+    for path, leaf in leaves
+  }
+
+
+def assert_same(got, want):
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    scale = np.abs(value).max()
+    assert scale > 0, name  # a leaf of zeros would hide a mistake
+    np.testing.assert_allclose(
+      got[name], value, rtol=0, atol=1e-5 * scale, err_msg=name
+    )
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+  return compute(random_batch())
+
+
+@pytest.mark.parametrize(
+  ("mesh_sizes", "accumulation_steps"),
+  [
+    ((1, 2, 2, 2), 2),
+    ((8, 1, 1, 1), 1),
+    pytest.param((2, 2, 2, 1), 2, marks=pytest.mark.slow),
+    pytest.param((1, 1, 4, 2), 4, marks=pytest.mark.slow),
+    pytest.param((1, 1, 1, 1), 4, marks=pytest.mark.slow),
+  ],
+)
+def test_same_numbers_on_any_mesh_in_micro_batches_in_any_order(
+  on_one_device, mesh_sizes, accumulation_steps
+):
+  order = np.random.default_rng(accumulation_steps).permutation(ROWS)
+  batch = Batch(*(array[order] for array in random_batch()))
+  assert_same(compute(batch, mesh_sizes, accumulation_steps), on_one_device)
+
+
+def test_padding_rows_do_not_matter(on_one_device):
+  batch = random_batch()
+  counted = batch.weights_BT.any(1)
+  assert counted.sum() == ROWS - 3
+  without = Batch(*(array[counted] for array in batch))
+  assert_same(compute(without), on_one_device)
+
+
+# Starts edl_jax.main and sends a signal to its own process at one exact point.
+STRIKE = """
+import os, runpy, signal, sys, threading, time
+from edl_jax import checkpoint, metrics, report, sharding
+event, at, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+del sys.argv[1:4]
+strike = lambda: os.kill(os.getpid(), number)
+
+def after(owner, name, condition):
+  inner = getattr(owner, name)
+  def outer(*arguments, **keywords):
+    result = inner(*arguments, **keywords)
+    if condition(*arguments):
+      strike()
+    return result
+  setattr(owner, name, outer)
+
+if event == "written":  # the metrics of a step
+  after(metrics.MetricsWriter, "write", lambda self, step, values: step == at)
+elif event == "saving":  # a checkpoint is being written
+  after(checkpoint.Checkpointer, "save", lambda self, step, *_: step == at)
+elif event == "saved":  # its folder has appeared
+  workdir = next(a for a in sys.argv if a.startswith("--workdir=")).split("=")[1]
+  def watch():
+    while not os.path.exists(f"{workdir}/checkpoints/{at}"):
+      time.sleep(1e-4)
+    strike()
+  threading.Thread(target=watch, daemon=True).start()
+elif event == "reported":  # all but result.json
+  after(report, "write_run_report", lambda *_: True)
+elif event == "poisoned":  # not a signal: a batch that gives no finite loss
+  inner, calls = sharding.put_batch, []
+  def outer(batch, mesh):
+    calls.append(1)
+    bad = float("inf") if len(calls) == at else 1.0
+    return inner(batch._replace(weights_BT=batch.weights_BT * bad), mesh)
+  sharding.put_batch = outer
+runpy.run_module("edl_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+class Runs:
+  """Starts runs of experiments/tiny.py on a small corpus."""
+
+  def __init__(self, folder, flags=""):
+    self.folder = folder
+    self.files = folder / "texts.jsonl"
+    random = np.random.default_rng(0)
+    with open(self.files, "w") as file:
+      for domain in ("words/low", "words/high", "digits"):
+        for _ in range(30):
+          text = domain + bytes(random.integers(97, 123, 150)).decode()
+          file.write(json.dumps({"text": text, "domain": domain}) + "\n")
+    self._environment = os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {flags}",
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+      "EDL_JAX_CACHE": str(folder / "cache"),
+    }
+
+  def __call__(self, name, *arguments, strike=()):
+    """Runs to the end in `folder`/`name`; returns the ended process."""
+    program = ["-c", STRIKE, *map(str, strike)]
+    return subprocess.run(
+      [
+        *(sys.executable, *(program if strike else ["-m", "edl_jax.main"])),
+        *(f"--experiment={TINY}", f"--workdir={self.folder / name}"),
+        *(f"--experiment.data.files={self.files}", *arguments),
+      ],
+      cwd=ROOT,
+      env=self._environment,
+      capture_output=True,
+      text=True,
+    )
+
+  def finish(self, name, *arguments):
+    ended = self(name, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  # Unoptimised machine code: compiles in half the time.
+  return Runs(
+    tmp_path_factory.mktemp("runs"), "--xla_backend_optimization_level=0"
+  )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs):
+  return runs.finish("uninterrupted")
+
+
+def steps(workdir):
+  return checkpoint_steps(str(workdir / "checkpoints"))
+
+
+def result(workdir):
+  return json.loads((workdir / "result.json").read_text())
+
+
+def restored(workdir):
+  """Every array of the newest checkpoint, and the position in the data."""
+  experiment = edl_jax.load(str(workdir)).experiment
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  checkpointer = Checkpointer(str(workdir), 2)
+  state, data = checkpointer.restore(
+    steps(workdir)[-1], train.abstract_state(experiment, optimizer, mesh)
+  )
+  checkpointer.close()
+  return jax.device_get(jax.tree.leaves(state)), data
+
+
+def assert_bitwise_equal(workdir, other):
+  """Compares all that two runs leave, but for what depends on the clock."""
+
+  def figures(folder):
+    return [
+      {
+        key: value
+        for key, value in line.items()
+        if key not in ("train/tokens_per_second", "train/input_wait_fraction")
+      }
+      for line in read_metrics(str(folder))
+    ]
+
+  assert figures(workdir) == figures(other)
+  for name in ("routing.json", "run.json"):
+    assert (workdir / name).read_text() == (other / name).read_text()
+  for key in ("eval", "routing", "step", "content_hash", "experiment"):
+    assert result(workdir)[key] == result(other)[key], key
+  leaves, data = restored(workdir)
+  other_leaves, other_data = restored(other)
+  assert data == other_data
+  for leaf, other_leaf in zip(leaves, other_leaves, strict=True):
+    np.testing.assert_array_equal(leaf, other_leaf)
+
+
+def test_uninterrupted_run_is_complete(uninterrupted):
+  lines = read_metrics(str(uninterrupted))
+  assert [line["step"] for line in lines if "train/loss" in line] == [
+    *range(2, 21, 2)
+  ]
+  assert [line["step"] for line in lines if "eval/lm_loss" in line] == [10, 20]
+  assert steps(uninterrupted) == [15, 20]
+  domains = result(uninterrupted)["eval"]["domains"]
+  assert set(domains) == {"low", "high", "digits"}
+
+
+KILL, TERMINATE = int(signal.SIGKILL), int(signal.SIGTERM)
+
+
+def test_killed_again_and_again(runs, uninterrupted):
+  for event, at, newest in (
+    ("written", 2, []),  # before the first checkpoint
+    ("saved", 5, [5]),
+    ("written", 8, [5]),  # between two: steps 6 to 8 are done again
+    ("reported", 0, [15, 20]),
+  ):
+    killed = runs("killed", strike=(event, at, KILL))
+    assert killed.returncode == -KILL, killed.stderr
+    assert steps(runs.folder / "killed") == newest
+    assert not (runs.folder / "killed" / "result.json").exists()
+  assert_bitwise_equal(runs.finish("killed"), uninterrupted)
+
+
+def test_terminated_run_saves_and_goes_on(runs, uninterrupted):
+  ended = runs("terminated", strike=("written", 12, TERMINATE))
+  # Step 12 is read when step 13 has been dispatched.
+  assert steps(runs.folder / "terminated") == [10, 13]
+  assert ended.returncode == 128 + TERMINATE
+  assert "checkpoint of step 13" in ended.stderr.splitlines()[-1]
+  assert_bitwise_equal(runs.finish("terminated"), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "strike",
+  [
+    ("written", 4),
+    ("saving", 5),
+    ("saving", 10),
+    ("saved", 10),
+    ("saved", 15),
+    ("written", 18),
+    ("saving", 20),
+    ("saved", 20),
+  ],
+  ids=str,
+)
+def test_killed_once(optimised_runs, strike):
+  name = "-".join(map(str, strike))
+  killed = optimised_runs(name, strike=(*strike, KILL))
+  assert killed.returncode == -KILL, killed.stderr
+  uninterrupted = optimised_runs.folder / "uninterrupted"
+  assert_bitwise_equal(optimised_runs.finish(name), uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def optimised_runs(tmp_path_factory):
+  """Runs as users have them, compiled with all optimisations."""
+  made = Runs(tmp_path_factory.mktemp("optimised"))
+  made.finish("uninterrupted")
+  return made
+
+
+def test_not_finite_stops_and_keeps_the_checkpoint(runs, uninterrupted):
+  del uninterrupted  # it has compiled the program
+  # The eighth batch, before anything is evaluated.
+  ended = runs("poisoned", strike=("poisoned", 8, 0))
+  assert ended.returncode == 1
+  last = ended.stderr.splitlines()[-1]
+  assert "error: step 8: train/" in last and "nan" in last
+  assert "the checkpoint of step 5 is intact" in last
+  assert steps(runs.folder / "poisoned") == [5]
+  assert edl_jax.load(str(runs.folder / "poisoned")).step == 5
+  lines = read_metrics(str(runs.folder / "poisoned"))
+  assert lines[-1]["step"] == 6
+
+
+@pytest.mark.slow
+def test_absurd_learning_rate_stops(runs):
+  ended = runs("absurd", "--experiment.optimizer.learning_rate=1e30")
+  assert ended.returncode == 1
+  last = ended.stderr.splitlines()[-1]
+  assert ": train/" in last and "there is no checkpoint yet" in last
+
+
+def test_evaluation_of_a_run(runs, uninterrupted):
+  shutil.copytree(uninterrupted, runs.folder / "evaluated")
+  before = (uninterrupted / "metrics.jsonl").read_text()
+  workdir = runs.finish("evaluated", "--mode=eval")
+  evaluated = json.loads((workdir / "eval.json").read_text())
+  assert evaluated["step"] == 20
+  for figures in ("eval", "routing"):
+    assert evaluated[figures] == result(uninterrupted)[figures]
+  assert (workdir / "metrics.jsonl").read_text() == before
