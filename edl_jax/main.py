@@ -41,9 +41,10 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
   """Parses the command line; exits with code 2 and one line if it is wrong."""
   try:
     path = None
-    for argument in arguments[1:]:
-      if argument.startswith(("--experiment=", "-experiment=")):
-        path = argument.split("=", 1)[1]
+    for argument, following in zip(arguments[1:], [*arguments[2:], ""]):
+      name, equals, value = argument.partition("=")
+      if name in ("--experiment", "-experiment"):
+        path = value if equals else following
         config.check_experiment_file(path)
     config.check_override_keys(arguments[1:])
     with config.one_line_flag_errors(path):

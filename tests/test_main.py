@@ -76,6 +76,10 @@ def start_of_run(workdir, **overrides):
 COMMANDS = {
   "nothing": ([], "--experiment is missing"),
   "no such file": (["--experiment=none.py"], "none.py: no such file"),
+  "no such file, spaced": (
+    ["--experiment", "none.py"],
+    "none.py: no such file",
+  ),
   "no such variant's file": (["--experiment=none.py:big"], "none.py"),
   "unknown key": (
     [f"--experiment={TINY}", "--experiment.model.num_expert=2"],
