@@ -35,6 +35,8 @@ class TrainState(NamedTuple):
   step: jax.Array
   model: Model
   optimizer: Any
+  # Loss weights "auto:TARGET" as the first batch set them, float32 scalars.
+  auto_weights: dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +202,12 @@ class Checkpointer:
       args=ocp.args.Composite(
         parameters=ocp.args.StandardSave(_by_name(state.model)),
         optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
+        # Orbax refuses to write an empty tree.
+        **(
+          {"auto_weights": ocp.args.StandardSave(state.auto_weights)}
+          if state.auto_weights
+          else {}
+        ),
         data=ocp.args.JsonSave(dict(data_state)),
         provenance=ocp.args.JsonSave(provenance.to_dict()),
       ),
@@ -219,6 +227,11 @@ class Checkpointer:
       args=ocp.args.Composite(
         parameters=ocp.args.StandardRestore(_by_name(abstract.model)),
         optimizer=ocp.args.StandardRestore(_by_name(abstract.optimizer)),
+        **(
+          {"auto_weights": ocp.args.StandardRestore(abstract.auto_weights)}
+          if abstract.auto_weights
+          else {}
+        ),
         data=ocp.args.JsonRestore(),
       ),
     )
@@ -226,6 +239,7 @@ class Checkpointer:
       step=jax.device_put(jnp.int32(step), abstract.step.sharding),
       model=_like(abstract.model, restored["parameters"]),
       optimizer=_like(abstract.optimizer, restored["optimizer"]),
+      auto_weights=restored["auto_weights"] if abstract.auto_weights else {},
     )
     return state, restored["data"]
 
@@ -263,27 +277,7 @@ def load(
   Raises:
     UserError: there is no such checkpoint.
   """
-  path = os.path.abspath(path)
-  if os.path.isdir(os.path.join(path, "parameters")):
-    folder, name = os.path.split(path)
-    if not name.isdigit():
-      raise UserError(
-        f"{path}: a checkpoint's folder must be named by its step"
-      )
-    steps = [int(name)]
-  else:
-    inner = os.path.join(path, _FOLDER)
-    folder = inner if os.path.isdir(inner) else path
-    steps = checkpoint_steps(folder)
-  if not steps:
-    raise UserError(f"no checkpoint in {path}")
-  step = steps[-1] if step is None else step
-  if step not in steps:
-    raise UserError(
-      f"no checkpoint of step {step} in {folder}; there are: "
-      + ", ".join(map(str, steps))
-    )
-  checkpoint = os.path.join(folder, str(step))
+  checkpoint, step = _find(path, step)
   provenance = Provenance.from_dict(_read_provenance(checkpoint))
   abstract = abstract_model(provenance.experiment.model)
   if mesh is None:
@@ -310,6 +304,62 @@ def load(
     step=step,
     content_hash=provenance.content_hash,
   )
+
+
+def _find(path: str, step: int | None = None) -> tuple[str, int]:
+  """Returns a checkpoint's folder and its step; see `load`."""
+  path = os.path.abspath(path)
+  if os.path.isdir(os.path.join(path, "parameters")):
+    folder, name = os.path.split(path)
+    if not name.isdigit():
+      raise UserError(
+        f"{path}: a checkpoint's folder must be named by its step"
+      )
+    steps = [int(name)]
+  else:
+    inner = os.path.join(path, _FOLDER)
+    folder = inner if os.path.isdir(inner) else path
+    steps = checkpoint_steps(folder)
+  if not steps:
+    raise UserError(f"no checkpoint in {path}")
+  step = steps[-1] if step is None else step
+  if step not in steps:
+    raise UserError(
+      f"no checkpoint of step {step} in {folder}; there are: "
+      + ", ".join(map(str, steps))
+    )
+  return os.path.join(folder, str(step)), step
+
+
+def initial_tokenizer(experiment: Experiment) -> Tokenizer | None:
+  """Returns the tokenizer of `train.initial_checkpoint`, None without one.
+
+  Raises:
+    UserError: there is no such checkpoint, or its model has another shape.
+  """
+  path = experiment.train.initial_checkpoint
+  if not path:
+    return None
+  try:
+    checkpoint, _ = _find(path)
+  except UserError as error:
+    raise UserError(f"train.initial_checkpoint: {error}") from error
+  provenance = Provenance.from_dict(_read_provenance(checkpoint))
+  same = {"dtype": "float32", "remat": "none"}
+  saved, wanted = (
+    config.flatten(dataclasses.replace(Experiment(), model=model))
+    for model in (
+      dataclasses.replace(provenance.experiment.model, **same),
+      dataclasses.replace(experiment.model, **same),
+    )
+  )
+  keys = config.differing_keys(saved, wanted)
+  if keys:
+    raise UserError(
+      f"train.initial_checkpoint={path} holds another model:"
+      f" {'; '.join(keys)}; set the model's sizes to its own"
+    )
+  return provenance.tokenizer
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -24,6 +24,34 @@ class UserError(Exception):
   """Something the user can mend: reported as one line, with exit code 2."""
 
 
+class Weight:
+  """Type of a loss weight: a number, or "auto:TARGET".
+
+  `auto:1e-4` finds the power of ten that brings the weighted loss nearest to
+  1e-4 on the first batch, and keeps it.
+  """
+
+
+class _WeightParser(flags.ArgumentParser):
+  """Reads numbers as numbers and leaves all else to `validate`."""
+
+  def parse(self, argument: Any) -> Any:
+    try:
+      return float(argument)
+    except ValueError:
+      return argument
+
+
+config_flags.register_flag_parser_for_type(Weight, _WeightParser())
+
+
+def auto_target(weight: float | str) -> float | None:
+  """Returns TARGET of a weight "auto:TARGET", None of a number."""
+  if not isinstance(weight, str):
+    return None
+  return float(weight.removeprefix("auto:"))
+
+
 # eq and hash by value make configurations usable as static pytree metadata;
 # treat them as immutable once `validate` has run.
 _config = dataclasses.dataclass(unsafe_hash=True)
@@ -66,13 +94,27 @@ class MoEConfig:
 
 @_config
 class LossesConfig:
-  """Weights of L = L_LM + alpha L_LB + beta L_ED + zeta L_z."""
+  """Weights of L = L_LM + alpha L_LB + beta L_ED + zeta L_z + AES terms."""
 
   balance_weight: float = 0.01
+  # Load balance over the "global" batch, or, for comparison, of each
+  # "sequence" by itself, which suppresses specialisation.
+  balance_scope: str = "global"
   divergence_weight: float = 0.0
-  z_weight: float = 1e-4
-  # Added to the Jensen-Shannon divergence inside the logarithm.
+  # What L_ED takes the logarithm of: a name of `divergence.DIVERGENCES`.
+  divergence: str = "jensen_shannon"
+  # Added to the divergence inside the logarithm.
   divergence_epsilon: float = 1e-8
+  # Share of the coarse level in L_ED under data.granularity=hierarchical.
+  coarse_weight: float = 0.5
+  z_weight: float = 1e-4
+  # Advancing Expert Specialization (arXiv:2505.22323): orthogonality of the
+  # active experts' outputs, variance of the routing weights. Numbers, or
+  # "auto:1e-4" and "auto:1e-3" as its authors do.
+  orthogonality_weight: Weight = 0.0
+  variance_weight: Weight = 0.0
+  # Both as the "paper" writes them, or as its authors' "released" code does.
+  specialization_form: str = "paper"
 
 
 @_config
@@ -101,12 +143,18 @@ class TrainConfig:
   batch_size: int = 16
   sequence_length: int = 256
   accumulation_steps: int = 1
+  # "exact": the objective of the global batch, for one more forward pass.
+  # "per_micro_batch": the mean of the objectives of the micro-batches.
+  accumulation: str = "exact"
   log_every: int = 10
   eval_every: int = 100
   # Rows evaluated per domain at most; -1 takes all that was held out.
   eval_rows: int = 16
   checkpoint_every: int = 100
   keep_checkpoints: int = 2
+  # A run's folder, or a checkpoint in it, whose parameters and tokenizer this
+  # run starts from, for post-training; empty: random parameters.
+  initial_checkpoint: str = ""
 
 
 @_config
@@ -132,8 +180,9 @@ class DataConfig:
   # Share of rows by domain, in the order of `domains` (or of the taxonomy);
   # empty: equal shares.
   weights: tuple[float, ...] = ()
-  # What the divergence loss calls a domain: "fine", "coarse", or the control
-  # "shuffled", which gives every training row a random fine label.
+  # What the divergence loss calls a domain: "fine", "coarse", "hierarchical"
+  # (both, see losses.coarse_weight), or the control "shuffled", which gives
+  # every training row a random fine label.
   granularity: str = "fine"
   # "bpe": byte-level BPE of model.vocabulary_size trained on the mixture;
   # "byte": one token a byte.
@@ -183,8 +232,18 @@ _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
   "model.remat": ("none", "full"),
   "moe.dispatch": ("gather",),
+  "losses.balance_scope": ("global", "sequence"),
+  "losses.divergence": (
+    "jensen_shannon",
+    "hellinger",
+    "total_variation",
+    "symmetric_kl",
+    "wasserstein",
+  ),
+  "losses.specialization_form": ("paper", "released"),
   "optimizer.schedule": ("cosine", "wsd"),
-  "data.granularity": ("fine", "coarse", "shuffled"),
+  "train.accumulation": ("exact", "per_micro_batch"),
+  "data.granularity": ("fine", "coarse", "hierarchical", "shuffled"),
   "data.tokenizer": ("bpe", "byte"),
 }
 
@@ -226,6 +285,7 @@ _NOT_NEGATIVE = (
 )
 
 _FRACTION = (
+  "losses.coarse_weight",
   "optimizer.decay_fraction",
   "optimizer.final_fraction",
   "optimizer.beta1",
@@ -338,6 +398,7 @@ def validate(experiment: Experiment) -> Experiment:
     if flat[key] == 1:
       raise UserError(f"{key}=1: must be less than 1")
   _validate_model(experiment.model)
+  _validate_specialization(experiment)
   _validate_train(experiment)
   _validate_data(experiment)
   return experiment
@@ -357,8 +418,23 @@ def _check_types(holder: Any, prefix: str = "") -> None:
         raise UserError(
           f"{key}={value!r}: must be a tuple of {element.__name__}"
         )
+    elif wanted is Weight:
+      _check_weight(key, value)
     elif not _is_a(value, wanted):
       raise UserError(f"{key}={value!r}: must be of type {wanted.__name__}")
+
+
+def _check_weight(key: str, value: Any) -> None:
+  """Raises UserError unless `value` is a number >= 0 or "auto:TARGET"."""
+  number = value
+  if isinstance(value, str) and value.startswith("auto:"):
+    with contextlib.suppress(ValueError):
+      number = auto_target(value) or -1.0
+  if not _is_a(number, float) or not 0 <= number < math.inf:
+    raise UserError(
+      f"{key}={value!r}: must be a number that is not negative, or auto:TARGET"
+      " such as auto:1e-4"
+    )
 
 
 def _is_a(value: Any, wanted: type) -> bool:
@@ -388,6 +464,23 @@ def _validate_model(model: ModelConfig) -> None:
       f"model.num_dense_layers={model.num_dense_layers} leaves no"
       f" mixture-of-experts layer in model.num_layers={model.num_layers}"
     )
+
+
+def _validate_specialization(experiment: Experiment) -> None:
+  model, losses = experiment.model, experiment.losses
+  if losses.orthogonality_weight and model.num_active_experts < 2:
+    raise UserError(
+      f"losses.orthogonality_weight={losses.orthogonality_weight}: compares"
+      " active experts, of which there is"
+      f" model.num_active_experts={model.num_active_experts}"
+    )
+  for key in ("orthogonality_weight", "variance_weight"):
+    weight = getattr(losses, key)
+    if isinstance(weight, str) and experiment.train.accumulation != "exact":
+      raise UserError(
+        f"losses.{key}={weight}: needs train.accumulation=exact, not"
+        f" {experiment.train.accumulation}"
+      )
 
 
 def _validate_train(experiment: Experiment) -> None:

@@ -1,11 +1,11 @@
-"""Jensen-Shannon divergence and the expert divergence loss.
+"""Divergences of routing distributions, and the losses made of them.
 
-Stands alone: imports only JAX, so that other codebases can use this file. All
-divergences are in nats. Source of the loss: Li et al., *Expert Divergence
-Learning for MoE-based Language Models*, ICLR 2026, arXiv:2603.00054. The
-derivations of the forms used here are in the docstrings.
+Stands alone: imports only JAX, so that other codebases can use this file.
+Logarithms are natural. Source of the loss: Li et al., *Expert Divergence
+Learning for MoE-based Language Models*, ICLR 2026, arXiv:2603.00054.
 
-Axis letters: B batch row, T position, D domains, E experts.
+Axis letters: B batch row, T position, D domains, C coarse domains, E experts,
+P tokens, N pairs or tiles, R domains in a tile.
 """
 
 import math
@@ -15,41 +15,30 @@ import jax.numpy as jnp
 
 LN_2 = math.log(2.0)
 
-# Elements of the largest intermediate array of `pairwise_jensen_shannon`:
-# beyond it, pairs are computed row block by row block.
-_TILE_ELEMENTS = 1 << 22
-
-
-def _relative_difference(p: jax.Array, q: jax.Array) -> jax.Array:
-  """Returns u = (p - q) / (p + q), with 0 where both are 0."""
-  total = p + q
-  return jnp.where(total > 0, (p - q) / jnp.where(total > 0, total, 1), 0)
+# Elements of the largest array between: more pairs are computed in tiles.
+_TILE_ELEMENTS = 1 << 20
 
 
 @jax.custom_jvp
 def _half_log_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
   """Returns log(2 p / (p + q)) / 2, the derivative of JSD by p.
 
-  Near p = q it is log1p(u) / 2, which does not cancel. Its value at p = 0 is
-  minus infinity: the ratio is floored at the smallest normal number, which in
-  float32 bounds the result from below by -43.7.
+  Near p = q it is log1p(u) / 2, which does not cancel. At p = 0 it is minus
+  infinity: the ratio is floored at the smallest normal number.
   """
-  u = _relative_difference(p, q)
+  total = jnp.where(p + q > 0, p + q, 1)
+  u = (p - q) / total
   near = jnp.abs(u) < 0.5
-  total = p + q
-  ratio = 2 * p / jnp.where(total > 0, total, 1)
-  ratio = jnp.maximum(ratio, jnp.finfo(p.dtype).tiny)
-  far_log = jnp.where(total > 0, jnp.log(ratio), 0)
+  far_log = jnp.log(jnp.maximum(2 * p / total, jnp.finfo(p.dtype).tiny))
   return jnp.where(near, jnp.log1p(jnp.where(near, u, 0)), far_log) / 2
 
 
 @_half_log_ratio.defjvp
 def _half_log_ratio_jvp(primals, tangents):
   p, q = primals
-  # d/dp = q / (2 p (p + q)) and d/dq = -1 / (2 (p + q)) grow without bound as
-  # probabilities vanish: bounded so that products with tangents stay finite,
-  # and that the squared bound's inverse, which XLA may form, is not flushed
-  # to zero. In float32 the bound is 2.6e15.
+  # d/dp = q / (2 p (p + q)) and d/dq = -1 / (2 (p + q)), bounded (in float32 by
+  # 2.6e15) so that products with tangents stay finite, and that the inverse of
+  # the bound squared, which XLA may form, is not flushed to zero.
   bound = jnp.finfo(p.dtype).max ** 0.4
   smallest = 1 / bound
   total = jnp.maximum(p + q, smallest)
@@ -60,21 +49,17 @@ def _half_log_ratio_jvp(primals, tangents):
 
 @jax.custom_jvp
 def _jensen_shannon_terms(p: jax.Array, q: jax.Array) -> jax.Array:
-  """Returns the non-negative summands of JSD(p, q), elementwise."""
-  u = _relative_difference(p, q)
-  magnitude = jnp.abs(u)
-  near = magnitude < 0.5
-  # g(u) = 2 u atanh(u) + log(1 - u^2), twice: for small |u| as it stands, and
-  # towards |u| = 1 as (1+u) log(1+u) + (1-u) log(1-u), whose second product
-  # vanishes there.
-  small = jnp.where(near, u, 0)
-  g_small = 2 * small * jnp.arctanh(small) + jnp.log1p(-small * small)
-  large = jnp.where(near, 0.5, magnitude)
+  """Returns (p + q) g(u) / 4, the summands of JSD(p, q), elementwise."""
   total = jnp.where(p + q > 0, p + q, 1)
-  # 1 - |u| without cancellation.
-  rest = jnp.where(near, 0.5, 2 * jnp.minimum(p, q) / total)
-  g_large = (1 + large) * jnp.log1p(large) + jax.scipy.special.xlogy(rest, rest)
-  return (p + q) * jnp.where(near, g_small, g_large) / 4
+  u = jnp.abs(p - q) / total
+  # g(u) = sum_k u^2k / (k (2k-1)), to the precision of float64 where near.
+  g_near = 0
+  for k in range(12, 0, -1):
+    g_near = (g_near + 1 / (k * (2 * k - 1))) * (u * u)
+  # Towards u = 1, (1+u) log(1+u) + (1-u) log(1-u), with 1 - u not cancelling.
+  rest = 2 * jnp.minimum(p, q) / total
+  g_far = (1 + u) * jnp.log1p(u) + jax.scipy.special.xlogy(rest, rest)
+  return total * jnp.where(u < 0.25, g_near, g_far) / 4
 
 
 @_jensen_shannon_terms.defjvp
@@ -89,6 +74,17 @@ def _as_float(x: jax.Array) -> jax.Array:
   """Returns `x` in float32, or in float64 if that is what it is."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _distributions(p: jax.Array, q: jax.Array) -> list[jax.Array]:
+  """Returns both in one float dtype and shape."""
+  dtype = jnp.promote_types(jnp.result_type(p, q), jnp.float32)
+  return jnp.broadcast_arrays(jnp.asarray(p, dtype), jnp.asarray(q, dtype))
+
+
+def _absolute(x: jax.Array) -> jax.Array:
+  """Returns |x|, with derivative 0 at 0 where that of `jnp.abs` is 1."""
+  return x * jax.lax.stop_gradient(jnp.sign(x))
 
 
 def jensen_shannon(p: jax.Array, q: jax.Array, axis: int = -1) -> jax.Array:
@@ -109,28 +105,195 @@ def jensen_shannon(p: jax.Array, q: jax.Array, axis: int = -1) -> jax.Array:
     exactly 0 for p = q. The gradient by p is log(2 p / (p+q)) / 2, bounded
     below by -43.7 in float32 where p = 0.
   """
-  p, q = jnp.broadcast_arrays(_as_float(p), _as_float(q))
-  dtype = jnp.promote_types(p.dtype, q.dtype)
-  terms = _jensen_shannon_terms(p.astype(dtype), q.astype(dtype))
-  return jnp.sum(terms, axis=axis)
+  p, q = _distributions(p, q)
+  return jnp.sum(_jensen_shannon_terms(p, q), axis=axis)
 
 
 def pairwise_jensen_shannon(p_DE: jax.Array) -> jax.Array:
-  """JSD of every pair of rows of `p_DE`, in nats.
+  """JSD of every pair of rows of `p_DE`, in nats: (D, D), float32 or float64.
 
   O(D^2 E) arithmetic; memory O(D^2 + D E) beyond a fixed tile, with gradients
   too, so that thousands of domains fit.
-
-  Returns:
-    Symmetric (D, D) with zeros on the diagonal, float32 or float64.
   """
-  num_domains, num_experts = p_DE.shape
-  row_elements = max(1, num_domains * num_experts)
-  tile = max(1, _TILE_ELEMENTS // row_elements)
-  if tile >= num_domains:
-    return jensen_shannon(p_DE[:, None], p_DE[None, :])
   row = jax.checkpoint(lambda p_E: jensen_shannon(p_E, p_DE))
-  return jax.lax.map(row, p_DE, batch_size=tile)
+  rows = max(1, min(len(p_DE), _TILE_ELEMENTS // max(1, p_DE.size)))
+  return jax.lax.map(row, p_DE, batch_size=rows)
+
+
+def hellinger(p: jax.Array, q: jax.Array) -> jax.Array:
+  """Hellinger distance along the last axis, in [0, 1] (Hellinger 1909).
+
+  H = sqrt(sum_e (sqrt p_e - sqrt q_e)^2 / 2), each difference of roots
+  evaluated as (p-q) / (sqrt p + sqrt q), which does not cancel. The derivative
+  by p_e, (1 - sqrt(q_e/p_e)) / (4 H), is infinite at p_e = 0 and has no value
+  at p = q: so probabilities below 1e-16 count as 1e-16, and an H below 1e-10
+  is replaced by H^2 / 1e-10, whose gradient at p = q is 0.
+  """
+  p, q = (jnp.maximum(x, 1e-16) for x in _distributions(p, q))
+  gap = (p - q) / (jnp.sqrt(p) + jnp.sqrt(q))
+  square = jnp.sum(gap**2, axis=-1) / 2
+  return square / jnp.sqrt(jnp.maximum(square, 1e-20))
+
+
+def total_variation(p: jax.Array, q: jax.Array) -> jax.Array:
+  """Total variation distance along the last axis, in [0, 1] (Jordan 1881).
+
+  TV = sum_e |p_e - q_e| / 2, the largest difference in the probability of any
+  set of experts. The derivative where p_e = q_e is 0.
+  """
+  p, q = _distributions(p, q)
+  return jnp.sum(_absolute(p - q), axis=-1) / 2
+
+
+def symmetric_kl(p: jax.Array, q: jax.Array) -> jax.Array:
+  """Jeffreys divergence along the last axis, in nats (Jeffreys 1946).
+
+  J = KL(p||q) + KL(q||p) = sum_e (p_e - q_e) log(p_e/q_e): non-negative terms.
+  Near p = q the logarithm is 2 atanh((p-q) / (p+q)). Probabilities below 1e-12
+  count as 1e-12, so that J is at most 55.3 and derivatives at least -1e12.
+  """
+  p, q = (jnp.maximum(x, 1e-12) for x in _distributions(p, q))
+  u = (p - q) / (p + q)
+  near = jnp.abs(u) < 0.5
+  log_ratio = 2 * jnp.arctanh(jnp.where(near, u, 0))
+  log_ratio = jnp.where(near, log_ratio, jnp.log(p) - jnp.log(q))
+  return jnp.sum((p - q) * log_ratio, axis=-1)
+
+
+def wasserstein(
+  p: jax.Array, q: jax.Array, ground_cost_EE: jax.Array | None = None
+) -> jax.Array:
+  """Wasserstein-1 distance along the last axis (Kantorovich 1942).
+
+  The least cost of moving mass until p becomes q, where a unit from expert i
+  to expert j costs ground_cost_EE[i, j], which must be a metric. Without
+  costs, experts stand in their order on a line, |i-j|/(E-1) apart, and it is
+  sum_e |P_e - Q_e| / (E-1) with P, Q the cumulative sums.
+
+  With costs it is the exact optimum, not a regularised one:
+  sum_e f_e (p_e - q_e) for the Kantorovich potential f, the best of all with
+  f_i - f_j <= cost_ij. f is also the gradient by p (envelope theorem).
+
+  Raises:
+    ValueError: the costs, unless traced, are not a metric on the experts.
+  """
+  p, q = _distributions(p, q)
+  num_experts = p.shape[-1]
+  if ground_cost_EE is None:
+    surplus = jnp.cumsum(p - q, axis=-1)[..., :-1]
+    return jnp.sum(_absolute(surplus), axis=-1) / max(1, num_experts - 1)
+  _check_metric(ground_cost_EE, num_experts)
+  cost_EE = jnp.asarray(ground_cost_EE, p.dtype)
+  surplus_NE = (p - q).reshape(-1, num_experts)
+  potential_NE = jax.vmap(_potential, (0, None))(
+    *jax.lax.stop_gradient((surplus_NE, cost_EE))
+  )
+  distance_N = jnp.maximum(jnp.sum(potential_NE * surplus_NE, axis=-1), 0)
+  return distance_N.reshape(p.shape[:-1])
+
+
+def _check_metric(cost_EE: jax.Array, num_experts: int) -> None:
+  """Raises ValueError if the costs are known not to be a metric."""
+  if jnp.shape(cost_EE) != (num_experts, num_experts):
+    raise ValueError(
+      f"ground_cost_EE is {jnp.shape(cost_EE)}, not (E, E) with E={num_experts}"
+    )
+  if isinstance(cost_EE, jax.core.Tracer):
+    return
+  with jax.ensure_compile_time_eval():
+    cost_EE = _as_float(cost_EE)
+    # The best way by one expert between, row by row to save memory.
+    detour_EE = jax.lax.map(lambda x: (x[:, None] + cost_EE).min(0), cost_EE)
+    rules = {
+      "finite": jnp.isfinite(cost_EE),
+      "0 from an expert to itself": jnp.diag(cost_EE) == 0,
+      "positive elsewhere": (cost_EE > 0) | jnp.eye(num_experts, dtype=bool),
+      "symmetric": cost_EE == cost_EE.T,
+      "no more than a detour's": cost_EE <= detour_EE + 1e-6 * cost_EE.max(),
+    }
+    for rule, holds in rules.items():
+      if not holds.all():
+        raise ValueError(f"ground_cost_EE is no metric: costs must be {rule}")
+
+
+def _potential(surplus_E: jax.Array, cost_EE: jax.Array) -> jax.Array:
+  """Returns the f that maximises sum_e f_e surplus_e, f_i - f_j <= cost_ij.
+
+  Minimum-cost flow by successive shortest paths (Jewell 1958) under node
+  potentials (Edmonds and Karp 1972), which hold the residual costs
+  non-negative and satisfy the constraints at every step. The costs being a
+  metric, mass flows from expert to expert, with no second set of nodes.
+  """
+  limits = jnp.finfo(cost_EE.dtype)
+  supply_E, demand_E = jnp.maximum(surplus_E, 0), jnp.maximum(-surplus_E, 0)
+  supply_E /= jnp.maximum(supply_E.sum(), limits.tiny)
+  demand_E /= jnp.maximum(demand_E.sum(), limits.tiny)
+  scale = jnp.maximum(cost_EE.max(), limits.tiny)
+  cost_EE /= scale
+  node_E = jnp.arange(len(cost_EE))
+
+  def unfinished(excess_E):
+    return jnp.minimum(excess_E.max(), -excess_E.min()) > limits.eps
+
+  def move_along_shortest_path(state):
+    excess_E, flow_EE, height_E, num_paths = state
+    # Mass sent against a flow takes it back.
+    undo_EE = flow_EE.T > 0
+    arc_EE = jnp.where(undo_EE, -cost_EE, cost_EE)
+    arc_EE = jnp.maximum(arc_EE + height_E[:, None] - height_E, 0)
+
+    def settle(state):
+      length_E, parent_E, settled_E, node = state
+      via_E = length_E[node] + arc_EE[node]
+      parent_E = jnp.where(via_E < length_E, node, parent_E)
+      length_E = jnp.minimum(length_E, via_E)
+      settled_E = settled_E.at[node].set(True)
+      nearest = jnp.argmin(jnp.where(settled_E, jnp.inf, length_E))
+      return length_E, parent_E, settled_E, nearest
+
+    # Dijkstra from all nodes with mass to spare to the nearest that lacks some.
+    # `vmap` runs finished pairs too, where there may be none.
+    length_E = jnp.where(excess_E > 0, 0, jnp.inf).astype(arc_EE.dtype)
+    length_E, parent_E, _, sink = jax.lax.while_loop(
+      lambda state: unfinished(excess_E) & (excess_E[state[3]] >= 0),
+      settle,
+      (length_E, node_E, node_E < 0, jnp.argmax(excess_E)),
+    )
+    source, entered_E = jax.lax.while_loop(
+      lambda path: parent_E[path[0]] != path[0],
+      lambda path: (parent_E[path[0]], path[1] | (node_E == path[0])),
+      (sink, node_E < 0),
+    )
+    path_EE = entered_E & (node_E[:, None] == parent_E)
+    undone_EE = jnp.where(path_EE & undo_EE, flow_EE.T, jnp.inf)
+    amount = jnp.minimum(excess_E[source], -excess_E[sink])
+    amount = jnp.minimum(amount, undone_EE.min())
+    flow_EE += jnp.where(path_EE & ~undo_EE, amount, 0)
+    flow_EE -= jnp.where(path_EE & undo_EE, amount, 0).T
+    excess_E = excess_E.at[source].add(-amount).at[sink].add(amount)
+    height_E += jnp.minimum(length_E, length_E[sink])
+    return excess_E, flow_EE, height_E, num_paths + 1
+
+  # In practice about 2 E paths: the limit is for the unforeseen.
+  _, _, height_E, _ = jax.lax.while_loop(
+    lambda state: unfinished(state[0]) & (state[3] < 16 * len(node_E)),
+    move_along_shortest_path,
+    (supply_E - demand_E, jnp.zeros_like(cost_EE), 0 * supply_E, 0),
+  )
+  # A constant is free. This one gives supply and demand half of the cost each:
+  # no negative distance where rounding makes them unequal.
+  potential_E = -height_E * scale
+  return potential_E - jnp.sum(potential_E * (supply_E + demand_E)) / 2
+
+
+_DIVERGENCES = {
+  "jensen_shannon": jensen_shannon,
+  "hellinger": hellinger,
+  "total_variation": total_variation,
+  "symmetric_kl": symmetric_kl,
+  "wasserstein": wasserstein,
+}
+DIVERGENCES = tuple(_DIVERGENCES)
 
 
 def domain_routing(
@@ -142,69 +305,199 @@ def domain_routing(
   """Averages router probabilities per sequence, then per domain.
 
   For use of this file alone; training sums the same statistics over layers and
-  devices with `routing.collect`.
-
-  arXiv:2603.00054, sections "token to sequence" and "sequence to domain".
+  devices with `routing.collect`. arXiv:2603.00054.
 
   Args:
     probs_BTE: router softmax over all experts, before top-k.
     weights_BT: 1 where a token counts, 0 for padding.
-    domain_B: domain label of each sequence, in [0, num_domains).
-    num_domains: D.
+    domain_B: domain label of each sequence, in [0, num_domains). Under
+      `jax.jit` labels cannot be checked, and a sequence with another label
+      counts for no domain: there the input pipeline must check.
 
   Returns:
     p_DE: mean of the sequence means of each domain, float32; zeros for a
       domain that does not occur.
     count_D: sequences of each domain with at least one counted token.
+
+  Raises:
+    ValueError: a label outside the range.
   """
+  if not isinstance(domain_B, jax.core.Tracer):
+    with jax.ensure_compile_time_eval():
+      outside_B = (domain_B < 0) | (domain_B >= num_domains)
+      if outside_B.any():
+        label = int(domain_B[outside_B.argmax()])
+        raise ValueError(f"domain label {label} is not in [0, {num_domains})")
   weights_BT = _as_float(weights_BT)
   tokens_B = weights_BT.sum(-1)
-  sequence_BE = (
-    jnp.einsum(
-      "BTE,BT->BE",
-      _as_float(probs_BTE),
-      weights_BT,
-      precision=jax.lax.Precision.HIGHEST,
-    )
-    / jnp.maximum(tokens_B, 1)[:, None]
-  )
-  member_BD = jax.nn.one_hot(domain_B, num_domains, dtype=sequence_BE.dtype)
+  member_BD = jax.nn.one_hot(domain_B, num_domains, dtype=weights_BT.dtype)
   member_BD *= (tokens_B > 0)[:, None]
   count_D = member_BD.sum(0)
-  sum_DE = jnp.einsum(
-    "BE,BD->DE",
-    sequence_BE,
-    member_BD,
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  with jax.default_matmul_precision("highest"):
+    sum_BE = jnp.einsum("BTE,BT->BE", _as_float(probs_BTE), weights_BT)
+    sequence_BE = sum_BE / jnp.maximum(tokens_B, 1)[:, None]
+    sum_DE = jnp.einsum("BE,BD->DE", sequence_BE, member_BD)
   return sum_DE / jnp.maximum(count_D, 1)[:, None], count_D
 
 
 def expert_divergence_loss(
-  p_DE: jax.Array, present_D: jax.Array, *, eps: float = 1e-8
+  p_DE: jax.Array,
+  present_D: jax.Array,
+  *,
+  eps: float = 1e-8,
+  divergence: str = "jensen_shannon",
+  ground_cost_EE: jax.Array | None = None,
 ) -> jax.Array:
   """Expert divergence loss of one layer (arXiv:2603.00054).
 
   L_ED = mean over unordered pairs j < k of present domains of
-  -log(JSD(p_j, p_k) + eps).
+  -log(divergence(p_j, p_k) + eps); the paper's is Jensen-Shannon.
+
+  O(D^2 E) arithmetic, or more by ground costs. Memory O(D E) beyond a fixed
+  tile, with gradients too.
 
   Args:
     p_DE: mean router probabilities of each domain over the *global* batch.
-    present_D: true (or positive) where the domain occurs in the batch.
+    present_D: true (or positive) where the domain occurs in the batch. Rows of
+      absent domains have no influence, whatever they hold.
     eps: added to the divergence inside the logarithm; with 0, domains that
       route exactly alike have an infinite loss.
+    divergence: one of `DIVERGENCES`; see the function of that name.
+    ground_cost_EE: only for "wasserstein"; see there.
 
   Returns:
-    A scalar in [-log(ln 2 + eps), -log(eps)]; 0 with a gradient of exactly
-    zero when fewer than two domains are present.
+    A scalar in [-log(largest divergence + eps), -log(eps)]; 0 with a gradient
+    of exactly zero when fewer than two domains or experts are present.
+
+  Raises:
+    ValueError: no such divergence, or ground costs that do not fit it.
   """
-  present_D = jnp.asarray(present_D) > 0
-  num_domains = p_DE.shape[0]
-  pair_DD = present_D[:, None] & present_D[None, :]
-  pair_DD &= ~jnp.eye(num_domains, dtype=bool)
-  divergence_DD = pairwise_jensen_shannon(p_DE)
-  # Pairs that do not count, such as the diagonal, must not reach a logarithm
-  # whose derivative may be infinite.
-  loss_DD = -jnp.log(jnp.where(pair_DD, divergence_DD + eps, 1))
-  # Every unordered pair stands twice in both sums.
-  return loss_DD.sum() / jnp.maximum(pair_DD.sum(), 1)
+  if divergence not in DIVERGENCES:
+    names = ", ".join(DIVERGENCES)
+    raise ValueError(f"no divergence {divergence!r}: it must be one of {names}")
+  if ground_cost_EE is not None and divergence != "wasserstein":
+    raise ValueError(f"ground_cost_EE needs 'wasserstein', not {divergence!r}")
+  num_domains, num_experts = p_DE.shape
+  p_DE = _as_float(p_DE)
+  if num_domains < 2 or num_experts < 2:
+    return jnp.zeros((), p_DE.dtype)
+  costs = () if ground_cost_EE is None else (ground_cost_EE,)
+  pair_elements = num_experts ** (1 + len(costs))
+  tile = max(1, math.isqrt(_TILE_ELEMENTS // pair_elements))
+  num_tiles = -(-num_domains // tile)
+  # Tiles of equal size, with absent domains for padding.
+  tile = -(-num_domains // num_tiles)
+  padding = num_tiles * tile - num_domains
+  present_D = jnp.pad(jnp.asarray(present_D) > 0, (0, padding))
+  p_DE = jnp.pad(p_DE, ((0, padding), (0, 0)))
+  p_DE = jnp.where(present_D[:, None], p_DE, 1 / num_experts)
+  p_NRE = p_DE.reshape(num_tiles, tile, num_experts)
+  present_NR = present_D.reshape(num_tiles, tile)
+  upper_RR = jnp.triu(jnp.ones((tile, tile), bool), 1)
+
+  def add_tile_pair(total, pair):
+    j, k = pair
+    counts_RR = present_NR[j][:, None] & present_NR[k] & (upper_RR | (j < k))
+    d_RR = _DIVERGENCES[divergence](p_NRE[j][:, None], p_NRE[k], *costs)
+    # Pairs that do not count must not reach a derivative that is infinite.
+    loss_RR = -jnp.log(jnp.where(counts_RR, d_RR + eps, 1))
+    return total + loss_RR.sum(), None
+
+  total, _ = jax.lax.scan(
+    jax.checkpoint(add_tile_pair, prevent_cse=False),
+    jnp.zeros((), p_DE.dtype),
+    jnp.array([(j, k) for k in range(num_tiles) for j in range(k + 1)]),
+  )
+  num_present = present_D.sum().astype(p_DE.dtype)
+  return total / jnp.maximum(num_present * (num_present - 1) / 2, 1)
+
+
+def hierarchical_divergence_loss(
+  p_DE: jax.Array,
+  count_D: jax.Array,
+  parent_D: tuple[int, ...],
+  *,
+  coarse_weight: float = 0.5,
+  eps: float = 1e-8,
+  divergence: str = "jensen_shannon",
+  ground_cost_EE: jax.Array | None = None,
+) -> jax.Array:
+  """Weighted sum of the expert divergence losses of two levels of labels.
+
+  coarse_weight * L_coarse + (1 - coarse_weight) * L_fine. The mean of a coarse
+  domain is that of all its sequences: of its fine means, weighted by count.
+
+  Args:
+    p_DE, count_D: of the fine domains, as from `domain_routing`.
+    parent_D: the coarse domain of each fine domain, from 0.
+    coarse_weight: in [0, 1]; with 0 or 1 the other level costs nothing.
+    eps, divergence, ground_cost_EE: as in `expert_divergence_loss`.
+
+  Raises:
+    ValueError: parents that do not fit; see also `expert_divergence_loss`.
+  """
+  options = dict(eps=eps, divergence=divergence, ground_cost_EE=ground_cost_EE)
+  fine = 0.0
+  if coarse_weight < 1:
+    fine = expert_divergence_loss(p_DE, count_D, **options)
+  if not coarse_weight:
+    return fine
+  if len(parent_D) != len(p_DE) or min(parent_D) < 0:
+    raise ValueError(
+      f"parent_D is {parent_D}: {len(p_DE)} domains need as many labels from 0"
+    )
+  count_D1 = jnp.asarray(count_D)[:, None]
+  sum_DE = jnp.where(count_D1 > 0, count_D1 * _as_float(p_DE), 0)
+  parents = (jnp.array(parent_D), max(parent_D) + 1)
+  count_C = jax.ops.segment_sum(count_D1[:, 0], *parents)
+  sum_CE = jax.ops.segment_sum(sum_DE, *parents)
+  p_CE = sum_CE / jnp.maximum(count_C, 1)[:, None]
+  coarse = expert_divergence_loss(p_CE, count_C, **options)
+  return coarse_weight * coarse + (1 - coarse_weight) * fine
+
+
+def token_pair_divergence_loss(
+  probs_PE: jax.Array,
+  domain_P: jax.Array,
+  weights_P: jax.Array,
+  key: jax.Array,
+  *,
+  num_pairs: int = 4096,
+) -> jax.Array:
+  """Mean JSD of token pairs of one domain less that of two domains, in nats.
+
+  After a press account of expert divergence learning: sample pairs of tokens,
+  maximise JSD for different domains and minimise it for the same. No formula
+  is published; linear in JSD, so that tokens that route alike do not dominate.
+
+  Args:
+    probs_PE: router softmax of each token of the global batch.
+    domain_P: domain label of each token.
+    weights_P: positive where a token counts.
+    key: of `jax.random`.
+    num_pairs: pairs of two different tokens that count, drawn uniformly, with
+      replacement.
+
+  Returns:
+    A scalar in [-ln 2, ln 2]. A mean over no pairs is 0: with fewer than two
+    tokens that count, the loss and its gradient are exactly 0.
+  """
+  rank_P = jnp.cumsum(weights_P > 0)
+  num_tokens = rank_P[-1]
+  first_key, second_key = jax.random.split(key)
+  first_N = jax.random.randint(first_key, num_pairs, 0, num_tokens)
+  # Uniform over all tokens but the first: it and those behind move up by one.
+  second_N = jax.random.randint(second_key, num_pairs, 0, num_tokens - 1)
+  second_N += second_N >= first_N
+  # The r-th token that counts, from 0, is the first of a rank above r.
+  i_N = jnp.searchsorted(rank_P, first_N, side="right")
+  j_N = jnp.searchsorted(rank_P, second_N, side="right")
+  domain_P, probs_PE = jnp.asarray(domain_P), jnp.asarray(probs_PE)
+  divergence_N = jensen_shannon(probs_PE[i_N], probs_PE[j_N])
+  same_N = domain_P[i_N] == domain_P[j_N]
+
+  def mean(counts_N):
+    counts_N &= num_tokens > 1
+    return divergence_N.sum(where=counts_N) / jnp.maximum(counts_N.sum(), 1)
+
+  return mean(same_N) - mean(~same_N)

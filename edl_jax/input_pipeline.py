@@ -113,21 +113,40 @@ def train_dataset(
 def train_iterator(
   dataset: grain.MapDataset[Batch],
   experiment: Experiment,
+  num_domains: int,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
   """Returns an endless iterator of NumPy batches, made in the background.
 
-  `dataset` holds the rows of `train_dataset`. Process p of P gets the rows p, p + P, ... of each global batch. The
+  Process p of P gets the rows p, p + P, ... of each global batch. The
   iterator's `get_state()` is a dict for JSON; `set_state` continues exactly
   there, in this process or another.
 
+  Args:
+    dataset: rows, as those of `train_dataset`.
+    experiment: batch size and seed.
+    num_domains: D; labels lie in [0, D).
+    process_index, process_count: p and P.
+
   Raises:
-    UserError: a batch that the processes cannot share evenly.
+    UserError: a batch that the processes cannot share evenly; on `next`, a
+      domain label outside [0, D), which would count for no domain.
   """
   rows = _local_batch_size(experiment, process_count)
   dataset = dataset[process_index::process_count]
-  dataset = dataset.batch(rows, drop_remainder=True, batch_fn=_stack)
+
+  def batch_of(rows: Sequence[Batch]) -> Batch:
+    batch = _stack(rows)
+    for label in batch.domain_B:
+      if not 0 <= label < num_domains:
+        raise UserError(
+          f"domain label {label} of a training row: must lie in"
+          f" [0, {num_domains}), the taxonomy's fine domains"
+        )
+    return batch
+
+  dataset = dataset.batch(rows, drop_remainder=True, batch_fn=batch_of)
   options = grain.ReadOptions(
     num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES
   )

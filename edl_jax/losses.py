@@ -1,11 +1,12 @@
 """Cross-entropy in chunks, the router's losses, and the fused objective.
 
-L = L_LM + alpha L_LB + beta L_ED + zeta L_z, every term a function of sums
-over the *global* batch, so that it is the same number on any mesh and for any
-number of micro-batches.
+L = L_LM + alpha L_LB + beta L_ED + zeta L_z, and in post-training + L_o and
+L_v, every term a function of sums over the *global* batch, so that it is the
+same number on any mesh and for any number of micro-batches.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from edl_jax import routing, sharding
-from edl_jax.config import LossesConfig
-from edl_jax.divergence import expert_divergence_loss
+from edl_jax.config import LossesConfig, auto_target
+from edl_jax.divergence import hierarchical_divergence_loss
 
 # Elements of the largest logits array held at a time, per device.
 _CHUNK_ELEMENTS = 1 << 22
@@ -145,13 +146,29 @@ def _local_cross_entropy(x_BTM, head_MV, targets_BT, weights_BT, with_gradient):
   return nats.sum(), nats_BT, dx, dhead_MV
 
 
-def load_balance_loss(stats: routing.RoutingStats) -> jax.Array:
-  """L_LB = E sum_e f_e P_e over the global batch, (L,).
+def load_balance_loss(
+  stats: routing.RoutingStats, scope: str = "global"
+) -> jax.Array:
+  """L_LB = E sum_e f_e P_e, (L,); 1 at perfect balance.
 
   `f_e` is the share of routed assignments that went to expert e, without
-  gradient, and `P_e` the mean probability; 1 at perfect balance. Fedus et al.,
-  arXiv:2101.03961; over the global batch: Qiu et al., arXiv:2501.11873.
+  gradient, and `P_e` the mean probability. Fedus et al., arXiv:2101.03961; over
+  the global batch: Qiu et al., arXiv:2501.11873.
+
+  Args:
+    stats: of the global batch.
+    scope: what is balanced: the "global" batch, or each "sequence" by itself,
+      the mean over sequences. The latter also balances every domain, which
+      suppresses specialisation: it is here for comparison.
+
+  Raises:
+    ValueError: `scope` is neither.
   """
+  if scope == "sequence":
+    sequences_L = jnp.maximum(stats.sequences_LD.sum(-1), 1)
+    return stats.sequence_balance_L / sequences_L
+  if scope != "global":
+    raise ValueError(f"scope={scope!r}: must be 'global' or 'sequence'")
   assignments_LE = jax.lax.stop_gradient(stats.assignments_LDE.sum(1))
   routed_L1 = assignments_LE.sum(-1, keepdims=True)
   f_LE = assignments_LE / jnp.maximum(routed_L1, 1)
@@ -167,49 +184,135 @@ def router_z_loss(stats: routing.RoutingStats) -> jax.Array:
   return stats.squared_logsumexp_L / jnp.maximum(stats.tokens_L, 1)
 
 
-def divergence_loss(stats: routing.RoutingStats, eps: float) -> jax.Array:
-  """L_ED of every layer, (L,); see `expert_divergence_loss`."""
-  p_LDE, present_LD = routing.domain_probabilities(stats)
-  loss = functools.partial(expert_divergence_loss, eps=eps)
-  return jax.lax.map(lambda layer: loss(*layer), (p_LDE, present_LD))
+def divergence_loss(
+  stats: routing.RoutingStats,
+  config: LossesConfig,
+  parent_D: tuple[int, ...] = (),
+  coarse_weight: float = 0.0,
+) -> jax.Array:
+  """L_ED of every layer, (L,); see `divergence.hierarchical_divergence_loss`.
+
+  Args:
+    stats: of the global batch, by fine domain.
+    config: which divergence, and its epsilon.
+    parent_D: coarse label of each fine domain, where `coarse_weight` > 0.
+    coarse_weight: share of the coarse level, in [0, 1].
+  """
+  p_LDE, _ = routing.domain_probabilities(stats)
+  loss = functools.partial(
+    hierarchical_divergence_loss,
+    parent_D=parent_D,
+    coarse_weight=coarse_weight,
+    eps=config.divergence_epsilon,
+    divergence=config.divergence,
+  )
+  return jax.lax.map(lambda layer: loss(*layer), (p_LDE, stats.sequences_LD))
+
+
+def orthogonality_loss(stats: routing.RoutingStats) -> jax.Array:
+  """L_o: active experts of a token return orthogonal outputs, (L,).
+
+  Mean over tokens of `OutputStats.projection`, whose form is chosen where
+  outputs are summed (`routing.output_stats`). 0 with one active expert. Guo et
+  al., arXiv:2505.22323.
+  """
+  return stats.outputs.projection / jnp.maximum(stats.tokens_L, 1)
+
+
+def variance_loss(
+  stats: routing.RoutingStats, form: str = "paper"
+) -> jax.Array:
+  """L_v: routing weights vary, (L,); negative or 0. Guo et al., 2505.22323.
+
+  Args:
+    stats: of the global batch.
+    form: "paper": minus the variance over tokens of each expert's routing
+      weight after top-k, mean over experts. "released": minus the unbiased
+      variance over experts of a token's probabilities before top-k, mean over
+      tokens, as the authors' code has it.
+
+  Raises:
+    ValueError: `form` is neither.
+  """
+  if form not in ("paper", "released"):
+    raise ValueError(f"form={form!r}: must be 'paper' or 'released'")
+  tokens_L = jnp.maximum(stats.tokens_L, 1)
+  num_experts = stats.gate_LE.shape[-1]
+  if num_experts == 1:
+    return jnp.zeros_like(tokens_L)
+  if form == "paper":
+    mean_LE = stats.gate_LE / tokens_L[:, None]
+    mean_square_LE = stats.squared_gate_LE / tokens_L[:, None]
+    return -(mean_square_LE - jnp.square(mean_LE)).mean(-1)
+  # A token's probabilities sum to 1.
+  deviation_L = (
+    stats.squared_probability_L - stats.tokens_L / num_experts
+  ) / tokens_L
+  return -deviation_L / (num_experts - 1)
+
+
+def auto_weights(config: LossesConfig) -> dict[str, jax.Array]:
+  """Returns the weights that the first batch will set, all 0 until then."""
+  return {
+    key: jnp.float32(0)
+    for key in ("orthogonality_weight", "variance_weight")
+    if auto_target(getattr(config, key)) is not None
+  }
+
+
+def _found_weight(loss: jax.Array, target: float, kept: jax.Array) -> jax.Array:
+  """Returns `kept` if it is set, else 10^round(log10(target / |loss|))."""
+  size = jnp.abs(jax.lax.stop_gradient(loss))
+  exponent = jnp.round(jnp.log10(target / jnp.where(size > 0, size, 1)))
+  return jnp.where(kept > 0, kept, jnp.where(size > 0, 10.0**exponent, 0))
 
 
 def objective(
   sums: BatchSums,
   config: LossesConfig,
-  parent_D: tuple[int, ...] | None = None,
+  parent_D: tuple[int, ...] = (),
+  coarse_weight: float = 0.0,
+  kept_weights: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The training objective, L = L_LM + alpha L_LB + beta L_ED + zeta L_z.
 
+  In post-training also + orthogonality_weight L_o + variance_weight L_v.
+
   Args:
     sums: of the global batch.
-    config: the weights alpha, beta and zeta.
-    parent_D: if given, L_ED compares these coarse parents of the domains.
+    config: weights and forms.
+    parent_D, coarse_weight: see `divergence_loss`.
+    kept_weights: weights "auto:TARGET" as the first batch set them, from
+      `auto_weights` before it.
 
   Returns:
     The loss in nats per token, and its terms, unweighted: `loss`, `lm_loss`,
-    `balance_loss`, `divergence_loss`, `z_loss`, each a float32 scalar. Router
-    terms are means over layers.
+    `balance_loss`, `divergence_loss`, `z_loss`, `variance_loss` and, where
+    outputs were summed, `orthogonality_loss`, each a float32 scalar; and the
+    automatic weights in use under the keys of `kept_weights`. Router terms are
+    means over layers.
   """
   stats = sums.routing
-  compared = (
-    stats if parent_D is None else routing.merge_domains(stats, parent_D)
-  )
   terms = {
     "lm_loss": sums.nats / jnp.maximum(sums.tokens, 1),
-    "balance_loss": load_balance_loss(stats).mean(),
+    "balance_loss": load_balance_loss(stats, config.balance_scope).mean(),
     "divergence_loss": divergence_loss(
-      compared, config.divergence_epsilon
+      stats, config, parent_D, coarse_weight
     ).mean(),
     "z_loss": router_z_loss(stats).mean(),
+    "variance_loss": variance_loss(stats, config.specialization_form).mean(),
   }
-  loss = terms["lm_loss"]
-  for name, weight in (
-    ("balance_loss", config.balance_weight),
-    ("divergence_loss", config.divergence_weight),
-    ("z_loss", config.z_weight),
-  ):
+  if stats.outputs is not None:
+    terms["orthogonality_loss"] = orthogonality_loss(stats).mean()
+  loss, found = terms["lm_loss"], {}
+  for name in ("balance", "divergence", "z", "orthogonality", "variance"):
+    weight = getattr(config, f"{name}_weight")
     # A weight of 0 leaves the term out of the gradient's program altogether.
-    if weight:
-      loss += weight * terms[name]
-  return loss, {"loss": loss, **terms}
+    if not weight:
+      continue
+    term, target = terms[f"{name}_loss"], auto_target(weight)
+    if target is not None:
+      kept = (kept_weights or auto_weights(config))[f"{name}_weight"]
+      weight = found[f"{name}_weight"] = _found_weight(term, target, kept)
+    loss += weight * term
+  return loss, {"loss": loss, **terms, **found}

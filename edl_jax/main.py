@@ -64,7 +64,12 @@ def _fail(error: Exception, code: int) -> NoReturn:
 def _run(experiment: Experiment, workdir: str, mode: str) -> None:
   """Everything that can be refused is refused before a device is used."""
   # Imported here: wrong flags and --help answer without loading JAX.
-  from edl_jax.checkpoint import Provenance, check_workdir, checkpoint_steps
+  from edl_jax.checkpoint import (
+    Provenance,
+    check_workdir,
+    checkpoint_steps,
+    initial_tokenizer,
+  )
   from edl_jax.evaluate import evaluate_checkpoint
   from edl_jax.input_pipeline import train_dataset
   from edl_jax.mixture import load_corpus
@@ -83,8 +88,10 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
     raise UserError(
       f"--workdir={workdir} has no checkpoint to evaluate; train first"
     )
+  tokenizer = initial_tokenizer(experiment)
   corpus = load_corpus(experiment.data)
-  tokenizer = load_tokenizer(experiment, corpus)
+  if tokenizer is None:
+    tokenizer = load_tokenizer(experiment, corpus)
   rows = None
   if mode == "train":
     rows = train_dataset(corpus, tokenizer, experiment)

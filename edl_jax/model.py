@@ -34,8 +34,9 @@ class Block(nnx.Module):
     positions_BT: jax.Array,
     weights_BT: jax.Array,
     summarize: Callable[..., Any],
+    outputs_form: str | None,
   ) -> tuple[jax.Array, Any]:
-    """Returns the residual stream and, of experts, the routing's summary."""
+    """Returns the residual stream and, of experts, `MoE`'s two summaries."""
     x_BTM = sharding.constrain_rows(x_BTM)
     x_BTM += self.attention(
       self.attention_norm(x_BTM), segments_BT, positions_BT
@@ -43,8 +44,8 @@ class Block(nnx.Module):
     h_BTM = self.feed_forward_norm(x_BTM)
     if hasattr(self, "mlp"):
       return x_BTM + self.mlp(h_BTM), None
-    y_BTM, rows = self.moe(h_BTM, weights_BT, summarize)
-    return x_BTM + y_BTM, rows
+    y_BTM, *summaries = self.moe(h_BTM, weights_BT, summarize, outputs_form)
+    return x_BTM + y_BTM, tuple(summaries)
 
 
 class Model(nnx.Module):
@@ -81,30 +82,34 @@ class Model(nnx.Module):
     positions_BT: jax.Array,
     weights_BT: jax.Array,
     summarize: Callable[..., Any] = routing.row_routing,
-  ) -> tuple[jax.Array, Any]:
+    outputs_form: str | None = None,
+  ) -> tuple[jax.Array, Any, routing.OutputStats | None]:
     """Runs all but the head.
 
     Returns:
-      x_BTM after the final norm, in the compute dtype, and what `summarize`
-      makes of the routing of every mixture-of-experts layer, stacked on a
-      leading L axis: by default `RowRouting`, (L, B, ...).
+      x_BTM after the final norm, in the compute dtype; what `summarize` makes
+      of the routing of every mixture-of-experts layer, stacked on a leading L
+      axis, by default `RowRouting`, (L, B, ...); and likewise the sums of
+      experts' outputs in `outputs_form`, None without.
     """
     dtype = jnp.dtype(self.config.dtype)
     x_BTM = self.embedding_VM[...].astype(dtype)[tokens_BT]
 
     def layer(x_BTM, block):
-      return block(x_BTM, segments_BT, positions_BT, weights_BT, summarize)
+      return block(
+        x_BTM, segments_BT, positions_BT, weights_BT, summarize, outputs_form
+      )
 
     if self.config.remat == "full":
       layer = jax.checkpoint(layer)
     if self.config.num_dense_layers:
       x_BTM, _ = jax.lax.scan(layer, x_BTM, self.dense_blocks)
-    x_BTM, rows = jax.lax.scan(layer, x_BTM, self.blocks)
-    return self.final_norm(x_BTM), rows
+    x_BTM, (rows, outputs) = jax.lax.scan(layer, x_BTM, self.blocks)
+    return self.final_norm(x_BTM), rows, outputs
 
   def __call__(self, tokens_BT: jax.Array) -> jax.Array:
     """Logits of whole documents, float32 (B, T, V), for looking inside."""
-    x_BTM, _ = self.hidden(tokens_BT, *_whole_documents(tokens_BT.shape))
+    x_BTM, _, _ = self.hidden(tokens_BT, *_whole_documents(tokens_BT.shape))
     head_MV = self.head_MV[...].astype(x_BTM.dtype)
     return jnp.dot(x_BTM, head_MV, preferred_element_type=jnp.float32)
 
@@ -116,25 +121,35 @@ class Model(nnx.Module):
       layer, and expert_LBTA, int32, the active experts by falling probability.
     """
 
-    def keep_tokens(logits_BTE, probs_BTE, expert_BTA, weights_BT):
-      del logits_BTE, weights_BT
+    def keep_tokens(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT):
+      del logits_BTE, gate_BTA, weights_BT
       return probs_BTE, expert_BTA
 
-    _, tokens = self.hidden(
+    _, tokens, _ = self.hidden(
       tokens_BT, *_whole_documents(tokens_BT.shape), keep_tokens
     )
     return tokens
 
   def batch_sums(
-    self, batch: Batch, num_domains: int
+    self, batch: Batch, num_domains: int, outputs_form: str | None = None
   ) -> tuple[losses.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
+
+    Args:
+      batch: rows of the global batch.
+      num_domains: D.
+      outputs_form: sums the experts' outputs too, in this form of
+        `routing.output_stats`.
 
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
     """
-    x_BTM, rows = self.hidden(
-      batch.tokens_BT, batch.segments_BT, batch.positions_BT, batch.weights_BT
+    x_BTM, rows, outputs = self.hidden(
+      batch.tokens_BT,
+      batch.segments_BT,
+      batch.positions_BT,
+      batch.weights_BT,
+      outputs_form=outputs_form,
     )
     nats, nats_BT = losses.chunked_cross_entropy(
       x_BTM, self.head_MV[...], batch.targets_BT, batch.weights_BT
@@ -142,7 +157,7 @@ class Model(nnx.Module):
     sums = losses.BatchSums(
       nats=nats,
       tokens=batch.weights_BT.sum(),
-      routing=routing.collect(rows, batch.domain_B, num_domains),
+      routing=routing.collect(rows, batch.domain_B, num_domains, outputs),
     )
     return sums, nats_BT
 

@@ -12,7 +12,7 @@ from edl_jax import sharding
 from edl_jax.attention import fan_in_normal
 from edl_jax.config import ModelConfig
 from edl_jax.grouped_matmul import grouped_matmul
-from edl_jax.routing import row_routing
+from edl_jax.routing import OutputStats, output_stats, row_routing
 
 
 class SwiGLU(nnx.Module):
@@ -80,25 +80,23 @@ def _unsort_backward(order_R, dy_RM):
 _unsort.defvjp(_unsort_forward, _unsort_backward)
 
 
-def apply_experts(
+def expert_outputs(
   x_PM: jax.Array,
   expert_PA: jax.Array,
-  gate_PA: jax.Array,
   gate_up_EM2F: jax.Array,
   down_EFM: jax.Array,
 ) -> jax.Array:
-  """Sends each token through its active experts and adds what they return.
+  """Sends each token through its active experts.
 
   Dropless: whatever the routing, every token meets all its experts.
 
   Args:
     x_PM: tokens.
     expert_PA: int32 active experts of each token.
-    gate_PA: float32 weight of each active expert's output.
     gate_up_EM2F, down_EFM: expert weights, in the dtype of `x_PM`.
 
   Returns:
-    y_PM, in the dtype of `x_PM`.
+    y_PAM, what each active expert returns, in the dtype of `x_PM`.
   """
   tokens, width = x_PM.shape
   num_experts, _, _, hidden = gate_up_EM2F.shape
@@ -114,7 +112,11 @@ def apply_experts(
   )
   hidden_RF = jax.nn.silu(both_R2F[:, :hidden]) * both_R2F[:, hidden:]
   y_RM = grouped_matmul(hidden_RF, down_EFM, sizes_E)
-  y_PAM = _unsort(y_RM, order_R, place_R).reshape(tokens, -1, width)
+  return _unsort(y_RM, order_R, place_R).reshape(tokens, -1, width)
+
+
+def combine(y_PAM: jax.Array, gate_PA: jax.Array) -> jax.Array:
+  """Adds active experts' outputs by their float32 routing weights, (P, M)."""
   return jnp.einsum("PAM,PA->PM", y_PAM, gate_PA.astype(y_PAM.dtype))
 
 
@@ -161,35 +163,63 @@ class MoE(nnx.Module):
     x_BTM: jax.Array,
     weights_BT: jax.Array,
     summarize: Callable[..., Any] = row_routing,
-  ) -> tuple[jax.Array, Any]:
-    """Returns the layer's output (B, T, M) and its routing by row.
+    outputs_form: str | None = None,
+  ) -> tuple[jax.Array, Any, OutputStats | None]:
+    """Runs the layer.
 
-    `summarize` takes the arguments of `row_routing`; what it returns stands in
-    for the routing by row.
+    Args:
+      x_BTM: normalised residual stream.
+      weights_BT: 1 where a token counts.
+      summarize: takes the arguments of `row_routing`; what it returns stands
+        in for the routing by row.
+      outputs_form: sums the experts' outputs too, in this form of
+        `routing.output_stats`.
+
+    Returns:
+      The layer's output (B, T, M), its routing by row, and the sums of the
+      experts' outputs over the global batch if these were asked for.
     """
     logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(x_BTM)
-    y_BTM = self._gather_dispatch(x_BTM, expert_BTA, gate_BTA)
+    y_BTM, outputs = self._gather_dispatch(
+      x_BTM, expert_BTA, gate_BTA, weights_BT, outputs_form
+    )
     if self.shared is not None:
       y_BTM += self.shared(x_BTM)
-    return y_BTM, summarize(logits_BTE, probs_BTE, expert_BTA, weights_BT)
+    rows = summarize(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT)
+    return y_BTM, rows, outputs
 
-  def _gather_dispatch(self, x_BTM, expert_BTA, gate_BTA):
+  def _gather_dispatch(
+    self, x_BTM, expert_BTA, gate_BTA, weights_BT, outputs_form
+  ):
     """Gathers the weights to the tokens: dispatch is local to each device.
 
     The hidden width stays spread over `tensor`, whose partial outputs add.
     """
     rows = PartitionSpec(sharding.ROW_AXES)
 
-    def local(x_BTM, expert_BTA, gate_BTA, gate_up_EM2F, down_EFM):
+    def local(x_BTM, expert_BTA, gate_BTA, weights_BT, gate_up_EM2F, down_EFM):
       width, active = x_BTM.shape[-1], expert_BTA.shape[-1]
-      y_PM = apply_experts(
-        x_BTM.reshape(-1, width),
-        expert_BTA.reshape(-1, active),
-        gate_BTA.reshape(-1, active),
-        gate_up_EM2F,
-        down_EFM,
+      expert_PA = expert_BTA.reshape(-1, active)
+      gate_PA = gate_BTA.reshape(-1, active)
+      y_PAM = expert_outputs(
+        x_BTM.reshape(-1, width), expert_PA, gate_up_EM2F, down_EFM
       )
-      return sharding.sum_over(y_PM.reshape(x_BTM.shape), ("tensor",))
+      if outputs_form is None:
+        y_PM = sharding.sum_over(combine(y_PAM, gate_PA), ("tensor",))
+        return y_PM.reshape(x_BTM.shape), None
+      # Products of outputs need them whole.
+      y_PAM = sharding.sum_over(y_PAM, ("tensor",))
+      outputs = output_stats(
+        y_PAM,
+        expert_PA,
+        weights_BT.reshape(-1),
+        gate_up_EM2F.shape[0],
+        outputs_form,
+      )
+      return (
+        combine(y_PAM, gate_PA).reshape(x_BTM.shape),
+        sharding.sum_over(outputs, sharding.ROW_AXES),
+      )
 
     return sharding.per_shard(
       local,
@@ -197,14 +227,16 @@ class MoE(nnx.Module):
         rows,
         rows,
         rows,
+        rows,
         PartitionSpec(None, None, None, "tensor"),
         PartitionSpec(None, "tensor", None),
       ),
-      rows,
+      (rows, PartitionSpec()),
     )(
       x_BTM,
       expert_BTA,
       gate_BTA,
+      weights_BT,
       self.gate_up_EM2F[...].astype(x_BTM.dtype),
       self.down_EFM[...].astype(x_BTM.dtype),
     )

@@ -29,10 +29,35 @@ class RowRouting(NamedTuple):
   token_entropy_B: jax.Array
   # Counted tokens sent to each expert, (B, E); rows sum to tokens * A.
   assignments_BE: jax.Array
+  # Sums over counted tokens of the routing weights after top-k (0 where an
+  # expert is not active) and of their squares, (B, E).
+  gate_BE: jax.Array
+  squared_gate_BE: jax.Array
+  # Sum over counted tokens of sum_e p_e^2, (B,).
+  squared_probability_B: jax.Array
   # Sum over counted tokens of logsumexp(router logits)^2, (B,).
   squared_logsumexp_B: jax.Array
   # Counted tokens, (B,).
   tokens_B: jax.Array
+
+
+class OutputStats(NamedTuple):
+  """Sums over counted tokens of what active experts return; all float32.
+
+  One layer's, or with a leading L axis; adds leaf by leaf.
+  """
+
+  # Mean over a token's pairs of active experts of the squared norm of one's
+  # output projected on the other's, see `output_stats`.
+  projection: jax.Array
+  # Mean over a token's pairs of active experts of the squared cosine of their
+  # outputs.
+  squared_cosine: jax.Array
+  # Sum of every expert's outputs, (E, M), and of their squared norms, (E,).
+  sum_EM: jax.Array
+  squared_norm_E: jax.Array
+  # Counted tokens of every expert, (E,).
+  tokens_E: jax.Array
 
 
 class RoutingStats(NamedTuple):
@@ -48,18 +73,28 @@ class RoutingStats(NamedTuple):
   token_entropy_LD: jax.Array
   # Routed assignments by domain, (L, D, E).
   assignments_LDE: jax.Array
-  # Sum over tokens of their probabilities, (L, E).
+  # Sum over sequences of each one's own load-balance loss, (L,).
+  sequence_balance_L: jax.Array
+  # Sum over tokens of their probabilities, (L, E), and of sum_e p_e^2, (L,).
   token_probability_LE: jax.Array
+  squared_probability_L: jax.Array
+  # Sums over tokens of routing weights after top-k and of their squares,
+  # (L, E).
+  gate_LE: jax.Array
+  squared_gate_LE: jax.Array
   # Sum over tokens of logsumexp(router logits)^2, (L,).
   squared_logsumexp_L: jax.Array
   # Counted tokens, (L,).
   tokens_L: jax.Array
+  # Of the experts' outputs, with leading L, where they were asked for.
+  outputs: OutputStats | None = None
 
 
 def row_routing(
   logits_BTE: jax.Array,
   probs_BTE: jax.Array,
   expert_BTA: jax.Array,
+  gate_BTA: jax.Array,
   weights_BT: jax.Array,
 ) -> RowRouting:
   """Sums one layer's routing over the positions of each row.
@@ -67,32 +102,153 @@ def row_routing(
   Args:
     logits_BTE, probs_BTE: router logits and their softmax, float32.
     expert_BTA: the active experts of each token, int.
+    gate_BTA: their routing weights, float32.
     weights_BT: 1 where a token counts.
   """
   num_experts = probs_BTE.shape[-1]
   tokens_B = weights_BT.sum(-1)
   count_B = jnp.maximum(tokens_B, 1)
   # One comparison per active expert rather than a (B, T, A, E) one-hot.
-  chosen_BTE = sum(
-    (expert_BTA[..., a, None] == jnp.arange(num_experts)).astype(jnp.float32)
+  chosen = [
+    expert_BTA[..., a, None] == jnp.arange(num_experts)
     for a in range(expert_BTA.shape[-1])
+  ]
+  counted_BT1 = weights_BT[..., None]
+  gate_BTE = sum(
+    jnp.where(chosen_BTE, gate_BTA[..., a, None], 0)
+    for a, chosen_BTE in enumerate(chosen)
   )
-  weighted_BTE = weights_BT[..., None] * probs_BTE
   logsumexp_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
   return RowRouting(
-    probability_BE=weighted_BTE.sum(1) / count_B[:, None],
+    probability_BE=(counted_BT1 * probs_BTE).sum(1) / count_B[:, None],
     token_entropy_B=(
       entr(jax.lax.stop_gradient(probs_BTE)).sum(-1) * weights_BT
     ).sum(-1)
     / count_B,
-    assignments_BE=(chosen_BTE * weights_BT[..., None]).sum(1),
+    assignments_BE=sum(
+      jnp.where(chosen_BTE, counted_BT1, 0).sum(1) for chosen_BTE in chosen
+    ),
+    gate_BE=(gate_BTE * counted_BT1).sum(1),
+    squared_gate_BE=(jnp.square(gate_BTE) * counted_BT1).sum(1),
+    squared_probability_B=(jnp.square(probs_BTE) * counted_BT1).sum((1, 2)),
     squared_logsumexp_B=(jnp.square(logsumexp_BT) * weights_BT).sum(-1),
     tokens_B=tokens_B,
   )
 
 
+def _row_balance(rows: RowRouting) -> jax.Array:
+  """Load-balance loss of every row by itself, E sum_e f_e P_e, (L, B)."""
+  assignments_LBE = jax.lax.stop_gradient(rows.assignments_BE)
+  routed_LB1 = jnp.maximum(assignments_LBE.sum(-1, keepdims=True), 1)
+  share_LBE = assignments_LBE / routed_LB1
+  return share_LBE.shape[-1] * (share_LBE * rows.probability_BE).sum(-1)
+
+
+def output_stats(
+  y_PAM: jax.Array,
+  expert_PA: jax.Array,
+  weights_P: jax.Array,
+  num_experts: int,
+  form: str = "paper",
+) -> OutputStats:
+  """Sums what the active experts of each token return, of one layer.
+
+  `projection` is L_o of Guo et al., arXiv:2505.22323, for one token, from the
+  active outputs alone. In the form of the "paper",
+
+    mean over j != k of || <x_j, x_k> / (<x_k, x_k> + 1e-8) x_k ||^2,
+
+  in that of the authors' "released" code the mean over j of the squared norm
+  of x_j projected on the span of the token's other active outputs
+  (Gram-Schmidt, vectors divided by their norm + 1e-6). Their code reshapes
+  outputs that lie expert by expert to (tokens, A), so that its rows mix
+  tokens; here they are grouped by token, as their text says.
+
+  Args:
+    y_PAM: outputs of the active experts, before weighting; any float dtype.
+    expert_PA: which experts these are.
+    weights_P: 1 where a token counts.
+    num_experts: E.
+    form: "paper" or "released".
+
+  Raises:
+    ValueError: `form` is neither.
+  """
+  y_PAM = y_PAM.astype(jnp.float32)
+  active = y_PAM.shape[1]
+  gram_PAA = jnp.einsum("PAM,PBM->PAB", y_PAM, y_PAM, precision=_HIGHEST)
+  square_PA = jnp.diagonal(gram_PAA, axis1=1, axis2=2)
+  other_AA = ~jnp.eye(active, dtype=bool)
+  pairs = max(1, active * (active - 1))
+  if form == "paper":
+    ratio_PAA = gram_PAA / (square_PA[:, None, :] + 1e-8)
+    term_PAA = jnp.square(ratio_PAA) * square_PA[:, None, :]
+    projection_P = jnp.where(other_AA, term_PAA, 0).sum((1, 2)) / pairs
+  elif form == "released":
+    projection_P = _span_projection(y_PAM)
+  else:
+    raise ValueError(f"form={form!r}: must be 'paper' or 'released'")
+  gram_PAA, square_PA, y_PAM = jax.lax.stop_gradient(
+    (gram_PAA, square_PA, y_PAM)
+  )
+  norms_PAA = square_PA[:, None, :] * square_PA[:, :, None]
+  cosine_PAA = jnp.square(gram_PAA) / jnp.where(norms_PAA > 0, norms_PAA, 1)
+  counted_PA = jnp.broadcast_to(weights_P[:, None], square_PA.shape)
+
+  def by_expert(x_PA: jax.Array) -> jax.Array:
+    return jax.ops.segment_sum(
+      x_PA.reshape(-1, *x_PA.shape[2:]), expert_PA.reshape(-1), num_experts
+    )
+
+  return OutputStats(
+    projection=(projection_P * weights_P).sum(),
+    squared_cosine=(
+      jnp.where(other_AA, cosine_PAA, 0).sum((1, 2)) / pairs * weights_P
+    ).sum(),
+    sum_EM=by_expert(y_PAM * counted_PA[..., None]),
+    squared_norm_E=by_expert(square_PA * counted_PA),
+    tokens_E=by_expert(counted_PA),
+  )
+
+
+def _span_projection(y_PAM: jax.Array) -> jax.Array:
+  """Mean over j of |x_j projected on the span of the other x_k|^2, (P,)."""
+
+  def norm(x_PM: jax.Array) -> jax.Array:
+    square_P1 = jnp.square(x_PM).sum(-1, keepdims=True)
+    # The root's derivative at 0 is infinite.
+    return jnp.where(square_P1 > 0, jnp.sqrt(jnp.maximum(square_P1, 1e-30)), 0)
+
+  def inner(x_PM: jax.Array, y_PM: jax.Array) -> jax.Array:
+    return (x_PM * y_PM).sum(-1, keepdims=True)
+
+  @jax.checkpoint
+  def of_one(y_APM: jax.Array) -> jax.Array:
+    """The first output, projected on the span of the rest."""
+    basis: list[jax.Array] = []
+    for x_PM in y_APM[1:]:
+      for unit_PM in basis:
+        x_PM = x_PM - inner(x_PM, unit_PM) * unit_PM
+      basis.append(x_PM / (norm(x_PM) + 1e-6))
+    projected_PM = sum(
+      (inner(y_APM[0], unit_PM) * unit_PM for unit_PM in basis),
+      jnp.zeros_like(y_APM[0]),
+    )
+    return jnp.square(projected_PM).sum(-1)
+
+  y_APM = jnp.moveaxis(y_PAM, 1, 0)
+  active = y_APM.shape[0]
+  each_AP = jax.lax.map(
+    lambda j: of_one(jnp.roll(y_APM, -j, axis=0)), jnp.arange(active)
+  )
+  return each_AP.mean(0)
+
+
 def collect(
-  rows: RowRouting, domain_B: jax.Array, num_domains: int
+  rows: RowRouting,
+  domain_B: jax.Array,
+  num_domains: int,
+  outputs: OutputStats | None = None,
 ) -> RoutingStats:
   """Sums rows into domains, for all layers at once.
 
@@ -104,6 +260,7 @@ def collect(
     rows: stacked over layers, (L, B, ...).
     domain_B: fine domain label of each row, in [0, num_domains).
     num_domains: D.
+    outputs: stacked over layers, if the experts' outputs were summed.
   """
   member_BD = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.float32)
   counted_LB = (rows.tokens_B > 0).astype(jnp.float32)
@@ -125,36 +282,14 @@ def collect(
     ),
     token_entropy_LD=by_domain(rows.token_entropy_B),
     assignments_LDE=experts_by_domain(rows.assignments_BE),
+    sequence_balance_L=_row_balance(rows).sum(1),
     token_probability_LE=(rows.tokens_B[..., None] * probability_LBE).sum(1),
+    squared_probability_L=rows.squared_probability_B.sum(1),
+    gate_LE=rows.gate_BE.sum(1),
+    squared_gate_LE=rows.squared_gate_BE.sum(1),
     squared_logsumexp_L=rows.squared_logsumexp_B.sum(1),
     tokens_L=rows.tokens_B.sum(1),
-  )
-
-
-def merge_domains(
-  stats: RoutingStats, parent_D: tuple[int, ...]
-) -> RoutingStats:
-  """Sums fine domains into their coarse parents.
-
-  Args:
-    stats: by fine domain.
-    parent_D: coarse label of each fine domain.
-  """
-  segments = jnp.asarray(parent_D)
-  num_parents = max(parent_D) + 1
-
-  def merge(x_LD: jax.Array) -> jax.Array:
-    summed = jax.ops.segment_sum(
-      jnp.moveaxis(x_LD, 1, 0), segments, num_parents
-    )
-    return jnp.moveaxis(summed, 0, 1)
-
-  return stats._replace(
-    probability_LDE=merge(stats.probability_LDE),
-    sequences_LD=merge(stats.sequences_LD),
-    sequence_entropy_LD=merge(stats.sequence_entropy_LD),
-    token_entropy_LD=merge(stats.token_entropy_LD),
-    assignments_LDE=merge(stats.assignments_LDE),
+    outputs=outputs,
   )
 
 
@@ -268,12 +403,106 @@ def normalized_mutual_information(stats: RoutingStats) -> jax.Array:
   ).clip(0, 1)
 
 
+def routing_variance(stats: RoutingStats) -> jax.Array:
+  """Mean over tokens of the variance over experts of the routing weights, (L,).
+
+  Of the weights after top-k, 0 where an expert is not active, which sum to 1:
+  mean_i sum_e s_ie^2 / E - 1 / E^2. Guo et al., arXiv:2505.22323.
+  """
+  num_experts = stats.squared_gate_LE.shape[-1]
+  tokens_L = jnp.maximum(stats.tokens_L, 1)
+  mean_square_L = stats.squared_gate_LE.sum(-1) / tokens_L / num_experts
+  return jnp.where(
+    stats.tokens_L > 0, jnp.maximum(mean_square_L - num_experts**-2, 0), 0
+  )
+
+
+def expert_overlap(stats: RoutingStats) -> jax.Array:
+  """Mean over pairs of experts of what their domain profiles share, (L,).
+
+  An expert's profile is the share of its assignments that each domain sends;
+  two profiles share sum_d min(a_d, b_d): 0 if the experts serve no common
+  domain, 1 if they serve the same mix. Experts without a token do not count.
+  Guo et al., arXiv:2505.22323, report an overlap without defining it.
+  """
+  load_LE = stats.assignments_LDE.sum(1)
+  used_LE = load_LE > 0
+  profile_LDE = stats.assignments_LDE / jnp.where(used_LE, load_LE, 1)[:, None]
+
+  def of_layer(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
+    profile_DE, used_E = arguments
+    # One expert at a time: memory O(D E), not O(D E^2).
+    shared_EE = jax.lax.map(
+      lambda own_D: jnp.minimum(own_D[:, None], profile_DE).sum(0),
+      profile_DE.T,
+    )
+    pair_EE = used_E[:, None] & used_E & ~jnp.eye(len(used_E), dtype=bool)
+    return jnp.where(pair_EE, shared_EE, 0).sum() / jnp.maximum(
+      pair_EE.sum(), 1
+    )
+
+  return jax.lax.map(of_layer, (profile_LDE, used_LE))
+
+
+def output_similarity(stats: RoutingStats) -> jax.Array:
+  """Mean squared cosine between outputs of two experts of one token, (L,).
+
+  0 where active experts return orthogonal vectors, 1 where parallel ones:
+  what L_o of arXiv:2505.22323 lowers, whatever the outputs' length.
+  """
+  return stats.outputs.squared_cosine / jnp.maximum(stats.tokens_L, 1)
+
+
+def silhouette(stats: RoutingStats) -> jax.Array:
+  """How far apart experts' outputs lie, in [0, 1]; (L,).
+
+  The silhouette (b - a) / max(a, b) of Rousseeuw (1987) with the outputs of an
+  expert as a cluster and mean squared distances to centroids: a to its own, b
+  to the nearest other. For these b = a + squared distance of both centroids.
+  Mean over tokens and active experts; experts without a token do not count.
+  Guo et al., arXiv:2505.22323, do not say which silhouette they report.
+  """
+  outputs = stats.outputs
+  count_LE1 = jnp.maximum(outputs.tokens_E, 1)[..., None]
+  mean_LEM = outputs.sum_EM / count_LE1
+  square_LE = outputs.squared_norm_E / count_LE1[..., 0]
+  used_LE = outputs.tokens_E > 0
+  spread_LE = jnp.maximum(square_LE - jnp.square(mean_LEM).sum(-1), 0)
+
+  def nearest(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
+    mean_EM, used_E = arguments
+
+    def of_expert(own: tuple[jax.Array, jax.Array]) -> jax.Array:
+      own_M, index = own
+      distance_E = jnp.square(own_M - mean_EM).sum(-1)
+      other_E = used_E & (jnp.arange(len(used_E)) != index)
+      return jnp.where(other_E, distance_E, jnp.inf).min()
+
+    return jax.lax.map(of_expert, (mean_EM, jnp.arange(len(used_E))))
+
+  apart_LE = jax.lax.map(nearest, (mean_LEM, used_LE))
+  apart_LE = jnp.where(jnp.isfinite(apart_LE), apart_LE, 0)
+  whole_LE = spread_LE + apart_LE
+  each_LE = jnp.where(
+    whole_LE > 0, apart_LE / jnp.where(whole_LE > 0, whole_LE, 1), 0
+  )
+  return (each_LE * outputs.tokens_E).sum(-1) / jnp.maximum(
+    outputs.tokens_E.sum(-1), 1
+  )
+
+
 def metrics_by_layer(stats: RoutingStats) -> dict[str, jax.Array]:
-  """Every routing metric, each (L,)."""
-  return {
+  """Every routing metric, each (L,); those of outputs where these are known."""
+  metrics = {
     "diversity": routing_diversity(stats),
     "inter_fraction": inter_fraction(stats),
     "max_violation": max_violation(stats),
     "purity": clustering_purity(stats),
     "normalized_mutual_information": normalized_mutual_information(stats),
+    "routing_variance": routing_variance(stats),
+    "expert_overlap": expert_overlap(stats),
   }
+  if stats.outputs is not None:
+    metrics["output_similarity"] = output_similarity(stats)
+    metrics["silhouette"] = silhouette(stats)
+  return metrics

@@ -5,6 +5,7 @@ batch are spread over the first three. Parameters are stored spread over
 `fsdp`, `expert` and `tensor`, and gathered where they are used.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
@@ -72,7 +73,10 @@ def make_mesh(
 
 
 def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
-  """Raises UserError unless the mesh divides the model and the batch."""
+  """Raises UserError unless the mesh divides the model and the batch.
+
+  Nor may several processes share a row: each reads rows of its own.
+  """
   model, train, size = experiment.model, experiment.train, mesh.shape
   rows = train.batch_size // train.accumulation_steps
   row_shards = int(np.prod([size[axis] for axis in ROW_AXES]))
@@ -81,6 +85,16 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
       f"train.batch_size={train.batch_size} in train.accumulation_steps="
       f"{train.accumulation_steps}: {rows} rows do not divide over"
       f" {row_shards} shards (mesh.data x mesh.fsdp x mesh.expert)"
+    )
+  owners = collections.defaultdict(set)
+  shards = row_sharding(mesh).devices_indices_map((row_shards,))
+  for device, (shard,) in shards.items():
+    owners[shard.indices(row_shards)].add(device.process_index)
+  if any(len(processes) > 1 for processes in owners.values()):
+    raise UserError(
+      f"mesh.tensor={size['tensor']} spreads the same rows over several"
+      " processes, each of which reads rows of its own; lower mesh.tensor to"
+      " the devices of one process"
     )
   checks = (
     ("fsdp", "model.width", model.width),

@@ -6,9 +6,9 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -24,6 +24,7 @@ from edl_jax.checkpoint import (
   Provenance,
   TrainState,
   describe_workdir,
+  load,
   write_json,
 )
 from edl_jax.config import Experiment
@@ -68,19 +69,21 @@ class _Pending(NamedTuple):
   routing: dict[str, jax.Array] | None
 
 
-def compared_parents(
-  taxonomy: Taxonomy, granularity: str
-) -> tuple[int, ...] | None:
-  """Returns how `losses.objective` merges domains: None for fine labels."""
-  return taxonomy.parent if granularity == "coarse" else None
+def _coarse_weight(experiment: Experiment) -> float:
+  """Share of the coarse level in L_ED, by data.granularity."""
+  by_granularity = {
+    "coarse": 1.0,
+    "hierarchical": experiment.losses.coarse_weight,
+  }
+  return by_granularity.get(experiment.data.granularity, 0.0)
 
 
 def loss_and_gradient(
   model: Model,
   batch: Batch,
   experiment: Experiment,
-  num_domains: int,
-  parent_D: tuple[int, ...] | None = None,
+  taxonomy: Taxonomy,
+  kept_weights: Mapping[str, jax.Array] | None = None,
 ) -> tuple[losses.BatchSums, dict[str, jax.Array], Model]:
   """The objective of a global batch, its terms, and its gradient.
 
@@ -89,62 +92,90 @@ def loss_and_gradient(
   mean of divergences), but a function of sums. A first pass adds up the sums
   of all micro-batches; a second one back-propagates each micro-batch with the
   objective's gradient with respect to those sums. It costs one more forward
-  pass, and the memory of one micro-batch.
+  pass, and the memory of one micro-batch. With `train.accumulation` =
+  "per_micro_batch" the forward pass is saved and the terms and gradient are
+  means over micro-batches of their own objectives: another loss, whose domains
+  have fewer rows each.
+
+  Args:
+    model, batch: parameters and the rows of the global batch.
+    experiment: losses, accumulation and granularity.
+    taxonomy: fine domains and their parents.
+    kept_weights: see `losses.objective`.
 
   Returns:
     The sums, the terms by name, and the gradient as a model-shaped pytree.
   """
+  settings = experiment.losses
+  outputs_form = (
+    settings.specialization_form if settings.orthogonality_weight else None
+  )
 
   def objective(sums: losses.BatchSums):
-    return losses.objective(sums, experiment.losses, parent_D)
+    return losses.objective(
+      sums,
+      settings,
+      taxonomy.parent,
+      _coarse_weight(experiment),
+      kept_weights,
+    )
 
   def forward(model: Model, batch: Batch) -> losses.BatchSums:
-    return model.batch_sums(batch, num_domains)[0]
+    sums, _ = model.batch_sums(batch, len(taxonomy.fine), outputs_form)
+    return sums
+
+  def whole(model: Model, batch: Batch):
+    sums = forward(model, batch)
+    loss, terms = objective(sums)
+    return loss, (sums, terms)
 
   count = experiment.train.accumulation_steps
   if count == 1:
-
-    def whole(model: Model):
-      sums = forward(model, batch)
-      loss, terms = objective(sums)
-      return loss, (sums, terms)
-
-    gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model)
+    gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, batch)
     return sums, terms, gradient
 
   # Row i goes to micro-batch i % k: every device keeps rows of its own.
   micro = jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
   )
+  if experiment.train.accumulation == "per_micro_batch":
+
+    def of_part(part: Batch):
+      gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, part)
+      return sums, terms, gradient
+
+    sums, terms, gradient = _sum_over_parts(of_part, micro)
+    mean = functools.partial(jax.tree.map, lambda x: x / count)
+    return sums, mean(terms), mean(gradient)
+
+  sums = _sum_over_parts(functools.partial(forward, model), micro)
+  by_sums, terms = jax.grad(objective, has_aux=True)(sums)
+
+  def gradient_of_part(part: Batch) -> Model:
+    _, pull_back = jax.vjp(lambda model: forward(model, part), model)
+    return pull_back(by_sums)[0]
+
+  return sums, terms, _sum_over_parts(gradient_of_part, micro)
+
+
+def _sum_over_parts(function: Callable[[Batch], Any], micro: Batch) -> Any:
+  """Adds up `function` of every micro-batch, one at a time."""
   zero = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-    jax.eval_shape(forward, model, jax.tree.map(lambda x: x[0], micro)),
+    jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro)),
   )
-  sums, _ = jax.lax.scan(
-    lambda total, part: (
-      jax.tree.map(jnp.add, total, forward(model, part)),
-      None,
-    ),
+  total, _ = jax.lax.scan(
+    lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None),
     zero,
     micro,
   )
-  by_sums, terms = jax.grad(objective, has_aux=True)(sums)
-
-  def add_gradient(total, part):
-    _, pull_back = jax.vjp(lambda model: forward(model, part), model)
-    return jax.tree.map(jnp.add, total, pull_back(by_sums)[0]), None
-
-  gradient, _ = jax.lax.scan(
-    add_gradient, jax.tree.map(jnp.zeros_like, model), micro
-  )
-  return sums, terms, gradient
+  return total
 
 
 def make_train_step(
   experiment: Experiment,
   optimizer: optax.GradientTransformation,
-  num_domains: int,
-  parent_D: tuple[int, ...] | None,
+  taxonomy: Taxonomy,
   mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]:
   """Returns the jitted step; the state's buffers are donated."""
@@ -156,14 +187,15 @@ def make_train_step(
   )
   def train_step(state: TrainState, batch: Batch):
     sums, terms, gradient = loss_and_gradient(
-      state.model, batch, experiment, num_domains, parent_D
+      state.model, batch, experiment, taxonomy, state.auto_weights
     )
     updates, optimizer_state = optimizer.update(
       gradient, state.optimizer, state.model
     )
     model = optax.apply_updates(state.model, updates)
     scalars = {**terms, "grad_norm": optax.tree.norm(gradient)}
-    state = TrainState(state.step + 1, model, optimizer_state)
+    auto_weights = {key: terms[key] for key in state.auto_weights}
+    state = TrainState(state.step + 1, model, optimizer_state, auto_weights)
     return state, StepOutput(scalars, sums.routing)
 
   return train_step
@@ -173,7 +205,12 @@ def _new_state(
   experiment: Experiment, optimizer: optax.GradientTransformation
 ) -> TrainState:
   model = Model(experiment.model, jax.random.key(experiment.seed))
-  return TrainState(jnp.int32(0), model, optimizer.init(model))
+  return TrainState(
+    jnp.int32(0),
+    model,
+    optimizer.init(model),
+    losses.auto_weights(experiment.losses),
+  )
 
 
 def state_shardings(
@@ -196,6 +233,7 @@ def state_shardings(
       by_parameter,
       transform_non_params=lambda _: everywhere,
     ),
+    auto_weights={key: everywhere for key in abstract.auto_weights},
   )
 
 
@@ -230,6 +268,7 @@ def _mean_routing(stats: routing.RoutingStats) -> dict[str, jax.Array]:
       "diversity": routing.routing_diversity(stats),
       "inter_fraction": routing.inter_fraction(stats),
       "max_violation": routing.max_violation(stats),
+      "routing_variance": routing.routing_variance(stats),
     }.items()
   }
 
@@ -290,15 +329,14 @@ class _Loop:
       experiment.optimizer, experiment.train.num_steps
     )
     num_domains = len(corpus.taxonomy.fine)
-    parent_D = compared_parents(corpus.taxonomy, experiment.data.granularity)
     self._train_step = make_train_step(
-      experiment, optimizer, num_domains, parent_D, mesh
+      experiment, optimizer, corpus.taxonomy, mesh
     )
     self._eval_step = make_eval_step(num_domains, provenance.tokenizer)
     self._eval_batches = eval_batches(
       corpus, provenance.tokenizer, experiment, *process
     )
-    self._iterator = train_iterator(rows, experiment, *process)
+    self._iterator = train_iterator(rows, experiment, num_domains, *process)
     self._checkpointer = Checkpointer(
       workdir, experiment.train.keep_checkpoints
     )
@@ -316,6 +354,8 @@ class _Loop:
       self._iterator.set_state(data_state)
     else:
       self.state = init_state(experiment, optimizer, mesh)
+      if initial := experiment.train.initial_checkpoint:
+        self.state = self.state._replace(model=load(initial, mesh=mesh).model)
     self._last_good = self.first_step
     self._clock.restart(self.first_step)
     if self._is_first:

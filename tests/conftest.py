@@ -6,11 +6,13 @@ import shutil
 import sys
 import tempfile
 
-# Eight CPU devices. LLVM's optimisations would cost the tests more time than
-# they save; programs and numerics are the same without.
+# Eight CPU devices. LLVM's optimisations, and XLA's emitters for fusions, would
+# cost the tests more time than they save; programs and numerics are the same
+# without.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+  " --xla_cpu_use_fusion_emitters=false"
 )
 # The runs that tests start compile the same programs, and read the same text,
 # again and again. Shared by the workers of one test run, which inherit it.

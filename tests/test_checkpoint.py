@@ -15,7 +15,13 @@ import pytest
 import edl_jax
 from edl_jax import sharding, train
 from edl_jax.checkpoint import Checkpointer, Provenance, checkpoint_steps
-from edl_jax.config import Experiment, MeshConfig, ModelConfig, UserError
+from edl_jax.config import (
+  Experiment,
+  LossesConfig,
+  MeshConfig,
+  ModelConfig,
+  UserError,
+)
 from edl_jax.mixture import Taxonomy
 from edl_jax.optim import make_optimizer
 from edl_jax.tokenizer import byte_tokenizer
@@ -35,6 +41,8 @@ EXPERIMENT = Experiment(
     num_shared_experts=1,
     dense_width=16,
   ),
+  # Its value is found in training, and so part of the state.
+  losses=LossesConfig(variance_weight="auto:1e-3"),
 )
 PROVENANCE = Provenance(
   EXPERIMENT,

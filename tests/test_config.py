@@ -136,6 +136,26 @@ INVALID = [
   ({"optimizer.learning_rate": 0.0}, ("0.0",)),
   ({"losses.divergence_weight": -0.1}, ("-0.1",)),
   ({"losses.z_weight": "nan"}, ("nan",)),
+  ({"losses.divergence": "kl"}, ("kl", "jensen_shannon", "wasserstein")),
+  ({"losses.balance_scope": "layer"}, ("layer", "sequence")),
+  ({"losses.specialization_form": "draft"}, ("draft", "released")),
+  ({"losses.coarse_weight": 1.5}, ("1.5",)),
+  ({"train.accumulation": "sum"}, ("sum", "per_micro_batch")),
+  *(
+    ({"losses.orthogonality_weight": wrong}, (wrong, "auto:1e-4"))
+    for wrong in ("-1", "nan", "inf", "much", "auto", "auto:", "auto:0")
+  ),
+  (
+    {
+      "losses.variance_weight": "auto:1e-3",
+      "train.accumulation": "per_micro_batch",
+    },
+    ("auto:1e-3", "train.accumulation=exact"),
+  ),
+  (
+    {"losses.orthogonality_weight": 0.1, "model.num_active_experts": 1},
+    ("0.1", "model.num_active_experts=1"),
+  ),
   ({"optimizer.clip_norm": "inf"}, ("inf",)),
   ({"optimizer.beta2": 1.5}, ("1.5",)),
 ]
@@ -149,6 +169,15 @@ def test_impossible_value_names_path_and_values(overrides, named):
   assert next(iter(overrides)) in message
   for text in named:
     assert text in message
+
+
+def test_weights_are_numbers_or_targets():
+  for given, want in (("0.5", 0.5), (2, 2), ("auto:1e-4", "auto:1e-4")):
+    experiment = config.load(TINY, {"losses.variance_weight": given})
+    assert experiment.losses.variance_weight == want
+    assert config.unflatten(config.flatten(experiment)) == experiment
+  assert config.auto_target("auto:1e-4") == 1e-4
+  assert config.auto_target(0.5) is None
 
 
 def test_experiment_files(tmp_path):

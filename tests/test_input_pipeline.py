@@ -136,7 +136,10 @@ def test_packing_leaves_the_stream_alone():
 
 def iterate(experiment, *process):
   return train_iterator(
-    train_dataset(CORPUS, TOKENIZER, experiment), experiment, *process
+    train_dataset(CORPUS, TOKENIZER, experiment),
+    experiment,
+    len(CORPUS.taxonomy.fine),
+    *process,
   )
 
 
@@ -346,6 +349,17 @@ def test_evaluation_is_shared_by_processes():
 
 
 # --- Errors and cache --------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_label_outside_the_taxonomy_is_an_error(label):
+  experiment = make_experiment()
+  rows = train_dataset(CORPUS, TOKENIZER, experiment).map(
+    lambda row: row._replace(domain_B=np.int32(label))
+  )
+  assert len(CORPUS.taxonomy.fine) == 3
+  with pytest.raises(UserError, match=rf"domain label {label} .* \[0, 3\)"):
+    next(train_iterator(rows, experiment, 3))
 
 
 def test_domain_that_fills_no_row_is_named():

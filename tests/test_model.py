@@ -232,7 +232,7 @@ def batch():
 def test_bfloat16_computes_on_float32_parameters():
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
   model = random_model(config)
-  x, rows = jax.eval_shape(
+  x, rows, _ = jax.eval_shape(
     lambda model, b: model.hidden(
       b.tokens_BT, b.segments_BT, b.positions_BT, b.weights_BT
     ),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edl_jax.config import ModelConfig
-from edl_jax.moe import MoE, apply_experts
+from edl_jax.moe import MoE, combine, expert_outputs
 
 CONFIG = ModelConfig(
   width=16, num_experts=5, num_active_experts=2, expert_width=12, num_layers=2
@@ -55,7 +55,11 @@ def test_dispatch_against_a_loop(num_experts, num_active, idle):
     value = jax.jit(function)(x, expert_PA, *rest)
     return value, jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
 
-  got, got_gradients = run(apply_experts)
+  def ours(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
+    y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM)
+    return combine(y_PAM, gate_PA)
+
+  got, got_gradients = run(ours)
   with jax.default_matmul_precision("highest"):
     want, want_gradients = run(naive_experts)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -70,7 +74,8 @@ def test_layer_against_a_naive_layer_with_shared_expert():
   layer = MoE(config, jax.random.key(0))
   x_BTM = jax.random.normal(jax.random.key(1), (3, 7, config.width))
   weights_BT = jnp.ones((3, 7)).at[1, 4:].set(0)
-  y_BTM, rows = jax.jit(lambda layer: layer(x_BTM, weights_BT))(layer)
+  y_BTM, rows, outputs = jax.jit(lambda layer: layer(x_BTM, weights_BT))(layer)
+  assert outputs is None
 
   probs = jax.nn.softmax(np.asarray(x_BTM) @ layer.router_ME[...])
   expert = np.argsort(-probs, axis=-1)[..., : config.num_active_experts]
@@ -110,6 +115,6 @@ def test_router_is_float32_under_bfloat16():
   x_BTM = jnp.ones((1, 2, CONFIG.width), jnp.bfloat16)
   logits, probs, _, gate = layer.route(x_BTM)
   assert {a.dtype for a in (logits, probs, gate)} == {jnp.dtype("float32")}
-  y_BTM, rows = layer(x_BTM, jnp.ones((1, 2)))
+  y_BTM, rows, _ = layer(x_BTM, jnp.ones((1, 2)))
   assert y_BTM.dtype == jnp.bfloat16
   assert all(leaf.dtype == jnp.float32 for leaf in rows)

@@ -30,11 +30,13 @@ def batch():
   domain = np.array([0, 1, 1, 3, 0, 0, 3])
   probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   expert = np.argsort(-probs, -1)[..., :2]
-  return logits, probs, expert, weights, domain
+  gate = np.take_along_axis(probs, expert, -1)
+  gate /= gate.sum(-1, keepdims=True)
+  return logits, probs, expert, gate, weights, domain
 
 
 def stats_of(batch, rows=slice(None), num_domains=NUM_DOMAINS):
-  logits, probs, expert, weights, domain = (
+  logits, probs, expert, gate, weights, domain = (
     jnp.asarray(x, jnp.float32) if x.dtype == np.float64 else jnp.asarray(x)
     for x in batch
   )
@@ -43,6 +45,7 @@ def stats_of(batch, rows=slice(None), num_domains=NUM_DOMAINS):
       logits[layer, rows],
       probs[layer, rows],
       expert[layer, rows],
+      gate[layer, rows],
       weights[rows],
     )
     for layer in range(2)
@@ -53,7 +56,7 @@ def stats_of(batch, rows=slice(None), num_domains=NUM_DOMAINS):
 
 def sequences(batch, layer):
   """(domain, mean probabilities, mean token entropy) of each counted row."""
-  _, probs, _, weights, domain = batch
+  _, probs, _, _, weights, domain = batch
   for b in range(len(domain)):
     tokens = [probs[layer, b, t] for t in range(5) if weights[b, t]]
     if tokens:
@@ -70,7 +73,7 @@ def domain_means(batch, layer):
 
 
 def assignments(batch, layer):
-  _, _, expert, weights, domain = batch
+  _, _, expert, _, weights, domain = batch
   table = np.zeros((NUM_DOMAINS, 6))
   for b in range(len(domain)):
     for t in range(5):
@@ -79,8 +82,19 @@ def assignments(batch, layer):
   return table
 
 
+def sparse_gates(batch, layer):
+  """Routing weights over all experts of every counted token."""
+  _, _, expert, gate, weights, _ = batch
+  gates = []
+  for b, t in zip(*np.nonzero(weights)):
+    s = np.zeros(6)
+    s[expert[layer, b, t]] = gate[layer, b, t]
+    gates.append(s)
+  return gates
+
+
 def test_sums_against_loops(batch):
-  logits, probs, _, weights, _ = batch
+  logits, probs, *_, weights, _ = batch
   stats = stats_of(batch)
   for layer in range(2):
     rows = list(sequences(batch, layer))
@@ -111,13 +125,25 @@ def test_sums_against_loops(batch):
       (squared * weights).sum(), rel=1e-5
     )
     assert float(stats.tokens_L[layer]) == weights.sum()
+    np.testing.assert_allclose(
+      stats.squared_probability_L[layer],
+      ((probs[layer] ** 2).sum(-1) * weights).sum(),
+      rtol=1e-5,
+    )
+    gates = sparse_gates(batch, layer)
+    np.testing.assert_allclose(
+      stats.gate_LE[layer], sum(gates), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+      stats.squared_gate_LE[layer], sum(s**2 for s in gates), rtol=1e-5
+    )
 
 
 def test_stats_add_over_any_split_of_rows(batch):
   whole = stats_of(batch)
   parts = [stats_of(batch, np.array([i])) for i in (6, 0, 3, 4, 1, 5, 2)]
   total = jax.tree.map(lambda *x: sum(x), *parts)
-  for got, want in zip(total, whole):
+  for got, want in zip(jax.tree.leaves(total), jax.tree.leaves(whole)):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -179,6 +205,10 @@ def stats_of_domains(p_DE, assignments_DE=None) -> routing.RoutingStats:
     sequence_entropy_LD=jnp.array([[entropy(p) for p in p_DE]]),
     token_entropy_LD=zeros,
     assignments_LDE=jnp.asarray(assignments_DE, jnp.float32)[None],
+    sequence_balance_L=jnp.zeros(1),
+    squared_probability_L=jnp.zeros(1),
+    gate_LE=jnp.asarray(p_DE.sum(0), jnp.float32)[None],
+    squared_gate_LE=jnp.asarray(p_DE.sum(0), jnp.float32)[None],
     token_probability_LE=jnp.asarray(p_DE.sum(0), jnp.float32)[None],
     squared_logsumexp_L=jnp.zeros(1),
     tokens_L=jnp.full(1, float(len(p_DE))),
@@ -229,10 +259,152 @@ def test_assignment_metrics_against_definitions(batch):
     ) == pytest.approx(want, rel=1e-4)
 
 
-def test_merged_domains_are_those_of_coarse_labels(batch):
-  parent = (0, 1, 1, 0)
-  merged = routing.merge_domains(stats_of(batch), parent)
-  *rest, domain = batch
-  coarse = stats_of((*rest, np.array(parent)[domain]), num_domains=2)
-  for got, want in zip(merged, coarse):
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+def test_specialisation_metrics_against_definitions(batch):
+  stats = stats_of(batch)
+  for layer in range(2):
+    gates = sparse_gates(batch, layer)
+    assert float(routing.routing_variance(stats)[layer]) == pytest.approx(
+      np.mean([np.var(s) for s in gates]), rel=1e-5
+    )
+    table = assignments(batch, layer)
+    profiles = [column / column.sum() for column in table.T if column.sum()]
+    shared = [
+      np.minimum(profiles[i], profiles[j]).sum()
+      for i in range(len(profiles))
+      for j in range(i)
+    ]
+    assert float(routing.expert_overlap(stats)[layer]) == pytest.approx(
+      np.mean(shared), rel=1e-5
+    )
+
+
+def test_overlap_of_disjoint_equal_and_idle_experts():
+  assert float(routing.expert_overlap(stats_of_domains(np.eye(4)))[0]) == 0
+  equal = stats_of_domains(np.full((3, 4), 0.25))
+  assert float(routing.expert_overlap(equal)[0]) == pytest.approx(1)
+  idle = np.array([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]])
+  overlap = routing.expert_overlap(stats_of_domains(idle, 100 * idle))
+  assert float(overlap[0]) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def outputs():
+  """Outputs of 3 of 5 experts for 40 tokens, a quarter not counted."""
+  random = np.random.default_rng(3)
+  expert_PA = np.stack([random.permutation(4)[:3] for _ in range(40)])
+  centre_EM = random.standard_normal((5, 8))
+  y_PAM = centre_EM[expert_PA] + random.standard_normal((40, 3, 8))
+  weights_P = (random.random(40) < 0.75).astype(np.float64)
+  return y_PAM, expert_PA, weights_P
+
+
+def stats_of_outputs(outputs, form="paper"):
+  y_PAM, expert_PA, weights_P = outputs
+  return routing.output_stats(
+    jnp.asarray(y_PAM, jnp.float32),
+    jnp.asarray(expert_PA),
+    jnp.asarray(weights_P, jnp.float32),
+    5,
+    form,
+  )
+
+
+def naive_projection(outputs, form):
+  y_PAM, _, weights_P = outputs
+  total = 0.0
+  for y_AM in y_PAM[weights_P > 0]:
+    active = len(y_AM)
+    terms = []
+    for j in range(active):
+      rest = [y_AM[k] for k in range(active) if k != j]
+      if form == "paper":
+        for x in rest:
+          terms.append(np.sum((y_AM[j] @ x / (x @ x + 1e-8) * x) ** 2))
+      else:
+        # The projection by least squares, not by Gram-Schmidt.
+        basis = np.array(rest).T
+        fitted = basis @ np.linalg.lstsq(basis, y_AM[j], rcond=None)[0]
+        terms.append(np.sum(fitted**2))
+    total += np.mean(terms)
+  return total
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_projection_against_definitions(outputs, form):
+  got = float(stats_of_outputs(outputs, form).projection)
+  assert got == pytest.approx(naive_projection(outputs, form), rel=1e-4)
+  # The gradient against a central difference along a random direction.
+  y_PAM, *rest = outputs
+  direction = np.random.default_rng(4).standard_normal(y_PAM.shape)
+  slope = (
+    sum(
+      sign * naive_projection((y_PAM + sign * 1e-6 * direction, *rest), form)
+      for sign in (1, -1)
+    )
+    / 2e-6
+  )
+  gradient = jax.grad(lambda y: stats_of_outputs((y, *rest), form).projection)(
+    jnp.asarray(y_PAM, jnp.float32)
+  )
+  assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_projection_of_extremes(form):
+  weights, expert = jnp.ones(1), jnp.array([[0, 1]])
+
+  def projection(y):
+    return routing.output_stats(y, expert, weights, 5, form).projection
+
+  orthogonal = jnp.array([[[1.0, 0, 0], [0, 2, 0]]])
+  parallel = jnp.array([[[1.0, 0, 0], [1, 0, 0]]])
+  assert float(projection(orthogonal)) == 0
+  assert float(projection(parallel)) == pytest.approx(1, rel=1e-5)
+  for y in (orthogonal, parallel, jnp.zeros((1, 2, 3))):
+    assert jnp.all(jnp.isfinite(jax.grad(projection)(y)))
+  # One active expert has nothing to be orthogonal to.
+  alone = routing.output_stats(
+    jnp.ones((1, 1, 3)), jnp.zeros((1, 1), int), weights, 5, form
+  )
+  assert float(alone.projection) == 0 and float(alone.squared_cosine) == 0
+
+
+def test_unknown_form_raises(outputs):
+  with pytest.raises(ValueError, match="'papers': must be 'paper' or"):
+    stats_of_outputs(outputs, "papers")
+
+
+def test_output_metrics_against_definitions(outputs, batch):
+  y_PAM, expert_PA, weights_P = outputs
+  sums = jax.tree.map(lambda x: x[None], stats_of_outputs(outputs))
+  stats = stats_of(batch)._replace(
+    outputs=sums, tokens_L=jnp.full(1, weights_P.sum())
+  )
+  counted = [p for p in range(40) if weights_P[p]]
+  cosines = [
+    (y_PAM[p, j] @ y_PAM[p, k]) ** 2
+    / (y_PAM[p, j] @ y_PAM[p, j])
+    / (y_PAM[p, k] @ y_PAM[p, k])
+    for p in counted
+    for j in range(3)
+    for k in range(j)
+  ]
+  assert float(routing.output_similarity(stats)[0]) == pytest.approx(
+    np.mean(cosines), rel=1e-5
+  )
+  clusters = [
+    [y_PAM[p, a] for p in counted for a in range(3) if expert_PA[p, a] == e]
+    for e in range(5)
+  ]
+  assert not clusters[4]
+  centres = [np.mean(cluster, 0) for cluster in clusters[:4]]
+  values = []
+  for e in range(4):
+    own, *others = (
+      np.mean([np.sum((y - centres[f]) ** 2) for y in clusters[e]])
+      for f in (e, *(f for f in range(4) if f != e))
+    )
+    values += [(min(others) - own) / max(min(others), own)] * len(clusters[e])
+  assert float(routing.silhouette(stats)[0]) == pytest.approx(
+    np.mean(values), rel=1e-4
+  )

@@ -1,9 +1,8 @@
-"""Training: the same numbers on any mesh, in any micro-batches, after any kill.
+"""Training: the same numbers after any kill.
 
 Runs are real processes that share compiled programs: compiling takes longest.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -18,144 +17,13 @@ import pytest
 
 import edl_jax
 from edl_jax import sharding, train
-from edl_jax.batch import Batch
 from edl_jax.checkpoint import Checkpointer, checkpoint_steps
-from edl_jax.config import (
-  Experiment,
-  LossesConfig,
-  MeshConfig,
-  ModelConfig,
-  TrainConfig,
-)
+from edl_jax.config import MeshConfig
 from edl_jax.metrics import read_metrics
-from edl_jax.model import abstract_model
 from edl_jax.optim import make_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
-
-ROWS, LENGTH, DOMAINS = 16, 16, 5
-PARENT_D = (0, 1, 1, 2, 0)
-MODEL = ModelConfig(
-  vocabulary_size=64,
-  num_layers=3,
-  width=16,
-  num_heads=4,
-  num_kv_heads=2,
-  head_width=4,
-  num_experts=8,
-  num_active_experts=2,
-  expert_width=8,
-  num_shared_experts=1,
-  num_dense_layers=1,
-  dense_width=16,
-  remat="full",
-)
-# Large enough that a wrong router gradient shows beside the LM's.
-LOSSES = LossesConfig(balance_weight=0.3, divergence_weight=0.2, z_weight=0.1)
-
-
-@functools.cache
-def random_model():
-  """Random parameters of about the scale that training gives them."""
-  random = np.random.default_rng(1)
-
-  def draw(path, leaf):
-    value = random.standard_normal(leaf.shape, np.float32)
-    is_norm = sharding.path_name(path).endswith("norm/scale")
-    return 1 + 0.1 * value if is_norm else 0.3 * value
-
-  return jax.tree_util.tree_map_with_path(draw, abstract_model(MODEL))
-
-
-def random_batch():
-  """Packed rows, the last positions of some and all of three being padding."""
-  random = np.random.default_rng(2)
-  starts_BT = random.random((ROWS, LENGTH)) < 0.15
-  starts_BT[:, 0] = True
-  index_BT = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
-  begin_BT = np.maximum.accumulate(np.where(starts_BT, index_BT, 0), 1)
-  tokens_B = random.integers(LENGTH // 2, LENGTH + 1, ROWS)
-  tokens_B[[3, 8, 9]] = 0
-  counted_BT = index_BT < tokens_B[:, None]
-  return Batch(
-    tokens_BT=random.integers(0, 64, (ROWS, LENGTH), np.int32) * counted_BT,
-    targets_BT=random.integers(0, 64, (ROWS, LENGTH), np.int32) * counted_BT,
-    segments_BT=(starts_BT.cumsum(1) * counted_BT).astype(np.int32),
-    positions_BT=((index_BT - begin_BT) * counted_BT).astype(np.int32),
-    weights_BT=counted_BT.astype(np.float32),
-    domain_B=random.integers(0, DOMAINS - 1, ROWS, np.int32),
-  )
-
-
-def compute(batch, mesh_sizes=(1, 1, 1, 1), accumulation_steps=1):
-  """Returns every number of a step, by name, on the mesh of these sizes."""
-  count = int(np.prod(mesh_sizes))
-  mesh = sharding.make_mesh(MeshConfig(*mesh_sizes), jax.devices()[:count])
-  experiment = Experiment(
-    model=MODEL,
-    losses=LOSSES,
-    train=TrainConfig(
-      batch_size=len(batch.domain_B), accumulation_steps=accumulation_steps
-    ),
-  )
-  sharding.check_divisible(experiment, mesh)
-  with jax.set_mesh(mesh):
-    model = random_model()
-    model = jax.device_put(model, sharding.parameter_shardings(model, mesh))
-    # Unoptimised machine code: compiles in half the time.
-    made = jax.jit(
-      lambda model, batch: train.loss_and_gradient(
-        model, batch, experiment, DOMAINS, PARENT_D
-      ),
-      compiler_options={"xla_backend_optimization_level": 0},
-    )(model, sharding.put_batch(batch, mesh))
-  leaves, _ = jax.tree_util.tree_flatten_with_path(made)
-  return {
-    jax.tree_util.keystr(path): np.asarray(leaf, np.float64)
-    for path, leaf in leaves
-  }
-
-
-def assert_same(got, want):
-  assert got.keys() == want.keys()
-  for name, value in want.items():
-    scale = np.abs(value).max()
-    assert scale > 0, name  # a leaf of zeros would hide a mistake
-    np.testing.assert_allclose(
-      got[name], value, rtol=0, atol=1e-5 * scale, err_msg=name
-    )
-
-
-@pytest.fixture(scope="module")
-def on_one_device():
-  return compute(random_batch())
-
-
-@pytest.mark.parametrize(
-  ("mesh_sizes", "accumulation_steps"),
-  [
-    ((1, 2, 2, 2), 2),
-    ((8, 1, 1, 1), 1),
-    pytest.param((2, 2, 2, 1), 2, marks=pytest.mark.slow),
-    pytest.param((1, 1, 4, 2), 4, marks=pytest.mark.slow),
-    pytest.param((1, 1, 1, 1), 4, marks=pytest.mark.slow),
-  ],
-)
-def test_same_numbers_on_any_mesh_in_micro_batches_in_any_order(
-  on_one_device, mesh_sizes, accumulation_steps
-):
-  order = np.random.default_rng(accumulation_steps).permutation(ROWS)
-  batch = Batch(*(array[order] for array in random_batch()))
-  assert_same(compute(batch, mesh_sizes, accumulation_steps), on_one_device)
-
-
-def test_padding_rows_do_not_matter(on_one_device):
-  batch = random_batch()
-  counted = batch.weights_BT.any(1)
-  assert counted.sum() == ROWS - 3
-  without = Batch(*(array[counted] for array in batch))
-  assert_same(compute(without), on_one_device)
 
 
 # Starts edl_jax.main and sends a signal to its own process at one exact point.
@@ -242,9 +110,10 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  # Unoptimised machine code: compiles in half the time.
+  # Unoptimised machine code: compiles in a third of the time.
   return Runs(
-    tmp_path_factory.mktemp("runs"), "--xla_backend_optimization_level=0"
+    tmp_path_factory.mktemp("runs"),
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
   )
 
 
@@ -315,9 +184,7 @@ KILL, TERMINATE = int(signal.SIGKILL), int(signal.SIGTERM)
 
 def test_killed_again_and_again(runs, uninterrupted):
   for event, at, newest in (
-    ("written", 2, []),  # before the first checkpoint
-    ("saved", 5, [5]),
-    ("written", 8, [5]),  # between two: steps 6 to 8 are done again
+    ("written", 8, [5]),  # between checkpoints: steps 6 to 8 are done again
     ("reported", 0, [15, 20]),
   ):
     killed = runs("killed", strike=(event, at, KILL))
@@ -340,8 +207,9 @@ def test_terminated_run_saves_and_goes_on(runs, uninterrupted):
 @pytest.mark.parametrize(
   "strike",
   [
-    ("written", 4),
+    ("written", 4),  # before the first checkpoint
     ("saving", 5),
+    ("saved", 5),
     ("saving", 10),
     ("saved", 10),
     ("saved", 15),

@@ -1,0 +1,104 @@
+"""What the measurements share: the machine, fair turns, a table, a JSON file.
+
+These machines are shared and noisy. Contestants therefore take turns within
+one process and one run, A B C A B C, and are compared by the medians of ratios
+within a turn, which slow minutes do not change.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax")
+
+
+def machine() -> dict[str, Any]:
+  """Returns what ran: processor, cores, Python, package versions."""
+  model = platform.processor()
+  if os.path.exists("/proc/cpuinfo"):
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+      names = [line for line in file if line.startswith("model name")]
+    model = names[0].split(":", 1)[1].strip() if names else model
+  return {
+    "processor": model,
+    "cores": os.cpu_count(),
+    "system": platform.system(),
+    "python": platform.python_version(),
+    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def seconds(function: Callable[[], Any]) -> float:
+  """Returns the seconds that a call takes, until its arrays are there."""
+  start = time.perf_counter()
+  jax.block_until_ready(function())
+  return time.perf_counter() - start
+
+
+def take_turns(
+  contestants: Mapping[str, Callable[[], float]], rounds: int
+) -> dict[str, list[float]]:
+  """Calls every contestant once a round; returns what each call returned."""
+  taken: dict[str, list[float]] = {name: [] for name in contestants}
+  for done in range(rounds):
+    # Odd rounds the other way round: none always follows the same one.
+    names = list(contestants)[:: -1 if done % 2 else 1]
+    for name in names:
+      taken[name].append(contestants[name]())
+  return taken
+
+
+def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
+  """Returns the median of the ratios within a round."""
+  return statistics.median(a / b for a, b in zip(values, base, strict=True))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+  """Returns rows as aligned columns under the keys of the first row."""
+  columns = list(rows[0])
+  cells = [columns, *([_shown(row[key]) for key in columns] for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if index == 0 else cell.rjust(width)
+      for index, (cell, width) in enumerate(zip(line, widths))
+    ).rstrip()
+    for line in cells
+  )
+
+
+def _shown(value: Any) -> str:
+  return f"{value:,.4g}" if isinstance(value, float) else f"{value}"
+
+
+def report(rows: Sequence[Mapping[str, Any]], path: str, **more: Any) -> None:
+  """Prints the table and, with a `path`, writes it as JSON.
+
+  The file also holds machine, versions, date and command.
+  """
+  print(table(rows))
+  if not path:
+    return
+  result = {
+    "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "machine": machine(),
+    **more,
+    "rows": list(rows),
+  }
+  with open(path, "w", encoding="utf-8") as file:
+    json.dump(result, file, indent=2)
+  print(f"written to {path}")
+
+
+def _module() -> str:
+  return sys.modules["__main__"].__spec__.name
