@@ -4,25 +4,27 @@
 
 Steps of `experiments/demo.py` with 49 domains, taking turns: no auxiliary
 loss, balance alone, balance and expert divergence, and everything (z-loss,
-orthogonality and variance too); then three steps of four micro-batches, to
-show what the exact form of accumulation costs. Statistics are summed in all of
-them, being reported whatever the weights.
+orthogonality and variance too); then steps of four micro-batches, to
+show what the exact form of accumulation costs. Statistics and the value of
+every loss are in all of them, being reported whatever the weights; so the value
+and gradient of the divergence take a turn alone, too.
 
 FLOPs and bytes are XLA's counts of the compiled step. It counts the body of a
-loop once: one of the scanned layers, of the model as of the divergence. The
-last line therefore also gives the share of all layers' divergence in the model
-FLOPs, 6 per active parameter and token.
+loop once: of the model one of the scanned layers, of the divergence, whose
+layers lie side by side at this size, all. The last line therefore also gives
+its share of the model FLOPs, 6 per active parameter and token.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from benchmarks import measure
-from edl_jax import config, sharding, train
+from edl_jax import config, losses, routing, sharding, train
 from edl_jax.batch import Batch
 from edl_jax.config import Experiment, LossesConfig, MeshConfig
 from edl_jax.mixture import Taxonomy
@@ -47,9 +49,9 @@ EVERYTHING = dataclasses.replace(
 def variants(base: Experiment) -> dict[str, Experiment]:
   """Returns the experiments to compare, by name."""
 
-  def with_losses(losses: LossesConfig, **settings) -> Experiment:
+  def with_losses(weights: LossesConfig, **settings) -> Experiment:
     return dataclasses.replace(
-      base, losses=losses, train=dataclasses.replace(base.train, **settings)
+      base, losses=weights, train=dataclasses.replace(base.train, **settings)
     )
 
   four = {"accumulation_steps": 4}
@@ -107,6 +109,32 @@ class Contestant:
     return measure.seconds(step)
 
 
+class DivergenceAlone:
+  """Value and gradient of every layer's divergence, from random routing."""
+
+  def __init__(self, experiment: Experiment, num_domains: int):
+    model = experiment.model
+    layers = model.num_layers - model.num_dense_layers
+    shape = (layers, num_domains, model.num_experts)
+    empty = jnp.zeros((layers, num_domains))
+    stats = routing.RoutingStats(
+      *[empty] * len(routing.RoutingStats._fields)
+    )._replace(sequences_LD=empty + 1)
+    self._p_LDE = jax.nn.softmax(jax.random.normal(jax.random.key(0), shape))
+
+    def loss(p_LDE: jax.Array) -> jax.Array:
+      return losses.divergence_loss(
+        stats._replace(probability_LDE=p_LDE), experiment.losses
+      ).mean()
+
+    self.compiled = (
+      jax.jit(jax.value_and_grad(loss)).lower(self._p_LDE).compile()
+    )
+
+  def __call__(self) -> float:
+    return measure.seconds(lambda: self.compiled(self._p_LDE))
+
+
 def main(arguments: list[str]) -> None:
   del arguments
   base = config.load(_EXPERIMENT.value)
@@ -116,6 +144,7 @@ def main(arguments: list[str]) -> None:
       name: Contestant(experiment, _DOMAINS.value, mesh)
       for name, experiment in variants(base).items()
     }
+    contestants["divergence alone"] = DivergenceAlone(base, _DOMAINS.value)
     measure.take_turns(contestants, 2)  # warm caches and allocator
     taken = measure.take_turns(contestants, _ROUNDS.value)
   rows = []
@@ -137,17 +166,16 @@ def main(arguments: list[str]) -> None:
     )
   _, active = parameter_counts(base.model)
   tokens = base.train.batch_size * base.train.sequence_length
-  with_divergence, balance = rows[2], rows[1]
-  added = with_divergence["GFLOP"] - balance["GFLOP"]
-  layers = base.model.num_layers - base.model.num_dense_layers
+  balance, with_divergence, alone = rows[1], rows[2], rows[-1]
   model_gflop = 6 * active * tokens / 1e9
   measure.report(rows, _JSON.value, domains=_DOMAINS.value)
   print(
-    f"\nexpert divergence over {_DOMAINS.value} domains adds"
-    f" {1e3 * added:.2f} MFLOP, {added / balance['GFLOP']:.3%} of what XLA"
-    f" counts; over all layers {layers * added / model_gflop:.3%} of"
-    f" {model_gflop:.1f} model GFLOP;"
-    f" {with_divergence['time / balance'] - 1:+.2%} time"
+    f"\nexpert divergence over {_DOMAINS.value} domains:"
+    f" {1e3 * alone['GFLOP']:.1f} MFLOP,"
+    f" {alone['GFLOP'] / balance['GFLOP']:.2%} of what XLA counts of a step and"
+    f" {alone['GFLOP'] / model_gflop:.3%} of its {model_gflop:.1f} model GFLOP;"
+    f" {alone['time / balance']:.2%} of its time alone; the step with it takes"
+    f" {with_divergence['time / balance'] - 1:+.2%}"
   )
 
 

@@ -20,6 +20,10 @@ from edl_jax.divergence import hierarchical_divergence_loss
 # Elements of the largest logits array held at a time, per device.
 _CHUNK_ELEMENTS = 1 << 22
 
+# Elements, domains x domains x experts, of layers whose divergence is computed
+# at once.
+_LAYERS_ELEMENTS = 1 << 20
+
 
 class BatchSums(NamedTuple):
   """All that the objective needs of a batch; adds leaf by leaf."""
@@ -206,7 +210,14 @@ def divergence_loss(
     eps=config.divergence_epsilon,
     divergence=config.divergence,
   )
-  return jax.lax.map(lambda layer: loss(*layer), (p_LDE, stats.sequences_LD))
+  num_layers, num_domains, num_experts = p_LDE.shape
+  # Layers side by side as long as they are small together.
+  pairs = num_domains * num_domains * num_experts
+  return jax.lax.map(
+    lambda layer: loss(*layer),
+    (p_LDE, stats.sequences_LD),
+    batch_size=min(num_layers, max(1, _LAYERS_ELEMENTS // pairs)),
+  )
 
 
 def orthogonality_loss(stats: routing.RoutingStats) -> jax.Array:
