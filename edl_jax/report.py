@@ -417,6 +417,20 @@ def _table_header(
   return [*lines, "-" * (names_width + (width + 2) * len(labels))]
 
 
+# Shown where a run trains on the losses that are made to move them.
+_SPECIALIZATION = (
+  ("routing variance", "routing_variance"),
+  ("expert overlap (0 to 1)", "expert_overlap"),
+  ("output similarity (0 to 1)", "output_similarity"),
+  ("silhouette (0 to 1)", "silhouette"),
+)
+
+
+def _specializes(result: Mapping[str, Any]) -> bool:
+  keys = ("losses.orthogonality_weight", "losses.variance_weight")
+  return any(result["experiment"].get(key) for key in keys)
+
+
 def _table_sections(results: Sequence[Mapping[str, Any]]) -> list[Figures]:
   def held_out(key: str) -> list[dict[str, float]]:
     return [
@@ -438,6 +452,11 @@ def _table_sections(results: Sequence[Mapping[str, Any]]) -> list[Figures]:
     Figures("routing diversity (0 to 1)", ".4f", routing("diversity")),
     Figures("D_inter / D_total", ".4f", routing("inter_fraction")),
     Figures("MaxVio (0 is balanced)", ".3f", routing("max_violation")),
+    *(
+      Figures(heading, ".4f", routing(key))
+      for heading, key in _SPECIALIZATION
+      if any(map(_specializes, results))
+    ),
     Figures(
       "speed",
       ",.0f",

@@ -33,7 +33,8 @@ class Group(NamedTuple):
   runs: Sequence[Run]
 
 
-# Columns of the main table: heading, key of `figures`, format.
+# Columns of the main table: heading, key of `figures`, format. Those that a run
+# of an older version lacks are left out.
 _COLUMNS = (
   ("LM loss (nats/token)", "lm_loss", ".4f"),
   ("bits per byte", "bits_per_byte", ".4f"),
@@ -42,6 +43,10 @@ _COLUMNS = (
   ("MaxVio", "max_violation", ".3f"),
   ("purity", "purity", ".3f"),
   ("NMI", "normalized_mutual_information", ".3f"),
+  ("routing variance", "routing_variance", ".4f"),
+  ("expert overlap", "expert_overlap", ".3f"),
+  ("output similarity", "output_similarity", ".4f"),
+  ("silhouette", "silhouette", ".3f"),
   ("tokens/s", "tokens_per_second", ",.0f"),
 )
 
@@ -247,10 +252,12 @@ def paired_differences(base: Group, other: Group, figure: str) -> list[float]:
 def _tables(runs: Sequence[Run], groups: Sequence[Group]) -> str:
   """Returns report.md: figures by group, loss by domain, paired differences."""
   seeds = sorted({run.result["experiment"]["seed"] for run in runs})
-  headings = [heading for heading, _, _ in _COLUMNS]
+  known = [figures(run.result).keys() for run in runs]
+  columns = [c for c in _COLUMNS if all(c[1] in keys for keys in known)]
+  headings = [heading for heading, _, _ in columns]
   rows = [
     [group.label, str(len(group.runs))]
-    + [_summary(_collect(group, key), number) for _, key, number in _COLUMNS]
+    + [_summary(_collect(group, key), number) for _, key, number in columns]
     for group in groups
   ]
   parts = [
@@ -283,7 +290,7 @@ def _tables(runs: Sequence[Run], groups: Sequence[Group]) -> str:
         [group.label, str(count)]
         + [
           _summary(paired_differences(base, group, key), f"+{number}")
-          for _, key, number in _COLUMNS
+          for _, key, number in columns
         ]
       )
   if rows:

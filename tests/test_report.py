@@ -171,6 +171,28 @@ def test_comparison_table_of_other_counts_and_domains():
   assert rows["held-out LM loss", "legal"] == ["3.0000", "-", "-"]
 
 
+def test_comparison_table_of_specialization():
+  results = []
+  for name, weight in (("base", 0.0), ("special", "auto:1e-4")):
+    result = make_result()
+    result["experiment"]["losses.orthogonality_weight"] = weight
+    for figures in (result["routing"], *result["routing"]["layers"]):
+      for key in (
+        "routing_variance",
+        "expert_overlap",
+        "output_similarity",
+        "silhouette",
+      ):
+        figures[key] = 0.5 if weight else 0.25
+    results.append((name, result))
+  rows = rows_of(report.comparison_table(results))
+  for heading in ("routing variance", "expert overlap", "silhouette"):
+    for name in ("mean", "layer 0", "layer 1"):
+      assert rows[heading, name] == ["0.2500", "0.5000", "+0.2500"]
+  # Not where no run asks for it.
+  assert "silhouette" not in report.comparison_table([results[0]] * 2)
+
+
 def test_importing_loads_neither_jax_nor_pyplot():
   code = (
     "import sys, edl_jax.report, edl_jax.sweep;"
