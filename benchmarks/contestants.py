@@ -1,0 +1,295 @@
+"""One contestant of `benchmarks.peers`: its training step, timed.
+
+Runs as a process of its own, in an environment of its own, so that only the
+standard library is imported before a contestant is chosen. The request is JSON
+on the command line; the answer is the last line printed, JSON too.
+
+A step has ended when its parameters are there: every contestant waits for them
+after each step. All repeat one batch of random tokens, made by themselves.
+"""
+
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Request(NamedTuple):
+  """What to run."""
+
+  # A key of CONTESTANTS.
+  contestant: str
+  # The experiment by dotted key, as `edl_jax.config.flatten` gives it.
+  experiment: dict[str, Any]
+  # Domains that ours tells apart.
+  num_domains: int
+  # Steps before the timed ones, the first among them; steps timed.
+  warmup_steps: int
+  steps: int
+  threads: int
+  # Compiled programs are kept here from one process to the next.
+  cache: str
+  # time.monotonic(), which all processes share, when this one was started.
+  started: float
+
+  @property
+  def all_steps(self) -> int:
+    return self.warmup_steps + self.steps
+
+
+class Clock:
+  """Notes when each step ended, and its loss."""
+
+  def __init__(self, request: Request):
+    self._request = request
+    self._ends: list[float] = []
+    self._losses: list[float] = []
+
+  def tick(self, loss: float) -> None:
+    """Call it at the end of every step, with its LM loss in nats per token."""
+    self._ends.append(time.monotonic())
+    self._losses.append(loss)
+
+  def figures(self) -> dict[str, Any]:
+    """Returns tokens per second, seconds, and losses of first and last step."""
+    request, ends = self._request, self._ends
+    tokens = (
+      request.experiment["train.batch_size"]
+      * request.experiment["train.sequence_length"]
+    )
+    seconds = [end - start for start, end in itertools.pairwise(ends)]
+    timed = seconds[-request.steps :]
+    return {
+      "tokens_per_second": tokens / statistics.median(timed),
+      "step_seconds": timed,
+      "first_step_seconds": ends[0] - request.started,
+      "lm_loss": [self._losses[0], self._losses[-1]],
+    }
+
+
+def ours(request: Request, clock: Clock) -> tuple[int, list[str]]:
+  """The step of `edl_jax.train`, as its loop makes, compiles and calls it."""
+  import jax
+
+  from benchmarks.objective_overhead import random_batch
+  from edl_jax import config, sharding, train
+  from edl_jax.mixture import Taxonomy
+  from edl_jax.model import parameter_counts
+  from edl_jax.optim import make_optimizer
+
+  experiment = config.unflatten(request.experiment)
+  mesh = sharding.make_mesh(experiment.mesh)
+  taxonomy = Taxonomy.from_names(
+    [f"domain{index}" for index in range(request.num_domains)]
+  )
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
+  with jax.set_mesh(mesh):
+    state = train.init_state(experiment, optimizer, mesh)
+    batch = sharding.put_batch(
+      random_batch(experiment, request.num_domains), mesh
+    )
+    step = train.make_train_step(experiment, optimizer, taxonomy, mesh)
+    step = step.lower(state, batch).compile()
+    for _ in range(request.all_steps):
+      state, output = jax.block_until_ready(step(state, batch))
+      clock.tick(float(output.scalars["lm_loss"]))
+  return parameter_counts(experiment.model)[0], ["jax", "flax", "optax"]
+
+
+def transformers(
+  request: Request, clock: Clock, compiled: bool = False
+) -> tuple[int, list[str]]:
+  """`Qwen3MoeForCausalLM` on PyTorch; `compiled` by `torch.compile`.
+
+  Experts as "grouped_mm", which is dropless; the other dropless forms of the
+  library were slower here ("eager" by a tenth, "batched_mm", which copies the
+  weights for every token, by far).
+  """
+  import torch
+  from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+  torch.set_num_threads(request.threads)
+  torch.manual_seed(0)
+  flat = request.experiment
+  model = Qwen3MoeForCausalLM(
+    Qwen3MoeConfig(
+      vocab_size=flat["model.vocabulary_size"],
+      num_hidden_layers=flat["model.num_layers"],
+      hidden_size=flat["model.width"],
+      num_attention_heads=flat["model.num_heads"],
+      num_key_value_heads=flat["model.num_kv_heads"],
+      head_dim=flat["model.head_width"],
+      num_experts=flat["model.num_experts"],
+      num_experts_per_tok=flat["model.num_active_experts"],
+      moe_intermediate_size=flat["model.expert_width"],
+      max_position_embeddings=flat["train.sequence_length"],
+      norm_topk_prob=True,
+      tie_word_embeddings=False,
+      use_cache=False,
+      output_router_logits=True,
+      router_aux_loss_coef=flat["losses.balance_weight"],
+      attn_implementation="sdpa",
+      experts_implementation="grouped_mm",
+    )
+  )
+  model.train()
+  parameters = list(model.parameters())
+  optimizer = torch.optim.AdamW(
+    parameters,
+    lr=flat["optimizer.learning_rate"],
+    betas=(flat["optimizer.beta1"], flat["optimizer.beta2"]),
+    weight_decay=flat["optimizer.weight_decay"],
+    fused=True,
+  )
+  tokens_BT = torch.randint(
+    flat["model.vocabulary_size"],
+    (flat["train.batch_size"], flat["train.sequence_length"]),
+  )
+  targets_BT = tokens_BT.roll(-1, 1)
+  forward = torch.compile(model) if compiled else model
+  for _ in range(request.all_steps):
+    output = forward(
+      input_ids=tokens_BT, labels=targets_BT, shift_labels=targets_BT
+    )
+    output.loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, flat["optimizer.clip_norm"])
+    optimizer.step()
+    optimizer.zero_grad()
+    balance_loss = flat["losses.balance_weight"] * output.aux_loss
+    clock.tick((output.loss - balance_loss).item())
+  size = sum(parameter.numel() for parameter in parameters)
+  return size, ["transformers", "torch"]
+
+
+def maxtext_settings(request: Request) -> dict[str, Any]:
+  """Returns what MaxText is told, by the names of its configuration.
+
+  "minimal_with_context" rematerialises least, and layers that are not scanned
+  ran and compiled faster here. Its Mixtral block has no QK-norm: two vectors
+  of head width a layer fewer than the others.
+  """
+  flat = request.experiment
+  return {
+    "run_name": "peers",
+    "base_output_directory": os.path.join(os.getcwd(), "output"),
+    "hardware": "cpu",
+    "skip_jax_distributed_system": True,
+    "jax_cache_dir": request.cache,
+    "enable_checkpointing": False,
+    "enable_tensorboard": False,
+    "dataset_type": "synthetic",
+    "steps": request.all_steps,
+    "decoder_block": "mixtral",
+    "vocab_size": flat["model.vocabulary_size"],
+    "base_num_decoder_layers": flat["model.num_layers"],
+    "base_emb_dim": flat["model.width"],
+    "base_num_query_heads": flat["model.num_heads"],
+    "base_num_kv_heads": flat["model.num_kv_heads"],
+    "head_dim": flat["model.head_width"],
+    "num_experts": flat["model.num_experts"],
+    "num_experts_per_tok": flat["model.num_active_experts"],
+    "base_mlp_dim": flat["model.expert_width"],
+    "base_moe_mlp_dim": flat["model.expert_width"],
+    "mlp_activations": '["silu","linear"]',
+    "enable_dropout": False,
+    "attention": "dot_product",
+    "dtype": flat["model.dtype"],
+    "weight_dtype": "float32",
+    "remat_policy": "minimal_with_context",
+    "scan_layers": False,
+    "max_target_length": flat["train.sequence_length"],
+    "per_device_batch_size": flat["train.batch_size"],
+    "load_balance_loss_weight": flat["losses.balance_weight"],
+    "learning_rate": flat["optimizer.learning_rate"],
+    "adam_b1": flat["optimizer.beta1"],
+    "adam_b2": flat["optimizer.beta2"],
+    "adam_weight_decay": flat["optimizer.weight_decay"],
+    "gradient_clipping_threshold": flat["optimizer.clip_norm"],
+  }
+
+
+def maxtext(
+  request: Request, clock: Clock, experts: dict[str, Any]
+) -> tuple[int, list[str]]:
+  """MaxText's own program, with a clock around the iterations of its loop."""
+  os.environ |= {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"}
+  import jax
+  from flax import nnx
+  from maxtext.trainers.pre_train import train
+
+  iteration = train.training_loop_iteration
+  size = 0
+
+  def timed_iteration(on_device: dict[str, Any], *others: Any) -> Any:
+    nonlocal size
+    metrics = iteration(on_device, *others)
+    jax.block_until_ready(on_device["state"])
+    clock.tick(float(metrics["scalar"]["learning/lm_loss"]))
+    parameters = nnx.state(on_device["state"].model, nnx.Param)
+    size = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    return metrics
+
+  train.training_loop_iteration = timed_iteration
+  package = importlib.util.find_spec("maxtext").submodule_search_locations[0]
+  settings = maxtext_settings(request) | experts
+  train.main(
+    [
+      "train",
+      os.path.join(package, "configs", "base.yml"),
+      *(f"{key}={value}" for key, value in settings.items()),
+    ]
+  )
+  return size, ["maxtext", "jax", "flax"]
+
+
+def maxtext_dense(request: Request, clock: Clock) -> tuple[int, list[str]]:
+  """Dropless by passing every token through every expert."""
+  return maxtext(
+    request, clock, {"sparse_matmul": False, "capacity_factor": -1}
+  )
+
+
+def maxtext_sparse(request: Request, clock: Clock) -> tuple[int, list[str]]:
+  """Dropless by `jax.lax.ragged_dot` over tokens sorted by expert."""
+  return maxtext(request, clock, {"sparse_matmul": True, "megablox": False})
+
+
+def transformers_compiled(
+  request: Request, clock: Clock
+) -> tuple[int, list[str]]:
+  return transformers(request, clock, compiled=True)
+
+
+# Each takes all steps, and returns the number of parameters and the packages
+# whose versions matter.
+CONTESTANTS: dict[str, Callable[[Request, Clock], tuple[int, list[str]]]] = {
+  "ours": ours,
+  "transformers": transformers,
+  "transformers_compiled": transformers_compiled,
+  "maxtext": maxtext_dense,
+  "maxtext_sparse": maxtext_sparse,
+}
+
+
+def main(text: str) -> None:
+  request = Request(**json.loads(text))
+  if hasattr(os, "sched_setaffinity"):
+    # XLA makes as many threads as there are cores to run on. macOS cannot do
+    # this; there all contestants but PyTorch's use every core.
+    cores = sorted(os.sched_getaffinity(0))[: request.threads]
+    os.sched_setaffinity(0, cores)
+  clock = Clock(request)
+  parameters, packages = CONTESTANTS[request.contestant](request, clock)
+  versions = {name: importlib.metadata.version(name) for name in packages}
+  answer = {"parameters": parameters, **clock.figures(), "versions": versions}
+  print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1])
