@@ -1,5 +1,6 @@
 """Saving on one mesh, restoring on another, loading from a folder alone."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -14,12 +15,18 @@ import pytest
 
 import edl_jax
 from edl_jax import sharding, train
-from edl_jax.checkpoint import Checkpointer, Provenance, checkpoint_steps
+from edl_jax.checkpoint import (
+  Checkpointer,
+  Provenance,
+  checkpoint_steps,
+  initial_tokenizer,
+)
 from edl_jax.config import (
   Experiment,
   LossesConfig,
   MeshConfig,
   ModelConfig,
+  TrainConfig,
   UserError,
 )
 from edl_jax.mixture import Taxonomy
@@ -176,6 +183,23 @@ print(digest.hexdigest(), loaded.experiment.name, loaded.taxonomy.fine)
     "small",
     "('c', 'python', 'law')\n",
   ]
+
+
+def test_tokenizer_of_the_checkpoint_to_start_from(workdir, tmp_path):
+  def starting_from(path, **sizes):
+    return dataclasses.replace(
+      EXPERIMENT,
+      model=dataclasses.replace(EXPERIMENT.model, **sizes),
+      train=TrainConfig(initial_checkpoint=str(path)),
+    )
+
+  assert initial_tokenizer(EXPERIMENT) is None
+  found = initial_tokenizer(starting_from(workdir, dtype="bfloat16"))
+  assert found.to_json() == PROVENANCE.tokenizer.to_json()
+  with pytest.raises(UserError, match=r"initial_checkpoint: no checkpoint"):
+    initial_tokenizer(starting_from(tmp_path))
+  with pytest.raises(UserError, match=r"num_experts: 4 -> 8; set"):
+    initial_tokenizer(starting_from(workdir, num_experts=8))
 
 
 def test_keeps_the_newest(tmp_path):

@@ -266,3 +266,26 @@ def test_evaluation_of_a_run(runs, uninterrupted):
   for figures in ("eval", "routing"):
     assert evaluated[figures] == result(uninterrupted)[figures]
   assert (workdir / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_post_training_starts_from_a_checkpoint_and_survives(
+  runs, uninterrupted
+):
+  arguments = (
+    f"--experiment.train.initial_checkpoint={uninterrupted}",
+    "--experiment.losses.orthogonality_weight=auto:1e-4",
+    "--experiment.losses.variance_weight=auto:1e-3",
+  )
+  whole = runs.finish("special", *arguments)
+  first, before = (read_metrics(str(run))[0] for run in (whole, uninterrupted))
+  assert first["train/lm_loss"] < before["train/lm_loss"] - 0.1
+  trained = [line for line in read_metrics(str(whole)) if "train/loss" in line]
+  for name in ("orthogonality", "variance"):
+    weights = {line[f"train/{name}_weight"] for line in trained}
+    # Found once, and not 0.
+    assert len(weights) == 1 and weights.pop() > 0
+  killed = runs("special_killed", *arguments, strike=("written", 8, KILL))
+  assert killed.returncode == -KILL, killed.stderr
+  assert steps(runs.folder / "special_killed") == [5]
+  assert_bitwise_equal(runs.finish("special_killed", *arguments), whole)
