@@ -1,117 +1,274 @@
-"""One grouped matrix product: rows sorted by group, one matrix per group."""
+"""One grouped matrix product: rows sorted by group, one matrix per group.
+
+A backend is two products, `rows_product` and `weights_product`: the derivative
+of the first consists of both, so that there is one derivative for them all.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
+class Backend(NamedTuple):
+  """The two products of an implementation."""
+
+  # (x_RM, w_EMF, group_sizes_E, transposed) -> y_RF: each row times the matrix
+  # of its group. Transposed: the rows are (R, F) and the result is (R, M).
+  rows_product: Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
+  # (x_RM, dy_RF, group_sizes_E) -> dw_EMF: the sum over the rows of each group
+  # of their outer products, accumulated in float32; zero for empty groups.
+  weights_product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-  x_RM: jax.Array, w_EMF: jax.Array, group_sizes_E: jax.Array
+  x_RM: jax.Array,
+  w_EMF: jax.Array,
+  group_sizes_E: jax.Array,
+  backend: str | None = None,
 ) -> jax.Array:
   """Multiplies each group of rows with the matrix of its group.
 
-  The implementation follows the platform that the program is compiled for,
-  not the default backend.
+  Differentiable in `x_RM` and `w_EMF`. Work and memory are those of R rows,
+  however they are spread over the groups, but for the reference on a CPU.
 
   Args:
     x_RM: rows, sorted by group.
     w_EMF: one matrix per group, of the same dtype.
     group_sizes_E: int32 rows in each group; must sum to R.
+    backend: a name of `BACKENDS`. By default the one of the platform that the
+      program is compiled for, which need not be the default platform.
 
   Returns:
     y_RF, of the same dtype.
   """
-  return jax.lax.platform_dependent(
-    x_RM, w_EMF, group_sizes_E, tpu=jax.lax.ragged_dot, default=_block_matmul
+  return _product("rows_product", backend)(
+    x_RM, w_EMF, group_sizes_E, transposed=False
   )
 
 
-# --- CPU: a loop over blocks of rows -----------------------------------------
-# Every group is cut into blocks of equal size from its first row on. A group's
-# last block reads on into the rows behind it; what it writes there is garbage
-# until the blocks of those rows, which come later, write over it. So no row is
-# copied into a padded layout, and the work is R M F plus at most one block a
-# group, however the rows are spread.
+def _forward(x_RM, w_EMF, group_sizes_E, backend):
+  y_RF = grouped_matmul(x_RM, w_EMF, group_sizes_E, backend)
+  return y_RF, (x_RM, w_EMF, group_sizes_E)
 
 
-def _block_size(num_rows: int, num_groups: int) -> int:
-  """Small blocks waste less at the ends of groups, large ones run faster."""
-  quarter = num_rows // num_groups // 4
-  return 32 if quarter <= 32 else 64 if quarter <= 64 else 128
+def _backward(backend, residuals, dy_RF):
+  x_RM, w_EMF, group_sizes_E = residuals
+  dx_RM = _product("rows_product", backend)(
+    dy_RF, w_EMF, group_sizes_E, transposed=True
+  )
+  dw_EMF = _product("weights_product", backend)(x_RM, dy_RF, group_sizes_E)
+  return dx_RM, dw_EMF.astype(w_EMF.dtype), None
 
 
-def _blocks(num_rows: int, size: int, group_sizes_E: jax.Array):
-  """Returns the number of blocks, and start row, end row and group of each.
+grouped_matmul.defvjp(_forward, _backward)
 
-  The end row is that of the group. Arrays are (G,), G = ceil(R / size) + E,
-  enough for any sizes.
+
+def _product(name: str, backend: str | None) -> Callable[..., jax.Array]:
+  if backend is not None:
+    return getattr(BACKENDS[backend], name)
+
+  def by_platform(*arrays: jax.Array, **settings: Any) -> jax.Array:
+    tpu, cpu, reference = (
+      functools.partial(getattr(BACKENDS[key], name), **settings)
+      for key in ("tpu", "cpu", "reference")
+    )
+    return jax.lax.platform_dependent(
+      *arrays, tpu=tpu, cpu=cpu, default=reference
+    )
+
+  return by_platform
+
+
+# --- Reference: XLA's own ----------------------------------------------------
+# What GPUs run too. On a CPU it multiplies every row with every matrix.
+
+
+def _ragged_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
+  if transposed:
+    w_EMF = w_EMF.swapaxes(1, 2)
+  return jax.lax.ragged_dot(x_RM, w_EMF, group_sizes_E)
+
+
+def _ragged_weights_product(x_RM, dy_RF, group_sizes_E):
+  return jax.lax.ragged_dot_general(
+    x_RM,
+    dy_RF,
+    group_sizes_E,
+    jax.lax.RaggedDotDimensionNumbers(
+      dot_dimension_numbers=(((0,), (0,)), ((), ())),
+      lhs_ragged_dimensions=[0],
+      rhs_group_dimensions=[],
+    ),
+    preferred_element_type=jnp.float32,
+  )
+
+
+# --- TPU: Pallas kernels -----------------------------------------------------
+# The kernels of megablox (Gale et al., arXiv:2211.15841) that come with JAX.
+# Not with their own derivative: it uses one tiling for three products whose
+# dimensions change places.
+
+
+def _tile(size: int, largest: int) -> int:
+  """The largest multiple of 128 that divides `size`, up to `largest`.
+
+  Where there is none the tile is `largest` or all of a smaller `size`, and the
+  kernels mask what is beyond the end.
   """
-  row_end_E = jnp.cumsum(group_sizes_E)
-  row_start_E = row_end_E - group_sizes_E
-  blocks_E = (group_sizes_E + size - 1) // size
-  block_end_E = jnp.cumsum(blocks_E)
-  block_G = jnp.arange(-(-num_rows // size) + len(group_sizes_E))
-  group_G = jnp.searchsorted(
-    block_end_E, block_G, side="right", method="compare_all"
+  for tile in range(largest, 0, -128):
+    if size % tile == 0:
+      return tile
+  return min(size, largest)
+
+
+def _row_tile(num_rows: int, num_groups: int) -> int:
+  """Rows in a tile: 512, less where groups are small.
+
+  A tile that holds rows of n groups is multiplied n times.
+  """
+  tile = 512
+  while tile > 128 and tile * num_groups > num_rows:
+    tile //= 2
+  return tile
+
+
+def _padded(x_RM: jax.Array, tile: int) -> jax.Array:
+  """Adds rows behind the last group: the kernels want full row tiles."""
+  return jnp.pad(x_RM, ((0, -x_RM.shape[0] % tile), (0, 0)))
+
+
+def _pallas_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+  rows, contracted = x_RM.shape
+  num_groups, result = w_EMF.shape[0], w_EMF.shape[1 if transposed else 2]
+  row_tile = _row_tile(rows, num_groups)
+  y_RF = gmm(
+    _padded(x_RM, row_tile),
+    w_EMF,
+    group_sizes_E,
+    preferred_element_type=x_RM.dtype,
+    tiling=(row_tile, _tile(contracted, 1024), _tile(result, 1024)),
+    transpose_rhs=transposed,
   )
-  group_G = jnp.minimum(group_G, len(group_sizes_E) - 1)
-  within_G = block_G - (block_end_E - blocks_E)[group_G]
-  start_G = row_start_E[group_G] + within_G * size
-  return block_end_E[-1], start_G, row_end_E[group_G], group_G
+  return y_RF[:rows]
+
+
+def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+  row_tile = _row_tile(x_RM.shape[0], len(group_sizes_E))
+  return tgmm(
+    _padded(x_RM, row_tile).T,
+    _padded(dy_RF, row_tile),
+    group_sizes_E,
+    preferred_element_type=jnp.float32,
+    tiling=(row_tile, _tile(x_RM.shape[1], 1024), _tile(dy_RF.shape[1], 1024)),
+  )
+
+
+# --- CPU: loops over blocks of rows ------------------------------------------
+# XLA's dense product runs near the machine's peak from a hundred rows on, but
+# needs shapes that are known when it is compiled. So each group is cut into
+# blocks of a few sizes, large ones first; only the last one, of the smallest
+# size, may reach beyond the group, where rows are masked. No row is copied into
+# a padded layout, the work is R M F plus at most a small block a group, and the
+# matrix of a group is read out once for all its blocks.
+
+_BLOCK_SIZES = (512, 128, 32)
+
+
+def _over_blocks(
+  num_rows: int,
+  start: jax.Array,
+  end: jax.Array,
+  body: Callable[[Any, jax.Array, int, jax.Array | None], Any],
+  carry: Any,
+) -> Any:
+  """Runs `body` on blocks that cover the rows [start, end) of `num_rows`.
+
+  Args:
+    body: takes the carry, the first row of a block, its size, and a mask (C,)
+      of the rows that are this group's and no other block's, None if all are.
+  """
+  *large, smallest = [n for n in _BLOCK_SIZES if n <= num_rows] or [num_rows]
+  for size in large:
+
+    def full_block(i, carry, start=start, size=size):
+      return body(carry, start + i * size, size, None)
+
+    count = (end - start) // size
+    carry = jax.lax.fori_loop(0, count, full_block, carry)
+    start += count * size
+
+  def masked_block(i, carry):
+    own = start + i * smallest
+    first = jnp.minimum(own, num_rows - smallest)
+    row_C = first + jnp.arange(smallest)
+    return body(carry, first, smallest, (row_C >= own) & (row_C < end))
+
+  count = (end - start + smallest - 1) // smallest
+  return jax.lax.fori_loop(0, count, masked_block, carry)
 
 
 def _rows(x_RM: jax.Array, start: jax.Array, size: int) -> jax.Array:
   return jax.lax.dynamic_slice_in_dim(x_RM, start, size)
 
 
-def _padded(x_RM: jax.Array, size: int) -> jax.Array:
-  """Adds the rows that the last block may read beyond the end."""
-  return jnp.pad(x_RM, ((0, size), (0, 0)))
+def _block_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
+  num_rows = x_RM.shape[0]
+  contracted, result = (2, 1) if transposed else (1, 2)
+  end_E = jnp.cumsum(group_sizes_E)
+  start_E = end_E - group_sizes_E
+
+  def group(e, y_RF):
+    w_MF = jax.lax.dynamic_index_in_dim(w_EMF, e, keepdims=False)
+
+    def block(y_RF, start, size, inside_C):
+      y_CF = jax.lax.dot_general(
+        _rows(x_RM, start, size), w_MF, (((1,), (contracted - 1,)), ((), ()))
+      )
+      if inside_C is not None:
+        y_CF = jnp.where(inside_C[:, None], y_CF, _rows(y_RF, start, size))
+      return jax.lax.dynamic_update_slice_in_dim(y_RF, y_CF, start, 0)
+
+    return _over_blocks(num_rows, start_E[e], end_E[e], block, y_RF)
+
+  # Every row is written.
+  y_RF = jax.lax.empty((num_rows, w_EMF.shape[result]), x_RM.dtype)
+  return jax.lax.fori_loop(0, w_EMF.shape[0], group, y_RF)
 
 
-@jax.custom_vjp
-def _block_matmul(x_RM, w_EMF, group_sizes_E):
-  num_rows, num_groups = x_RM.shape[0], w_EMF.shape[0]
-  size = _block_size(num_rows, num_groups)
-  count, start_G, _, group_G = _blocks(num_rows, size, group_sizes_E)
-  x_RM = _padded(x_RM, size)
+def _block_weights_product(x_RM, dy_RF, group_sizes_E):
+  num_rows, num_groups = x_RM.shape[0], len(group_sizes_E)
+  end_E = jnp.cumsum(group_sizes_E)
+  start_E = end_E - group_sizes_E
 
-  def body(g, y_RF):
-    w_MF = jax.lax.dynamic_index_in_dim(w_EMF, group_G[g], keepdims=False)
-    y_CF = jnp.dot(_rows(x_RM, start_G[g], size), w_MF)
-    return jax.lax.dynamic_update_slice_in_dim(y_RF, y_CF, start_G[g], 0)
+  def group(e, dw_EMF):
+    def block(dw_EMF, start, size, inside_C):
+      x_CM = _rows(x_RM, start, size)
+      if inside_C is not None:
+        x_CM = jnp.where(inside_C[:, None], x_CM, 0)
+      dw_MF = jax.lax.dot_general(
+        x_CM,
+        _rows(dy_RF, start, size),
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+      )
+      return dw_EMF.at[e].add(dw_MF)
 
-  y_RF = jnp.zeros((num_rows + size, w_EMF.shape[2]), x_RM.dtype)
-  return jax.lax.fori_loop(0, count, body, y_RF)[:num_rows]
+    return _over_blocks(num_rows, start_E[e], end_E[e], block, dw_EMF)
 
-
-def _block_matmul_forward(x_RM, w_EMF, group_sizes_E):
-  y_RF = _block_matmul(x_RM, w_EMF, group_sizes_E)
-  return y_RF, (x_RM, w_EMF, group_sizes_E)
-
-
-def _block_matmul_backward(residuals, dy_RF):
-  x_RM, w_EMF, group_sizes_E = residuals
-  dx_RM = _block_matmul(dy_RF, w_EMF.swapaxes(1, 2), group_sizes_E)
-
-  num_rows, num_groups = x_RM.shape[0], w_EMF.shape[0]
-  size = _block_size(num_rows, num_groups)
-  count, start_G, end_G, group_G = _blocks(num_rows, size, group_sizes_E)
-  x_RM, dy_RF = _padded(x_RM, size), _padded(dy_RF, size)
-
-  def body(g, dw_EMF):
-    x_CM = _rows(x_RM, start_G[g], size)
-    inside_C = start_G[g] + jnp.arange(size) < end_G[g]
-    x_CM = jnp.where(inside_C[:, None], x_CM, 0)
-    dw_MF = jnp.dot(
-      x_CM.T,
-      _rows(dy_RF, start_G[g], size),
-      preferred_element_type=jnp.float32,
-    )
-    return dw_EMF.at[group_G[g]].add(dw_MF)
-
-  dw_EMF = jnp.zeros(w_EMF.shape, jnp.float32)
-  dw_EMF = jax.lax.fori_loop(0, count, body, dw_EMF)
-  return dx_RM, dw_EMF.astype(w_EMF.dtype), None
+  dw_EMF = jnp.zeros((num_groups, x_RM.shape[1], dy_RF.shape[1]), jnp.float32)
+  return jax.lax.fori_loop(0, num_groups, group, dw_EMF)
 
 
-_block_matmul.defvjp(_block_matmul_forward, _block_matmul_backward)
+BACKENDS = {
+  "tpu": Backend(_pallas_rows_product, _pallas_weights_product),
+  "cpu": Backend(_block_rows_product, _block_weights_product),
+  "reference": Backend(_ragged_rows_product, _ragged_weights_product),
+}
