@@ -20,6 +20,33 @@ def fan_in_normal(
   return initializer(key, shape, jnp.float32)
 
 
+@jax.custom_vjp
+def _rms_normalize(x, scale, epsilon):
+  """Autodiff's derivative of the same formula reads x three times as often."""
+  return _rms_normalize_forward(x, scale, epsilon)[0]
+
+
+def _rms_normalize_forward(x, scale, epsilon):
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  inverse = jax.lax.rsqrt(mean_square + epsilon)
+  return (x32 * inverse * scale).astype(x.dtype), (x, inverse, scale)
+
+
+def _rms_normalize_backward(residuals, dy):
+  x, inverse, scale = residuals
+  normal = x.astype(jnp.float32) * inverse
+  dy = dy.astype(jnp.float32)
+  dscale = (dy * normal).reshape(-1, x.shape[-1]).sum(0)
+  dnormal = dy * scale
+  along = (dnormal * normal).mean(-1, keepdims=True)
+  dx = inverse * (dnormal - normal * along)
+  return dx.astype(x.dtype), dscale, None
+
+
+_rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)
+
+
 class RMSNorm(nnx.Module):
   """Root-mean-square normalisation (Zhang and Sennrich, arXiv:1910.07467)."""
 
@@ -29,10 +56,7 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises the last axis in float32; keeps the dtype of `x`."""
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    normal = x32 * jax.lax.rsqrt(mean_square + self._epsilon)
-    return (normal * self.scale[...]).astype(x.dtype)
+    return _rms_normalize(x, self.scale[...], self._epsilon)
 
 
 def rotary_embedding(
@@ -57,6 +81,112 @@ def rotary_embedding(
     axis=-1,
   )
   return rotated.astype(x_BTNH.dtype)
+
+
+# Blocks of queries: of n blocks a share (n + 1) / 2n of all pairs is computed.
+_QUERY_BLOCKS = 4
+# Shorter blocks make matrix products too small to be worth it.
+_SHORTEST_QUERY_BLOCK = 32
+
+
+@jax.custom_vjp
+def _attend(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
+  """Softmax attention with one pass over (T, S) for each of its formulas.
+
+  G query heads share a key head. What autodiff would make of the softmax takes
+  twice the time on a CPU.
+  """
+  return _attend_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)[0]
+
+
+def _attend_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
+  dtype = q_BKGTH.dtype
+  logits_BKGTS = jnp.einsum(
+    "BKGTH,BKSH->BKGTS",
+    q_BKGTH,
+    k_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, -1e30)
+  exp_BKGTS = jnp.exp(logits_BKGTS - logits_BKGTS.max(-1, keepdims=True))
+  exp_BKGTS = exp_BKGTS.astype(dtype)
+  sum_BKGT1 = exp_BKGTS.sum(-1, keepdims=True, dtype=jnp.float32)
+  # Divided after the product, where it is H numbers a query and not S.
+  y_BKGTH = jnp.einsum(
+    "BKGTS,BKSH->BKGTH",
+    exp_BKGTS,
+    v_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  y_BKGTH = (y_BKGTH / sum_BKGT1).astype(dtype)
+  return y_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, exp_BKGTS, sum_BKGT1, y_BKGTH)
+
+
+def _attend_backward(residuals, dy_BKGTH):
+  q_BKGTH, k_BKSH, v_BKSH, exp_BKGTS, sum_BKGT1, y_BKGTH = residuals
+  dtype = q_BKGTH.dtype
+  inner_BKGT1 = (dy_BKGTH * y_BKGTH).sum(-1, keepdims=True, dtype=jnp.float32)
+  dy_BKGTH = (dy_BKGTH / sum_BKGT1).astype(dtype)
+  dv_BKSH = jnp.einsum("BKGTS,BKGTH->BKSH", exp_BKGTS, dy_BKGTH)
+  dexp_BKGTS = jnp.einsum(
+    "BKGTH,BKSH->BKGTS",
+    dy_BKGTH,
+    v_BKSH,
+    preferred_element_type=jnp.float32,
+  )
+  dlogits_BKGTS = exp_BKGTS * (dexp_BKGTS - inner_BKGT1 / sum_BKGT1)
+  dlogits_BKGTS = dlogits_BKGTS.astype(dtype)
+  dq_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", dlogits_BKGTS, k_BKSH)
+  dk_BKSH = jnp.einsum("BKGTS,BKGTH->BKSH", dlogits_BKGTS, q_BKGTH)
+  return dq_BKGTH, dk_BKSH, dv_BKSH, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def causal_attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array,
+) -> jax.Array:
+  """Scaled dot-product attention to earlier tokens of the same segment.
+
+  Vaswani et al., arXiv:1706.03762; query head n reads key head n K // N
+  (Ainslie et al., arXiv:2305.13245). Logits and softmax are float32.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH, v_BSKH: keys and values, S = T; K divides N.
+    segments_BT: int32 document of each token.
+
+  Returns:
+    y_BTNH, in the dtype of `q_BTNH`.
+  """
+  rows, length, heads, width = q_BTNH.shape
+  kv_heads = k_BSKH.shape[2]
+  q_BTKGH = (q_BTNH * width**-0.5).reshape(rows, length, kv_heads, -1, width)
+  q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  count = _QUERY_BLOCKS
+  if length % count or length // count < _SHORTEST_QUERY_BLOCK:
+    count = 1
+  size = length // count
+  blocks = []
+  for start in range(0, length, size):
+    end = start + size
+    mask_BTS = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
+    mask_BTS &= jnp.arange(start, end)[:, None] >= jnp.arange(end)
+    blocks.append(
+      _attend(
+        q_BKGTH[:, :, :, start:end],
+        k_BKSH[:, :, :end],
+        v_BKSH[:, :, :end],
+        mask_BTS,
+      )
+    )
+  y_BKGTH = jnp.concatenate(blocks, axis=3)
+  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
 class Attention(nnx.Module):
@@ -92,8 +222,5 @@ class Attention(nnx.Module):
     v_BSKH = project(self.value_MKH)
     q_BTNH = rotary_embedding(q_BTNH, positions_BT, self._theta)
     k_BSKH = rotary_embedding(k_BSKH, positions_BT, self._theta)
-    same_document_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    y_BTNH = jax.nn.dot_product_attention(
-      q_BTNH, k_BSKH, v_BSKH, mask=same_document_BTS[:, None], is_causal=True
-    )
+    y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
     return jnp.einsum("BTNH,NHM->BTM", y_BTNH, self.out_NHM[...].astype(dtype))

@@ -30,13 +30,41 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x_BTM: jax.Array) -> jax.Array:
     dtype = x_BTM.dtype
-    gate_up = jnp.einsum(
+    both_BT2F = jnp.einsum(
       "BTM,MGF->BTGF", x_BTM, self.gate_up_M2F[...].astype(dtype)
     )
-    hidden_BTF = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
     return jnp.einsum(
-      "BTF,FM->BTM", hidden_BTF, self.down_FM[...].astype(dtype)
+      "BTF,FM->BTM", swiglu(both_BT2F), self.down_FM[...].astype(dtype)
     )
+
+
+@jax.custom_vjp
+def swiglu(both: jax.Array) -> jax.Array:
+  """Multiplies `up` by the SiLU of `gate` (Shazeer, arXiv:2002.05202).
+
+  Keeps its argument and nothing else for the backward pass.
+
+  Args:
+    both: gate and up, (..., 2, F).
+
+  Returns:
+    The hidden activations (..., F).
+  """
+  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
+
+
+def _swiglu_forward(both):
+  return swiglu(both), both
+
+
+def _swiglu_backward(both, dy):
+  gate, up = both[..., 0, :], both[..., 1, :]
+  sigmoid = jax.nn.sigmoid(gate)
+  dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
+  return (jnp.stack([dgate, dy * gate * sigmoid], axis=-2),)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 @jax.custom_vjp
@@ -107,10 +135,10 @@ def expert_outputs(
 
   x_RM = _repeat_sorted(x_PM, order_R, place_R)
   # Gate and up projection are one product.
-  both_R2F = grouped_matmul(
+  both_RG = grouped_matmul(
     x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
   )
-  hidden_RF = jax.nn.silu(both_R2F[:, :hidden]) * both_R2F[:, hidden:]
+  hidden_RF = swiglu(both_RG.reshape(-1, 2, hidden))
   y_RM = grouped_matmul(hidden_RF, down_EFM, sizes_E)
   return _unsort(y_RM, order_R, place_R).reshape(tokens, -1, width)
 
