@@ -82,6 +82,9 @@ class ModelConfig:
   dtype: str = "float32"
   # Rematerialisation of each layer in the backward pass: "none" or "full".
   remat: str = "none"
+  # Layers unrolled in each turn of the scan over layers. More compile longer;
+  # on a CPU the steps of a small model then take less time.
+  scan_unroll: int = 1
 
 
 @_config
@@ -220,6 +223,7 @@ RESUMABLE_KEYS = frozenset(
     "mesh.expert",
     "mesh.tensor",
     "model.remat",
+    "model.scan_unroll",
     "train.log_every",
     "train.eval_every",
     "train.eval_rows",
@@ -260,6 +264,7 @@ _POSITIVE = (
   "model.dense_width",
   "model.rope_theta",
   "model.norm_epsilon",
+  "model.scan_unroll",
   "losses.divergence_epsilon",
   "optimizer.learning_rate",
   "optimizer.clip_norm",

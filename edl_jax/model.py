@@ -1,5 +1,6 @@
 """The transformer: embedding, blocks, scan over layers, head."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -102,9 +103,10 @@ class Model(nnx.Module):
 
     if self.config.remat == "full":
       layer = jax.checkpoint(layer)
+    scan = functools.partial(jax.lax.scan, unroll=self.config.scan_unroll)
     if self.config.num_dense_layers:
-      x_BTM, _ = jax.lax.scan(layer, x_BTM, self.dense_blocks)
-    x_BTM, (rows, outputs) = jax.lax.scan(layer, x_BTM, self.blocks)
+      x_BTM, _ = scan(layer, x_BTM, self.dense_blocks)
+    x_BTM, (rows, outputs) = scan(layer, x_BTM, self.blocks)
     return self.final_norm(x_BTM), rows, outputs
 
   def __call__(self, tokens_BT: jax.Array) -> jax.Array:

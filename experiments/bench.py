@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> Experiment:
       num_experts=8,
       num_active_experts=2,
       expert_width=512,
+      scan_unroll=4,
     ),
     losses=LossesConfig(divergence_weight=0.01),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
