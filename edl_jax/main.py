@@ -64,6 +64,9 @@ def _fail(error: Exception, code: int) -> NoReturn:
 def _run(experiment: Experiment, workdir: str, mode: str) -> None:
   """Everything that can be refused is refused before a device is used."""
   # Imported here: wrong flags and --help answer without loading JAX.
+  from edl_jax import runtime
+
+  runtime.configure()
   from edl_jax.checkpoint import (
     Provenance,
     check_workdir,

@@ -55,7 +55,7 @@ class Preempted(Exception):
 class StepOutput(NamedTuple):
   """What a training step reports; stays on the device until it is read."""
 
-  # Float32 scalars: the loss terms and "grad_norm".
+  # Float32 scalars: the loss terms, "grad_norm" and "learning_rate".
   scalars: dict[str, jax.Array]
   routing: routing.RoutingStats
 
@@ -181,6 +181,7 @@ def make_train_step(
   """Returns the jitted step; the state's buffers are donated."""
   everywhere = NamedSharding(mesh, PartitionSpec())
   shardings = state_shardings(experiment, optimizer, mesh)
+  schedule = make_schedule(experiment.optimizer, experiment.train.num_steps)
 
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere)
@@ -193,7 +194,11 @@ def make_train_step(
       gradient, state.optimizer, state.model
     )
     model = optax.apply_updates(state.model, updates)
-    scalars = {**terms, "grad_norm": optax.tree.norm(gradient)}
+    scalars = {
+      **terms,
+      "grad_norm": optax.tree.norm(gradient),
+      "learning_rate": schedule(state.step),
+    }
     auto_weights = {key: terms[key] for key in state.auto_weights}
     state = TrainState(state.step + 1, model, optimizer_state, auto_weights)
     return state, StepOutput(scalars, sums.routing)
@@ -325,9 +330,6 @@ class _Loop:
     self._is_first = jax.process_index() == 0
     process = (jax.process_index(), jax.process_count())
     optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
-    self._schedule = make_schedule(
-      experiment.optimizer, experiment.train.num_steps
-    )
     num_domains = len(corpus.taxonomy.fine)
     self._train_step = make_train_step(
       experiment, optimizer, corpus.taxonomy, mesh
@@ -417,8 +419,6 @@ class _Loop:
     if mean_routing is None:
       return
     values = {f"train/{name}": float(x) for name, x in scalars.items()}
-    # The rate of the update that led to this step's parameters.
-    values["train/learning_rate"] = float(self._schedule(step - 1))
     values |= self._clock.read(step)
     values |= {f"routing/{name}": float(x) for name, x in mean_routing.items()}
     self.write(step, values)
@@ -535,7 +535,10 @@ def train(
           f"going on from the checkpoint of step {loop.first_step}"
         )
       for step in range(loop.first_step + 1, settings.num_steps + 1):
-        loop.step(step)
+        # A value that went to or came from a device unnoticed would stall the
+        # step before or the next one.
+        with jax.transfer_guard("disallow"):
+          loop.step(step)
         last = step == settings.num_steps
         # Evaluated before it is saved: whoever goes on from a checkpoint finds
         # all figures up to its step.

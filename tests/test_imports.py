@@ -10,7 +10,15 @@ PACKAGE = ROOT / "edl_jax"
 ROWS = (
   ("main", "sweep"),
   ("train", "evaluate", "sweep_report"),
-  ("report", "checkpoint", "input_pipeline", "optim", "metrics", "model"),
+  (
+    "report",
+    "checkpoint",
+    "input_pipeline",
+    "optim",
+    "metrics",
+    "model",
+    "runtime",
+  ),
   ("attention", "moe", "losses", "tokenizer"),
   ("grouped_matmul", "routing", "mixture"),
   ("sources", "batch"),

@@ -33,6 +33,10 @@ from edl_jax import checkpoint, metrics, report, sharding
 event, at, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 del sys.argv[1:4]
 strike = lambda: os.kill(os.getpid(), number)
+workdir = next(a for a in sys.argv if a.startswith("--workdir=")).split("=")[1]
+
+def saved(step):
+  return os.path.exists(f"{workdir}/checkpoints/{step}")
 
 def after(owner, name, condition):
   inner = getattr(owner, name)
@@ -43,14 +47,17 @@ def after(owner, name, condition):
     return result
   setattr(owner, name, outer)
 
-if event == "written":  # the metrics of a step
-  after(metrics.MetricsWriter, "write", lambda self, step, values: step == at)
+if event == "written":  # the metrics of a step, and the checkpoint before it
+  def condition(self, step, values):
+    while step == at and not saved(at // 5 * 5):
+      time.sleep(1e-3)
+    return step == at
+  after(metrics.MetricsWriter, "write", condition)
 elif event == "saving":  # a checkpoint is being written
   after(checkpoint.Checkpointer, "save", lambda self, step, *_: step == at)
 elif event == "saved":  # its folder has appeared
-  workdir = next(a for a in sys.argv if a.startswith("--workdir=")).split("=")[1]
   def watch():
-    while not os.path.exists(f"{workdir}/checkpoints/{at}"):
+    while not saved(at):
       time.sleep(1e-4)
     strike()
   threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,96 @@
+"""The settings of a process, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+COMPILE = """
+import jax, sys
+from edl_jax import runtime
+runtime.configure()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.monitoring.register_event_listener(
+  lambda name, **_: print(name) if "compilation_cache/cache_" in name else None
+)
+jax.jit(lambda x: x * 2 + 1)(3.0)
+"""
+
+# Temporaries as XLA allocates them, on another thread than the main one.
+ALLOCATE = """
+import ctypes, resource, sys, threading
+from edl_jax import runtime
+if sys.argv[1] == "configured":
+  runtime.configure()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def touch():
+  for _ in range(10):
+    memory = libc.malloc(ctypes.c_size_t(2**28))
+    ctypes.memset(memory, 1, 2**28)
+    libc.free(ctypes.c_void_p(memory))
+
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  thread = threading.Thread(target=touch)
+  thread.start()
+  thread.join()
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+"""
+
+
+def run(program, *arguments, **environment):
+  inherited = {
+    key: value
+    for key, value in os.environ.items()
+    if key != "JAX_COMPILATION_CACHE_DIR"
+  }
+  ended = subprocess.run(
+    [sys.executable, "-c", program, *arguments],
+    cwd=ROOT,
+    env=inherited | {"JAX_PLATFORMS": "cpu"} | environment,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 0, ended.stderr
+  return ended.stdout.split()
+
+
+def test_second_start_finds_compiled_programs(tmp_path):
+  first = run(COMPILE, EDL_JAX_CACHE=str(tmp_path))
+  second = run(COMPILE, EDL_JAX_CACHE=str(tmp_path))
+  assert "/jax/compilation_cache/cache_misses" in first
+  assert "/jax/compilation_cache/cache_hits" in second
+  assert "/jax/compilation_cache/cache_misses" not in second
+  [processor] = (tmp_path / "compiled").iterdir()
+  assert any(processor.iterdir())
+
+
+def test_the_users_own_choice_of_cache_is_left_alone(tmp_path):
+  ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+  run(COMPILE, EDL_JAX_CACHE=str(ours), JAX_COMPILATION_CACHE_DIR=str(theirs))
+  assert any(theirs.iterdir())
+  assert not ours.exists()
+
+
+@pytest.mark.skipif(
+  not sys.platform.startswith("linux")
+  or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"),
+  reason="mallopt belongs to glibc",
+)
+def test_freed_memory_is_not_faulted_in_again():
+  [by_default] = map(int, run(ALLOCATE, "default"))
+  [configured] = map(int, run(ALLOCATE, "configured"))
+  pages = 10 * 2**28 // os.sysconf("SC_PAGE_SIZE")
+  # Huge pages would make both small: then there is nothing to save.
+  if by_default < pages // 2:
+    pytest.skip("pages are not faulted in one by one here")
+  assert configured < pages // 100
