@@ -77,28 +77,18 @@ def ours(request: Request, clock: Clock) -> tuple[int, list[str]]:
   """The step of `edl_jax.train`, as its loop makes, compiles and calls it."""
   import jax
 
-  from benchmarks.objective_overhead import random_batch
-  from edl_jax import config, sharding, train
-  from edl_jax.mixture import Taxonomy
+  from benchmarks.steps import TrainingStep
+  from edl_jax import config, runtime, sharding
   from edl_jax.model import parameter_counts
-  from edl_jax.optim import make_optimizer
 
+  runtime.configure()
   experiment = config.unflatten(request.experiment)
   mesh = sharding.make_mesh(experiment.mesh)
-  taxonomy = Taxonomy.from_names(
-    [f"domain{index}" for index in range(request.num_domains)]
-  )
-  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
   with jax.set_mesh(mesh):
-    state = train.init_state(experiment, optimizer, mesh)
-    batch = sharding.put_batch(
-      random_batch(experiment, request.num_domains), mesh
-    )
-    step = train.make_train_step(experiment, optimizer, taxonomy, mesh)
-    step = step.lower(state, batch).compile()
+    step = TrainingStep(experiment, request.num_domains, mesh)
     for _ in range(request.all_steps):
-      state, output = jax.block_until_ready(step(state, batch))
-      clock.tick(float(output.scalars["lm_loss"]))
+      step()
+      clock.tick(float(step.output.scalars["lm_loss"]))
   return parameter_counts(experiment.model)[0], ["jax", "flax", "optax"]
 
 

@@ -12,7 +12,7 @@ and gradient of the divergence take a turn alone, too.
 FLOPs and bytes are XLA's counts of the compiled step. It counts the body of a
 loop once: of the model one of the scanned layers, of the divergence, whose
 layers lie side by side at this size, all. The last line therefore also gives
-its share of the model FLOPs, 6 per active parameter and token.
+its share of the FLOPs that the model needs.
 """
 
 import dataclasses
@@ -24,12 +24,10 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import measure
-from edl_jax import config, losses, routing, sharding, train
-from edl_jax.batch import Batch
+from benchmarks.steps import TrainingStep
+from edl_jax import config, losses, routing, sharding
 from edl_jax.config import Experiment, LossesConfig, MeshConfig
-from edl_jax.mixture import Taxonomy
-from edl_jax.model import parameter_counts
-from edl_jax.optim import make_optimizer
+from edl_jax.model import training_flops
 
 _EXPERIMENT = flags.DEFINE_string(
   "experiment", "experiments/demo.py", "Experiment whose sizes are taken."
@@ -67,48 +65,6 @@ def variants(base: Experiment) -> dict[str, Experiment]:
   }
 
 
-def random_batch(experiment: Experiment, num_domains: int) -> Batch:
-  """Returns full rows of random tokens with random labels."""
-  random = np.random.default_rng(0)
-  shape = (experiment.train.batch_size, experiment.train.sequence_length)
-  tokens_BT = random.integers(
-    0, experiment.model.vocabulary_size, shape, np.int32
-  )
-  return Batch(
-    tokens_BT=tokens_BT,
-    targets_BT=np.roll(tokens_BT, -1, 1),
-    segments_BT=np.ones(shape, np.int32),
-    positions_BT=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-    weights_BT=np.ones(shape, np.float32),
-    domain_B=random.integers(0, num_domains, shape[0], np.int32),
-  )
-
-
-class Contestant:
-  """A compiled training step with a state of its own."""
-
-  def __init__(self, experiment: Experiment, num_domains: int, mesh):
-    names = [f"domain{d}" for d in range(num_domains)]
-    optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
-    step = train.make_train_step(
-      experiment, optimizer, Taxonomy.from_names(names), mesh
-    )
-    self._batch = sharding.put_batch(
-      random_batch(experiment, num_domains), mesh
-    )
-    self._state = train.init_state(experiment, optimizer, mesh)
-    self.compiled = step.lower(self._state, self._batch).compile()
-
-  def __call__(self) -> float:
-    """Takes a step; returns its seconds."""
-
-    def step():
-      self._state, output = self.compiled(self._state, self._batch)
-      return self._state, output
-
-    return measure.seconds(step)
-
-
 class DivergenceAlone:
   """Value and gradient of every layer's divergence, from random routing."""
 
@@ -141,7 +97,7 @@ def main(arguments: list[str]) -> None:
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
     contestants: dict[str, Callable[[], float]] = {
-      name: Contestant(experiment, _DOMAINS.value, mesh)
+      name: TrainingStep(experiment, _DOMAINS.value, mesh)
       for name, experiment in variants(base).items()
     }
     contestants["divergence alone"] = DivergenceAlone(base, _DOMAINS.value)
@@ -164,10 +120,11 @@ def main(arguments: list[str]) -> None:
         "temporary MiB": memory.temp_size_in_bytes / 2**20,
       }
     )
-  _, active = parameter_counts(base.model)
-  tokens = base.train.batch_size * base.train.sequence_length
   balance, with_divergence, alone = rows[1], rows[2], rows[-1]
-  model_gflop = 6 * active * tokens / 1e9
+  flops = training_flops(
+    base.model, base.train.batch_size, base.train.sequence_length
+  )
+  model_gflop = sum(flops.values()) / 1e9
   measure.report(rows, _JSON.value, domains=_DOMAINS.value)
   print(
     f"\nexpert divergence over {_DOMAINS.value} domains:"

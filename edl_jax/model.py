@@ -39,12 +39,14 @@ class Block(nnx.Module):
   ) -> tuple[jax.Array, Any]:
     """Returns the residual stream and, of experts, `MoE`'s two summaries."""
     x_BTM = sharding.constrain_rows(x_BTM)
-    x_BTM += self.attention(
-      self.attention_norm(x_BTM), segments_BT, positions_BT
-    )
+    with jax.named_scope("attention"):
+      x_BTM += self.attention(
+        self.attention_norm(x_BTM), segments_BT, positions_BT
+      )
     h_BTM = self.feed_forward_norm(x_BTM)
     if hasattr(self, "mlp"):
-      return x_BTM + self.mlp(h_BTM), None
+      with jax.named_scope("experts"):
+        return x_BTM + self.mlp(h_BTM), None
     y_BTM, *summaries = self.moe(h_BTM, weights_BT, summarize, outputs_form)
     return x_BTM + y_BTM, tuple(summaries)
 
@@ -153,9 +155,10 @@ class Model(nnx.Module):
       batch.weights_BT,
       outputs_form=outputs_form,
     )
-    nats, nats_BT = losses.chunked_cross_entropy(
-      x_BTM, self.head_MV[...], batch.targets_BT, batch.weights_BT
-    )
+    with jax.named_scope("head"):
+      nats, nats_BT = losses.chunked_cross_entropy(
+        x_BTM, self.head_MV[...], batch.targets_BT, batch.weights_BT
+      )
     sums = losses.BatchSums(
       nats=nats,
       tokens=batch.weights_BT.sum(),
@@ -187,3 +190,36 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
   idle = config.num_experts - config.num_active_experts
   moe_layers = config.num_layers - config.num_dense_layers
   return total, total - moe_layers * idle * expert
+
+
+def training_flops(
+  config: ModelConfig, rows: int, length: int
+) -> dict[str, float]:
+  """Returns the floating-point operations that a training step needs, by part.
+
+  Two for each multiplication and addition of the matrix products, once forward
+  and twice backward. Attention counts the pairs that causality leaves, as if
+  each row were one document; rematerialisation and padding do not count.
+
+  Args:
+    config: sizes of the model.
+    rows, length: B and T of the global batch.
+  """
+  heads = config.num_heads * config.head_width
+  kv_heads = config.num_kv_heads * config.head_width
+  projections = config.width * 2 * (heads + kv_heads)
+  pairs = 2 * heads * (length + 1) / 2
+  expert = 3 * config.width * config.expert_width
+  active = config.num_active_experts + config.num_shared_experts
+  dense, moe = (
+    config.num_dense_layers,
+    config.num_layers - config.num_dense_layers,
+  )
+  products = {
+    "attention": config.num_layers * (projections + pairs),
+    "router": moe * config.width * config.num_experts,
+    "experts": moe * active * expert
+    + dense * 3 * config.width * config.dense_width,
+    "head": config.width * config.vocabulary_size,
+  }
+  return {part: 6 * n * rows * length for part, n in products.items()}

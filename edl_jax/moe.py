@@ -108,6 +108,7 @@ def _unsort_backward(order_R, dy_RM):
 _unsort.defvjp(_unsort_forward, _unsort_backward)
 
 
+@jax.named_scope("dispatch")
 def expert_outputs(
   x_PM: jax.Array,
   expert_PA: jax.Array,
@@ -134,15 +135,17 @@ def expert_outputs(
   sizes_E = (expert_R[:, None] == jnp.arange(num_experts)).sum(0, jnp.int32)
 
   x_RM = _repeat_sorted(x_PM, order_R, place_R)
-  # Gate and up projection are one product.
-  both_RG = grouped_matmul(
-    x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
-  )
-  hidden_RF = swiglu(both_RG.reshape(-1, 2, hidden))
-  y_RM = grouped_matmul(hidden_RF, down_EFM, sizes_E)
+  with jax.named_scope("experts"):
+    # Gate and up projection are one product.
+    both_RG = grouped_matmul(
+      x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
+    )
+    hidden_RF = swiglu(both_RG.reshape(-1, 2, hidden))
+    y_RM = grouped_matmul(hidden_RF, down_EFM, sizes_E)
   return _unsort(y_RM, order_R, place_R).reshape(tokens, -1, width)
 
 
+@jax.named_scope("dispatch")
 def combine(y_PAM: jax.Array, gate_PA: jax.Array) -> jax.Array:
   """Adds active experts' outputs by their float32 routing weights, (P, M)."""
   return jnp.einsum("PAM,PA->PM", y_PAM, gate_PA.astype(y_PAM.dtype))
@@ -164,6 +167,7 @@ class MoE(nnx.Module):
     else:
       self.shared = None
 
+  @jax.named_scope("router")
   def route(
     self, x_BTM: jax.Array
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -212,8 +216,10 @@ class MoE(nnx.Module):
       x_BTM, expert_BTA, gate_BTA, weights_BT, outputs_form
     )
     if self.shared is not None:
-      y_BTM += self.shared(x_BTM)
-    rows = summarize(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT)
+      with jax.named_scope("experts"):
+        y_BTM += self.shared(x_BTM)
+    with jax.named_scope("router"):
+      rows = summarize(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT)
     return y_BTM, rows, outputs
 
   def _gather_dispatch(

@@ -111,6 +111,7 @@ def loss_and_gradient(
     settings.specialization_form if settings.orthogonality_weight else None
   )
 
+  @jax.named_scope("objective")
   def objective(sums: losses.BatchSums):
     return losses.objective(
       sums,
@@ -190,10 +191,11 @@ def make_train_step(
     sums, terms, gradient = loss_and_gradient(
       state.model, batch, experiment, taxonomy, state.auto_weights
     )
-    updates, optimizer_state = optimizer.update(
-      gradient, state.optimizer, state.model
-    )
-    model = optax.apply_updates(state.model, updates)
+    with jax.named_scope("optimizer"):
+      updates, optimizer_state = optimizer.update(
+        gradient, state.optimizer, state.model
+      )
+      model = optax.apply_updates(state.model, updates)
     scalars = {
       **terms,
       "grad_norm": optax.tree.norm(gradient),

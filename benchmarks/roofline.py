@@ -1,0 +1,194 @@
+"""How near a training step comes to the machine's matrix products.
+
+  python -m benchmarks.roofline --json=roofline.json
+
+Steps of `experiments/bench.py` and square float32 matrix products of several
+sizes take turns. The ratio is the step's model FLOP/s, its need alone and no
+recomputation, over the FLOP/s of the best of the products.
+
+Then steps run under JAX's profiler. An operation belongs to the innermost
+`jax.named_scope` around it, and a fusion to the scope of its result: with
+losses over rows, so read small parts with care. "in between" is the time in
+which no operation ran: the runtime's own, and waiting.
+"""
+
+import collections
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from benchmarks import measure
+from benchmarks.steps import TrainingStep
+from edl_jax import config, runtime, sharding
+from edl_jax.config import MeshConfig
+from edl_jax.model import training_flops
+
+_EXPERIMENT = flags.DEFINE_string(
+  "experiment", "experiments/bench.py", "Experiment whose step is taken."
+)
+_DOMAINS = flags.DEFINE_integer("domains", 49, "Domains of the taxonomy.", 1)
+_ROUNDS = flags.DEFINE_integer("rounds", 21, "Turns that each one takes.", 1)
+_PROFILED = flags.DEFINE_integer("profiled", 5, "Steps that are profiled.", 1)
+_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+
+PRODUCT_SIZES = (1024, 2048, 4096)
+# `jax.named_scope`s of the library.
+PARTS = (
+  "attention",
+  "router",
+  "dispatch",
+  "experts",
+  "head",
+  "objective",
+  "optimizer",
+)
+# They hold others, whose times are counted by themselves.
+_CONTAINERS = ("while", "call", "conditional")
+
+
+def product(size: int) -> Callable[[], float]:
+  """Returns what times a square matrix product."""
+  left, right = jnp.ones((size, size)), jnp.ones((size, size))
+  multiply = jax.jit(jnp.dot).lower(left, right).compile()
+  return lambda: measure.seconds(lambda: multiply(left, right))
+
+
+def part_of(scope: str) -> str:
+  """Returns the innermost part that a scope such as "jvp(head)/dot" names."""
+  named = [word for word in re.findall(r"\w+", scope) if word in PARTS]
+  return named[-1] if named else "rest"
+
+
+def part_by_operation(program: str) -> dict[str, str]:
+  """Returns the part of each operation of a compiled program's text."""
+  return {
+    name: part_of(scope)
+    for name, scope in re.findall(
+      r'^\s*(?:ROOT )?%([\w.\-]+) = .*op_name="([^"]*)"', program, re.MULTILINE
+    )
+  }
+
+
+def seconds_by_part(
+  take_step: Callable[[], float], program: str, steps: int
+) -> tuple[dict[str, float], float]:
+  """Profiles some steps.
+
+  Returns:
+    Seconds of each part in a step, as operations follow one another, and
+    seconds of a step in which none ran.
+  """
+  parts = part_by_operation(program)
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(steps):
+        take_step()
+    [path] = Path(folder).rglob("*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(path))
+    spans = [
+      (event.start_ns, event.end_ns, operation)
+      for plane in profile.planes
+      for line in plane.lines
+      for event in line.events
+      if (operation := dict(event.stats).get("hlo_op"))
+      and not operation.startswith(_CONTAINERS)
+    ]
+  spans.sort()
+  taken: dict[str, float] = collections.Counter()
+  between, until = 0.0, spans[0][0]
+  for start, end, operation in spans:
+    between += max(start - until, 0)
+    # Where two run at once, the second counts from the end of the first.
+    taken[parts.get(operation, "rest")] += max(end - max(start, until), 0)
+    until = max(until, end)
+  return (
+    {part: nanoseconds / steps / 1e9 for part, nanoseconds in taken.items()},
+    between / steps / 1e9,
+  )
+
+
+def breakdown(
+  taken: Mapping[str, float],
+  between: float,
+  flops: Mapping[str, float],
+  peak: float,
+) -> list[dict[str, str | float]]:
+  """Returns a row for each part, by falling time.
+
+  Args:
+    taken, between: seconds, as `seconds_by_part` returns them.
+    flops: model FLOPs of a step by part.
+    peak: FLOP/s of the best matrix product.
+  """
+  total = sum(taken.values()) + between
+  rows = []
+  for part in sorted(taken, key=taken.__getitem__, reverse=True):
+    need = flops.get(part, 0) / peak
+    rows.append(
+      {
+        "part": part,
+        "ms": 1e3 * taken[part],
+        "share": taken[part] / total,
+        "model GFLOP": flops.get(part, 0) / 1e9,
+        "ms at the best product's rate": 1e3 * need,
+        "gap (ms)": 1e3 * (taken[part] - need),
+      }
+    )
+  last = dict.fromkeys(rows[0], 0.0)
+  last |= {"part": "in between", "ms": 1e3 * between, "share": between / total}
+  return [*rows, last | {"gap (ms)": 1e3 * between}]
+
+
+def main(arguments: list[str]) -> None:
+  del arguments
+  runtime.configure()
+  experiment = config.load(_EXPERIMENT.value)
+  settings = experiment.train
+  flops = training_flops(
+    experiment.model, settings.batch_size, settings.sequence_length
+  )
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    step = TrainingStep(experiment, _DOMAINS.value, mesh)
+    contestants: dict[str, Callable[[], float]] = {"step": step}
+    work = {"step": sum(flops.values())}
+    for size in PRODUCT_SIZES:
+      name = f"product of {size} x {size}"
+      contestants[name], work[name] = product(size), 2.0 * size**3
+    measure.take_turns(contestants, 3)  # warm caches and allocator
+    taken = measure.take_turns(contestants, _ROUNDS.value)
+    rates = {
+      name: [work[name] / seconds for seconds in taken[name]] for name in taken
+    }
+    median = {
+      name: sorted(values)[len(values) // 2] for name, values in rates.items()
+    }
+    best = max(list(median)[1:], key=median.__getitem__)
+    profiled = seconds_by_part(step, step.compiled.as_text(), _PROFILED.value)
+  rows = [
+    {
+      "measured": name,
+      "ms": 1e3 * work[name] / median[name],
+      "GFLOP": work[name] / 1e9,
+      "GFLOP/s": median[name] / 1e9,
+      "of the best product": measure.median_ratio(rates[name], rates[best]),
+    }
+    for name in contestants
+  ]
+  parts = breakdown(*profiled, flops, median[best])
+  print(measure.table(parts), "\n")
+  measure.report(rows, _JSON.value, parts=parts)
+  tokens = settings.batch_size * settings.sequence_length
+  print(
+    f"\n{tokens * median['step'] / work['step']:,.0f} tokens/s:"
+    f" {rows[0]['of the best product']:.1%} of the best product"
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)
