@@ -1,0 +1,130 @@
+"""The grouped matrix product beside a dense batched one of the same FLOPs.
+
+  python -m benchmarks.grouped_matmul --json=grouped_matmul.json
+
+For 8, 16 and 64 groups and three loads: "balanced" rows go to groups by chance;
+"skewed" half of all rows to one group, and every fourth group empty; "equal"
+groups of one size, like the dense product's. Forward is one product, backward
+the two of the derivative; all take turns, and the ratio is the FLOP/s of the
+grouped product over the dense one's. `jax.lax.ragged_dot`, the reference, takes
+part where --reference is set: it is slow on a CPU.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks import measure
+from edl_jax import runtime
+from edl_jax.grouped_matmul import grouped_matmul
+
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns that each one takes.", 1)
+_REFERENCE = flags.DEFINE_bool("reference", False, "Measure ragged_dot too.")
+_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+
+# E, R, M, F: the products of experiments/bench.py, demo.py, and of many small
+# experts.
+SHAPES = (
+  (8, 4096, 256, 1024),
+  (8, 4096, 512, 256),
+  (16, 6144, 128, 256),
+  (64, 8192, 256, 512),
+)
+
+
+def group_sizes(load: str, num_groups: int, num_rows: int) -> np.ndarray:
+  """Returns int32 sizes (E,) that sum to R."""
+  random = np.random.default_rng(0)
+  share = np.ones(num_groups)
+  if load == "equal":
+    return np.full(num_groups, num_rows // num_groups, np.int32)
+  if load == "skewed":
+    share[::4] = 0
+    share[1] = share.sum() - 1
+  groups = random.choice(num_groups, num_rows, p=share / share.sum())
+  return np.bincount(groups, minlength=num_groups).astype(np.int32)
+
+
+def dense(x_RM: jax.Array, w_EMF: jax.Array) -> jax.Array:
+  """Every group has R / E rows."""
+  x_ECM = x_RM.reshape(len(w_EMF), -1, x_RM.shape[1])
+  y_ECF = jnp.einsum("ECM,EMF->ECF", x_ECM, w_EMF)
+  return y_ECF.reshape(len(x_RM), -1)
+
+
+def both_ways(
+  product: Callable[..., jax.Array], *arrays: jax.Array
+) -> tuple[Callable[[], float], Callable[[], float]]:
+  """Returns what times the product, and what times its derivative.
+
+  Args:
+    product: takes `arrays`, of which the first two are differentiated.
+  """
+  forward = jax.jit(product).lower(*arrays).compile()
+  dy_RF = jnp.ones_like(forward(*arrays))
+
+  def derivative(dy_RF, x_RM, w_EMF, *sizes):
+    _, pull_back = jax.vjp(lambda x, w: product(x, w, *sizes), x_RM, w_EMF)
+    return pull_back(dy_RF)
+
+  backward = jax.jit(derivative).lower(dy_RF, *arrays).compile()
+  return (
+    lambda: measure.seconds(lambda: forward(*arrays)),
+    lambda: measure.seconds(lambda: backward(dy_RF, *arrays)),
+  )
+
+
+def compare(
+  num_groups: int, num_rows: int, width: int, hidden: int
+) -> list[dict[str, str | float]]:
+  """Measures all loads of one shape."""
+  random = np.random.default_rng(0)
+  x_RM = jnp.asarray(random.standard_normal((num_rows, width), np.float32))
+  w_EMF = jnp.asarray(
+    random.standard_normal((num_groups, width, hidden), np.float32)
+  )
+  contestants: dict[tuple[str, str], Callable[[], float]] = {}
+
+  def enter(name, product, *arrays):
+    ways = both_ways(product, *arrays)
+    contestants[name, "forward"], contestants[name, "backward"] = ways
+
+  enter("dense", dense, x_RM, w_EMF)
+  for load in ("equal", "balanced", "skewed"):
+    sizes_E = jnp.asarray(group_sizes(load, num_groups, num_rows))
+    enter(load, grouped_matmul, x_RM, w_EMF, sizes_E)
+  if _REFERENCE.value:
+    enter(
+      "reference",
+      lambda *arrays: grouped_matmul(*arrays, "reference"),
+      *(x_RM, w_EMF, sizes_E),
+    )
+  measure.take_turns(contestants, 2)  # warm caches and allocator
+  taken = measure.take_turns(contestants, _ROUNDS.value)
+  flops = 2 * num_rows * width * hidden
+  rows = []
+  for name in dict.fromkeys(name for name, _ in contestants):
+    row = {"E": num_groups, "R": num_rows, "M": width, "F": hidden}
+    row = {**row, "load": name}
+    for way, products in (("forward", 1), ("backward", 2)):
+      seconds = float(np.median(taken[name, way]))
+      row[f"{way} GFLOP/s"] = products * flops / seconds / 1e9
+      row[f"{way} / dense"] = measure.median_ratio(
+        taken["dense", way], taken[name, way]
+      )
+    rows.append(row)
+  return rows
+
+
+def main(arguments: list[str]) -> None:
+  del arguments
+  runtime.configure()
+  rows = [row for shape in SHAPES for row in compare(*shape)]
+  measure.report(rows, _JSON.value)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,151 @@
+"""How speed and memory change with experts, domains, length and batch.
+
+  python -m benchmarks.scaling --json=scaling.json
+
+Each series starts from `experiments/bench.py` and changes one thing: the number
+of experts, of which as many as before are active, so that a token costs the
+same; the number of domains; tokens in a row; rows in the batch. The steps of a
+series take turns; the ratio is tokens per second over those of its first line.
+
+"peak MiB" is the growth of resident memory in a process of its own that takes
+three steps, parameters and moments included; "program MiB" what XLA says that
+arguments and temporaries need.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks import measure
+from benchmarks.steps import TrainingStep
+from edl_jax import config, runtime, sharding
+from edl_jax.config import Experiment, MeshConfig
+
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns that each one takes.", 1)
+_SERIES = flags.DEFINE_list(
+  "series", ["experts", "domains", "length", "batch"], "Series to measure."
+)
+_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+_MEMORY_OF = flags.DEFINE_string(
+  "memory_of", "", "Internal: SERIES:VALUE whose peak memory is printed."
+)
+
+VALUES = {
+  "experts": (8, 16, 32, 64),
+  "domains": (2, 49, 1024),
+  "length": (256, 512, 1024, 2048),
+  "batch": (4, 8, 16, 32, 64),
+}
+
+
+def point(series: str, value: int) -> tuple[Experiment, int]:
+  """Returns the experiment and the number of domains of one measurement."""
+  base = config.load("experiments/bench.py")
+  if series == "domains":
+    return base, value
+  if series == "experts":
+    model = dataclasses.replace(base.model, num_experts=value)
+    return dataclasses.replace(base, model=model), 49
+  name = {"length": "sequence_length", "batch": "batch_size"}[series]
+  settings = dataclasses.replace(base.train, **{name: value})
+  return dataclasses.replace(base, train=settings), 49
+
+
+def make_step(series: str, value: int) -> tuple[TrainingStep, int]:
+  """Returns a compiled step and its tokens."""
+  experiment, domains = point(series, value)
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    step = TrainingStep(experiment, domains, mesh)
+  settings = experiment.train
+  return step, settings.batch_size * settings.sequence_length
+
+
+def resident_mib() -> float:
+  """Returns the process's peak resident memory."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def print_memory(series: str, value: int) -> None:
+  """Takes three steps and prints what `peak_memory` reads."""
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(0))  # JAX's own start
+  before = resident_mib()
+  step, _ = make_step(series, value)
+  for _ in range(3):
+    step()
+  print(json.dumps(resident_mib() - before))
+
+
+def peak_memory(series: str, value: int) -> float:
+  """Returns the MiB by which a process of its own grows."""
+  ended = subprocess.run(
+    [
+      *(sys.executable, "-m", "benchmarks.scaling"),
+      f"--memory_of={series}:{value}",
+    ],
+    # The compiler's own memory would count: the program is compiled by now.
+    env=os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(ended.stdout.splitlines()[-1])
+
+
+def measure_series(series: str) -> list[dict[str, Any]]:
+  """Returns a row for each value of the series."""
+  steps, tokens = {}, {}
+  for value in VALUES[series]:
+    steps[value], tokens[value] = make_step(series, value)
+  measure.take_turns(steps, 2)  # warm caches and allocator
+  taken = measure.take_turns(steps, _ROUNDS.value)
+  first = VALUES[series][0]
+  rows = []
+  for value, step in steps.items():
+    memory = step.compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    ratio = measure.median_ratio(taken[first], taken[value])
+    rows.append(
+      {
+        "series": series,
+        "value": value,
+        "ms": 1e3 * float(np.median(taken[value])),
+        "tokens/s": tokens[value] / float(np.median(taken[value])),
+        "of the first": ratio * tokens[value] / tokens[first],
+        "program MiB": needed / 2**20,
+      }
+    )
+  steps.clear()  # their states; the processes need the room
+  for row in rows:
+    row["peak MiB"] = peak_memory(series, row["value"])
+  return rows
+
+
+def main(arguments: list[str]) -> None:
+  del arguments
+  runtime.configure()
+  if _MEMORY_OF.value:
+    series, value = _MEMORY_OF.value.split(":")
+    print_memory(series, int(value))
+    return
+  rows = []
+  for series in _SERIES.value:
+    if series not in VALUES:
+      known = ",".join(VALUES)
+      print(f"error: --series: no {series!r}; known: {known}", file=sys.stderr)
+      sys.exit(2)
+    rows += measure_series(series)
+  measure.report(rows, _JSON.value)
+
+
+if __name__ == "__main__":
+  app.run(main)
