@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-  """Rows of packed tokens; every row belongs to one domain.
+  """Rows of packed tokens; every row belongs to one domain, or to none.
 
   Arrays are NumPy on the host and `jax.Array`, sharded over rows, on devices.
   """
@@ -19,5 +19,5 @@ class Batch(NamedTuple):
   positions_BT: Any
   # 1 where a token counts, 0 for padding. float32 (B, T).
   weights_BT: Any
-  # Fine domain label of each row, in [0, D). int32 (B,).
+  # Fine domain label of each row, in [0, D), or -1 for none. int32 (B,).
   domain_B: Any

@@ -177,12 +177,23 @@ class DataConfig:
   # A glob of JSONL files with the keys "text" and "domain"; empty: the
   # embedded mixture `python_install`.
   files: str = ""
+  # A taxonomy file (YAML): domains, their coarse parents, their weights.
+  taxonomy: str = ""
   # Domain names as "fine" or "coarse/fine". Empty: the embedded taxonomy, or
   # with `files` every domain found in them.
   domains: tuple[str, ...] = ()
-  # Share of rows by domain, in the order of `domains` (or of the taxonomy);
-  # empty: equal shares.
+  # Share of rows by domain, in the order of `domains` (or of the taxonomy,
+  # where unlabelled rows come last); empty: as the taxonomy file has them, or
+  # equal.
   weights: tuple[float, ...] = ()
+  # What weights multiply: "equal" shares, or the domain's training text in
+  # "tokens" or "bytes" to the power of 1 / `temperature`.
+  mixing: str = "equal"
+  # 1: in proportion to size; the larger, the more alike the shares.
+  temperature: float = 1.0
+  # Later weights, each phase (F, weights...): in use from the fraction F of
+  # train.num_steps on.
+  weight_phases: tuple[tuple[float, ...], ...] = ()
   # What the divergence loss calls a domain: "fine", "coarse", "hierarchical"
   # (both, see losses.coarse_weight), or the control "shuffled", which gives
   # every training row a random fine label.
@@ -247,6 +258,7 @@ _CHOICES = {
   "losses.specialization_form": ("paper", "released"),
   "optimizer.schedule": ("cosine", "wsd"),
   "train.accumulation": ("exact", "per_micro_batch"),
+  "data.mixing": ("equal", "tokens", "bytes"),
   "data.granularity": ("fine", "coarse", "hierarchical", "shuffled"),
   "data.tokenizer": ("bpe", "byte"),
 }
@@ -277,6 +289,7 @@ _POSITIVE = (
   "train.checkpoint_every",
   "train.keep_checkpoints",
   "data.max_characters_per_domain",
+  "data.temperature",
 )
 
 _NOT_NEGATIVE = (
@@ -327,8 +340,15 @@ def unflatten(flat: Mapping[str, Any]) -> Experiment:
     holder = experiment
     for parent in parents:
       holder = getattr(holder, parent)
-    setattr(holder, name, tuple(value) if isinstance(value, list) else value)
+    setattr(holder, name, _as_tuples(value))
   return experiment
+
+
+def _as_tuples(value: Any) -> Any:
+  """Turns lists into tuples, at any depth."""
+  if isinstance(value, (list, tuple)):
+    return tuple(map(_as_tuples, value))
+  return value
 
 
 def check_key(key: str) -> None:
@@ -355,7 +375,9 @@ def differing_keys(
   """Lists `key: saved -> current` for keys that forbid resuming."""
 
   def plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, (list, tuple)):
+      return list(map(plain, value))
+    return value
 
   # As `unflatten` reads what an older version saved.
   saved = {**flatten(Experiment()), **saved}
@@ -382,8 +404,7 @@ def validate(experiment: Experiment) -> Experiment:
   if not 0 <= experiment.seed < 2**32:
     raise UserError(f"seed={experiment.seed}: must lie in [0, 2**32)")
   for key, value in flat.items():
-    items = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(x, float) and not math.isfinite(x) for x in items):
+    if not all(math.isfinite(x) for x in _leaves(value)):
       raise UserError(f"{key}={value}: must be finite")
   for key, choices in _CHOICES.items():
     if flat[key] not in choices:
@@ -409,6 +430,15 @@ def validate(experiment: Experiment) -> Experiment:
   return experiment
 
 
+def _leaves(value: Any) -> Iterator[float]:
+  """Yields every float of a value, at any depth of tuples."""
+  if isinstance(value, tuple):
+    for item in value:
+      yield from _leaves(item)
+  elif isinstance(value, float):
+    yield value
+
+
 def _check_types(holder: Any, prefix: str = "") -> None:
   """Checks every field against its annotation; an int is a float too."""
   for name, wanted in typing.get_type_hints(type(holder)).items():
@@ -417,12 +447,12 @@ def _check_types(holder: Any, prefix: str = "") -> None:
     if dataclasses.is_dataclass(wanted) and isinstance(value, wanted):
       _check_types(value, f"{key}.")
     elif element is not None:
-      if not isinstance(value, tuple) or not all(
-        _is_a(item, element) for item in value
-      ):
-        raise UserError(
-          f"{key}={value!r}: must be a tuple of {element.__name__}"
+      if not _is_tuple_of(value, element):
+        nested = typing.get_args(element)
+        shown = (
+          f"tuples of {nested[0].__name__}" if nested else element.__name__
         )
+        raise UserError(f"{key}={value!r}: must be a tuple of {shown}")
     elif wanted is Weight:
       _check_weight(key, value)
     elif not _is_a(value, wanted):
@@ -440,6 +470,14 @@ def _check_weight(key: str, value: Any) -> None:
       f"{key}={value!r}: must be a number that is not negative, or auto:TARGET"
       " such as auto:1e-4"
     )
+
+
+def _is_tuple_of(value: Any, element: Any) -> bool:
+  inner = next(iter(typing.get_args(element)), None)
+  return isinstance(value, tuple) and all(
+    _is_tuple_of(item, inner) if inner else _is_a(item, element)
+    for item in value
+  )
 
 
 def _is_a(value: Any, wanted: type) -> bool:
@@ -530,15 +568,17 @@ def _validate_data(experiment: Experiment) -> None:
       )
     if names.count(name) > 1:
       raise UserError(f"data.domains: {name!r} occurs more than once")
-  if any(weight < 0 for weight in data.weights):
-    raise UserError(f"data.weights={data.weights}: must not be negative")
-  if data.weights and sum(data.weights) <= 0:
-    raise UserError(f"data.weights={data.weights}: must not all be zero")
-  if data.weights and data.domains and len(data.weights) != len(data.domains):
+  if data.taxonomy and data.domains:
     raise UserError(
-      f"data.weights has {len(data.weights)} entries for"
-      f" {len(data.domains)} data.domains"
+      f"data.taxonomy={data.taxonomy} and data.domains={data.domains} both"
+      " name the domains: give one of them"
     )
+  if data.mixing == "equal" and data.temperature != 1:
+    raise UserError(
+      f"data.temperature={data.temperature}: needs data.mixing=tokens or"
+      " bytes, not equal"
+    )
+  _validate_weights(data)
   if data.tokenizer == "byte" and experiment.model.vocabulary_size < 257:
     raise UserError(
       f"model.vocabulary_size={experiment.model.vocabulary_size}:"
@@ -549,6 +589,32 @@ def _validate_data(experiment: Experiment) -> None:
       f"model.vocabulary_size={experiment.model.vocabulary_size}:"
       " data.tokenizer='bpe' needs at least 300 (256 bytes, and merges)"
     )
+
+
+def _validate_weights(data: DataConfig) -> None:
+  """Checks the weights of every phase, and when phases begin."""
+  sets = [("data.weights", data.weights)] if data.weights else []
+  earlier = 0.0
+  for number, (start, *weights) in enumerate(
+    (phase or (0.0,) for phase in data.weight_phases), start=1
+  ):
+    name = f"data.weight_phases: phase {number}"
+    if not earlier < start < 1:
+      raise UserError(
+        f"{name} begins at {start}, which must lie between {earlier} and 1"
+      )
+    earlier = start
+    sets.append((name, tuple(weights)))
+  for name, weights in sets:
+    if any(weight < 0 for weight in weights):
+      raise UserError(f"{name}={weights}: must not be negative")
+    if sum(weights) <= 0:
+      raise UserError(f"{name}={weights}: must not all be zero")
+    if data.domains and len(weights) != len(data.domains):
+      raise UserError(
+        f"{name} has {len(weights)} entries for {len(data.domains)}"
+        " data.domains"
+      )
 
 
 def check_override_keys(arguments: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ take their rows of the same global sequence.
 import dataclasses
 import hashlib
 import io
+import math
 import zipfile
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from edl_jax.batch import Batch
 from edl_jax.config import Experiment, UserError
-from edl_jax.mixture import Corpus, mix, mixture_weights
+from edl_jax.mixture import Corpus, Phases, mix_phases, mixture_phases
 from edl_jax.sources import Document
 from edl_jax.tokenizer import Tokenizer, cache_key, read_cache, write_cache
 
@@ -38,7 +39,7 @@ class PackedRows:
   stream: np.ndarray
   sequence_length: int
   document_start_id: int
-  # Fine label of every row.
+  # Fine label of every row, -1 for none.
   domain: int
   # Whether a last row that is not full counts, filled up with padding.
   keep_partial: bool = False
@@ -76,38 +77,85 @@ def train_dataset(
   """Returns the endless sequence of training rows, without the axis B.
 
   Each domain is reshuffled every epoch of its own. With `data.granularity`
-  "shuffled" the label of row i is a random fine one that depends on i and the
-  seed alone.
+  "shuffled" the label of row i, if it has one, is a random fine one that
+  depends on i and the seed alone.
 
   Raises:
     UserError: a domain that fills no row, or rows longer than any document.
   """
-  weights = mixture_weights(experiment.data, corpus.taxonomy)
   tokens = _tokenize(corpus, "train", tokenizer)
-  _check_lengths(corpus.taxonomy.fine, weights, tokens, experiment)
+  phases = _phases(corpus, tokens, experiment)
+  _check_lengths(corpus.taxonomy.sources, phases.in_use, tokens, experiment)
   datasets = []
-  for domain, documents in enumerate(tokens):
+  for domain, label in enumerate(corpus.taxonomy.labels):
+    documents = tokens[domain]
     seed = _seed(experiment, f"documents {domain}")
     order = np.random.default_rng(seed).permutation(len(documents))
     rows = PackedRows(
       stream=_stream([documents[i] for i in order], tokenizer),
       sequence_length=experiment.train.sequence_length,
       document_start_id=tokenizer.document_start_id,
-      domain=domain,
+      domain=label,
     )
     # Not MapDataset.source(rows): that measures every array it reads, which
     # takes longer than making the row.
     dataset = grain.MapDataset.range(len(rows))
     dataset = dataset.shuffle(_seed(experiment, f"rows {domain}"))
     datasets.append(dataset.repeat().map(rows.__getitem__))
-  mixture = mix(datasets, weights)
+  mixture = mix_phases(datasets, phases)
   if experiment.data.granularity == "shuffled":
     count = len(corpus.taxonomy.fine)
-    mixture = mixture.random_map(
-      lambda row, rng: row._replace(domain_B=np.int32(rng.integers(count))),
-      seed=_seed(experiment, "labels"),
-    )
+
+    def relabel(row: Batch, rng: np.random.Generator) -> Batch:
+      label = np.int32(rng.integers(count))
+      return row if row.domain_B < 0 else row._replace(domain_B=label)
+
+    mixture = mixture.random_map(relabel, seed=_seed(experiment, "labels"))
   return mixture
+
+
+class EpochCounter:
+  """How often each source's text was read, exactly, after any number of rows.
+
+  A source that runs out is read again in a new order.
+  """
+
+  def __init__(
+    self, corpus: Corpus, tokenizer: Tokenizer, experiment: Experiment
+  ):
+    tokens = _tokenize(corpus, "train", tokenizer)
+    self._phases = _phases(corpus, tokens, experiment)
+    self._rows = {
+      name: _token_count(documents) // experiment.train.sequence_length
+      for name, documents in zip(corpus.taxonomy.sources, tokens)
+    }
+    self._last: dict[str, float] = {}
+
+  def at(self, rows: int) -> dict[str, float]:
+    """Returns the epochs of each source after `rows` rows, fractions too."""
+    drawn = self._phases.drawn(rows)
+    return {
+      name: count / own if count else 0.0
+      for (name, own), count in zip(self._rows.items(), drawn)
+    }
+
+  def repeats(self, start: int, stop: int) -> list[str]:
+    """Tells which sources began epoch 2, 3, 5, 9, ... in rows [start, stop).
+
+    Each doubling only: small sources begin a new epoch every few steps.
+    """
+    begun: dict[int, list[str]] = {}
+    before = self.at(start)
+    for name, epochs in self.at(stop).items():
+      # The row that completes an epoch begins none.
+      last, now = (max(0, math.ceil(x) - 1) for x in (before[name], epochs))
+      if now.bit_length() > last.bit_length():
+        epoch = 2 ** (now.bit_length() - 1) + 1
+        begun.setdefault(epoch, []).append(name)
+    return [
+      f"{', '.join(names)}: read {epoch - 1} time(s), now again in a new order"
+      for epoch, names in sorted(begun.items())
+    ]
 
 
 def train_iterator(
@@ -116,6 +164,7 @@ def train_iterator(
   num_domains: int,
   process_index: int = 0,
   process_count: int = 1,
+  unlabelled: bool = False,
 ) -> grain.DatasetIterator[Batch]:
   """Returns an endless iterator of NumPy batches, made in the background.
 
@@ -128,6 +177,7 @@ def train_iterator(
     experiment: batch size and seed.
     num_domains: D; labels lie in [0, D).
     process_index, process_count: p and P.
+    unlabelled: whether rows may have the label -1, of no domain.
 
   Raises:
     UserError: a batch that the processes cannot share evenly; on `next`, a
@@ -139,7 +189,7 @@ def train_iterator(
   def batch_of(rows: Sequence[Batch]) -> Batch:
     batch = _stack(rows)
     for label in batch.domain_B:
-      if not 0 <= label < num_domains:
+      if not -unlabelled <= label < num_domains:
         raise UserError(
           f"domain label {label} of a training row: must lie in"
           f" [0, {num_domains}), the taxonomy's fine domains"
@@ -162,6 +212,7 @@ def eval_batches(
 ) -> list[Batch]:
   """Returns held-out rows of every domain with their true labels.
 
+  Text without a domain is not evaluated.
   At most `train.eval_rows` rows a domain, spread evenly over its text, the
   same for every seed. A domain's last row and the last batch are filled up
   with padding (weight and segment 0), so that all held-out text can count.
@@ -171,7 +222,8 @@ def eval_batches(
   """
   local_rows = _local_batch_size(experiment, process_count)
   rows = []
-  for domain, documents in enumerate(_tokenize(corpus, "held_out", tokenizer)):
+  held_out = _tokenize(corpus, "held_out", tokenizer)
+  for domain, documents in enumerate(held_out[: len(corpus.taxonomy.fine)]):
     packed = PackedRows(
       stream=_stream(documents, tokenizer),
       sequence_length=experiment.train.sequence_length,
@@ -270,9 +322,29 @@ def _unpack(content: bytes) -> list[np.ndarray] | None:
   return np.split(tokens, np.cumsum(lengths)[:-1])
 
 
+def _token_count(documents: Sequence[np.ndarray]) -> int:
+  """Counts tokens and the start token of each document."""
+  return sum(map(len, documents)) + len(documents)
+
+
+def _phases(
+  corpus: Corpus, tokens: Sequence[Sequence[np.ndarray]], experiment: Experiment
+) -> Phases:
+  data = experiment.data
+  sizes: list[int] = []
+  if data.mixing == "tokens":
+    sizes = [_token_count(documents) for documents in tokens]
+  elif data.mixing == "bytes":
+    sizes = [
+      sum(len(document.text.encode()) for document in group)
+      for group in corpus.train
+    ]
+  return mixture_phases(data, experiment.train, corpus.taxonomy, sizes)
+
+
 def _check_lengths(
   names: Sequence[str],
-  weights: Sequence[float],
+  in_use: Sequence[bool],
   tokens: Sequence[Sequence[np.ndarray]],
   experiment: Experiment,
 ) -> None:
@@ -281,8 +353,8 @@ def _check_lengths(
   # The start token counts as part of a document.
   sizes = {
     name: [len(document) + 1 for document in documents]
-    for name, weight, documents in zip(names, weights, tokens)
-    if weight > 0
+    for name, used, documents in zip(names, in_use, tokens)
+    if used
   }
   for name, own in sizes.items():
     if sum(own) < length:

@@ -169,11 +169,10 @@ def load_balance_loss(
     ValueError: `scope` is neither.
   """
   if scope == "sequence":
-    sequences_L = jnp.maximum(stats.sequences_LD.sum(-1), 1)
-    return stats.sequence_balance_L / sequences_L
+    return stats.sequence_balance_L / jnp.maximum(stats.sequences_L, 1)
   if scope != "global":
     raise ValueError(f"scope={scope!r}: must be 'global' or 'sequence'")
-  assignments_LE = jax.lax.stop_gradient(stats.assignments_LDE.sum(1))
+  assignments_LE = jax.lax.stop_gradient(stats.assignments_LE)
   routed_L1 = assignments_LE.sum(-1, keepdims=True)
   f_LE = assignments_LE / jnp.maximum(routed_L1, 1)
   p_LE = stats.token_probability_LE / jnp.maximum(stats.tokens_L, 1)[:, None]
@@ -197,7 +196,8 @@ def divergence_loss(
   """L_ED of every layer, (L,); see `divergence.hierarchical_divergence_loss`.
 
   Args:
-    stats: of the global batch, by fine domain.
+    stats: of the global batch, by fine domain. Rows without a domain are in
+      none of its sums by domain, and so have no influence at all.
     config: which divergence, and its epsilon.
     parent_D: coarse label of each fine domain, where `coarse_weight` > 0.
     coarse_weight: share of the coarse level, in [0, 1].

@@ -4,49 +4,23 @@ import collections
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import grain
 
-from edl_jax.config import DataConfig, UserError
+from edl_jax.config import DataConfig, TrainConfig, UserError
 from edl_jax.sources import Document, read_documents
+from edl_jax.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
 
-
-@dataclasses.dataclass(frozen=True)
-class Taxonomy:
-  """Two levels of domain names; labels are indices into `fine`.
-
-  A domain without a coarse name is its own parent.
-  """
-
-  fine: tuple[str, ...]
-  coarse: tuple[str, ...]
-  # Index into `coarse` of each fine domain.
-  parent: tuple[int, ...]
-
-  @classmethod
-  def from_names(cls, names: Sequence[str]) -> "Taxonomy":
-    """Builds the taxonomy of domains named "coarse/fine" or "fine"."""
-    fine = tuple(name.rsplit("/", 1)[-1] for name in names)
-    parents = [name.split("/", 1)[0] for name in names]
-    coarse = tuple(dict.fromkeys(parents))
-    return cls(fine, coarse, tuple(map(coarse.index, parents)))
-
-  def to_dict(self) -> dict[str, list]:
-    """Returns the fields as JSON can hold them."""
-    return {key: list(value) for key, value in vars(self).items()}
-
-  @classmethod
-  def from_dict(cls, fields: dict[str, Any]) -> "Taxonomy":
-    """Inverse of `to_dict`."""
-    return cls(**{key: tuple(value) for key, value in fields.items()})
+# Rows that no run will ever reach. Grain takes no more than 2**63 - 1.
+_ENDLESS = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Documents by fine domain, in the order of the taxonomy, and their split."""
+  """Documents by source, in the order of the taxonomy, and their split."""
 
   taxonomy: Taxonomy
+  # By `taxonomy.sources`.
   train: tuple[tuple[Document, ...], ...]
   held_out: tuple[tuple[Document, ...], ...]
   # SHA-256 of the domain names and of every document, held out or not: its
@@ -66,11 +40,17 @@ def load_corpus(data: DataConfig) -> Corpus:
     UserError: bad or missing text; a domain that cannot be split.
   """
   names, documents = read_documents(data)
-  taxonomy = Taxonomy.from_names(names)
   by_domain = collections.defaultdict[str, list[Document]](list)
   for document in documents:
     by_domain[document.domain].append(document)
-  groups = [by_domain[fine] for fine in taxonomy.fine]
+  taxonomy = Taxonomy.from_names(names)
+  if data.taxonomy:
+    taxonomy = load_taxonomy(data.taxonomy)
+    if taxonomy.unlabelled and UNLABELLED not in by_domain:
+      taxonomy = dataclasses.replace(
+        taxonomy, weights=taxonomy.weights[:-1], unlabelled=False
+      )
+  groups = [by_domain[name] for name in taxonomy.sources]
   held_out = _held_out_origins(taxonomy.fine, groups, data.held_out_fraction)
   return Corpus(
     taxonomy=taxonomy,
@@ -80,7 +60,7 @@ def load_corpus(data: DataConfig) -> Corpus:
     held_out=tuple(
       tuple(d for d in group if d.origin in held_out) for group in groups
     ),
-    content_hash=_content_hash(names, groups),
+    content_hash=_content_hash(names + taxonomy.sources[len(names) :], groups),
   )
 
 
@@ -95,10 +75,16 @@ def _held_out_origins(
   groups: Sequence[Sequence[Document]],
   fraction: float,
 ) -> set[str]:
-  """Chooses the origins to hold out, the same in every domain."""
+  """Chooses the origins to hold out, the same in every domain.
+
+  Unlabelled documents, a last group beyond `names`, are not evaluated: they
+  need no held-out part.
+  """
   position = {d.origin: _position(d.origin) for group in groups for d in group}
   held_out = {origin for origin, at in position.items() if at < fraction}
-  origins = [{document.origin for document in group} for group in groups]
+  origins = [
+    {document.origin for document in own} for _, own in zip(names, groups)
+  ]
   for own in origins:
     if not own & held_out:
       held_out.add(min(own, key=position.__getitem__))
@@ -129,21 +115,132 @@ def _content_hash(
   return content.hexdigest()
 
 
-def mixture_weights(data: DataConfig, taxonomy: Taxonomy) -> tuple[float, ...]:
-  """Returns the share of rows of each fine domain; they add up to one.
+@dataclasses.dataclass(frozen=True)
+class Phases:
+  """The shares of rows of each source, and the row from which they hold."""
+
+  # Row of the global sequence, from 0, increasing.
+  starts: tuple[int, ...]
+  # By phase and source; each phase's add up to one.
+  weights: tuple[tuple[float, ...], ...]
+
+  @property
+  def in_use(self) -> tuple[bool, ...]:
+    """Whether each source has rows in any phase."""
+    return tuple(any(column) for column in zip(*self.weights))
+
+  def drawn(self, count: int) -> tuple[int, ...]:
+    """Returns how many of the first `count` rows come from each source."""
+    ends = (*self.starts[1:], count)
+    parts = [
+      _drawn(max(0, min(end, count) - start), weights)
+      for start, end, weights in zip(self.starts, ends, self.weights)
+    ]
+    return tuple(map(sum, zip(*parts)))
+
+
+def mixture_weights(
+  data: DataConfig, taxonomy: Taxonomy, sizes: Sequence[float] = ()
+) -> tuple[float, ...]:
+  """Returns the share of rows of each source at first; they add up to one.
+
+  Args:
+    data: weights, and what they multiply.
+    taxonomy: its own weights hold where `data.weights` is empty.
+    sizes: of the training text of each source in the unit of `data.mixing`,
+      unless that is "equal".
 
   Raises:
     UserError: `data.weights` has another length than the taxonomy.
   """
-  count = len(taxonomy.fine)
-  weights = data.weights or (1.0,) * count
+  weights = data.weights or taxonomy.weights or (1.0,) * len(taxonomy.sources)
+  return _shares("data.weights", weights, data, taxonomy, sizes)
+
+
+def mixture_phases(
+  data: DataConfig,
+  train: TrainConfig,
+  taxonomy: Taxonomy,
+  sizes: Sequence[float] = (),
+) -> Phases:
+  """Returns the weights of all phases of a run; see `mixture_weights`.
+
+  A phase begins with a step, the nearest to its fraction of `train.num_steps`.
+
+  Raises:
+    UserError: weights of another length than the taxonomy.
+  """
+  phases = {0: mixture_weights(data, taxonomy, sizes)}
+  for number, (fraction, *weights) in enumerate(data.weight_phases, start=1):
+    name = f"data.weight_phases: phase {number}"
+    # Where two begin with the same step, the later one holds.
+    start = round(fraction * train.num_steps) * train.batch_size
+    phases[start] = _shares(name, weights, data, taxonomy, sizes)
+  return Phases(tuple(phases), tuple(phases.values()))
+
+
+def _shares(
+  name: str,
+  weights: Sequence[float],
+  data: DataConfig,
+  taxonomy: Taxonomy,
+  sizes: Sequence[float],
+) -> tuple[float, ...]:
+  count = len(taxonomy.sources)
   if len(weights) != count:
     raise UserError(
-      f"data.weights has {len(weights)} entries for {count} domains:"
-      f" {', '.join(taxonomy.fine)}"
+      f"{name} has {len(weights)} entries for {count} domains:"
+      f" {', '.join(taxonomy.sources)}"
     )
+  if data.mixing != "equal":
+    weights = [
+      weight * size ** (1 / data.temperature)
+      for weight, size in zip(weights, sizes, strict=True)
+    ]
   total = sum(weights)
   return tuple(weight / total for weight in weights)
+
+
+def _proportions(weights: Sequence[float]) -> list[int]:
+  """Returns each weight in hundredths of the smallest that is not zero."""
+  smallest = min(weight for weight in weights if weight > 0)
+  return [round(100 * weight / smallest) for weight in weights]
+
+
+def _drawn(count: int, weights: Sequence[float]) -> list[int]:
+  """Returns how many of the first rows of `mix` come from each data set.
+
+  Grain deals a row to the first data set or to the rest, then to the second
+  or to the rest, and so on, each time as evenly as whole numbers can be.
+  """
+  proportions = _proportions(weights)
+  rest, drawn = sum(proportions), []
+  for own in proportions:
+    left = count * (rest - own) // rest if rest else 0
+    drawn.append(count - left)
+    count, rest = left, rest - own
+  return drawn
+
+
+def mix_phases(
+  datasets: Sequence[grain.MapDataset], phases: Phases
+) -> grain.MapDataset:
+  """Interleaves endless data sets; see `mix`. Example i depends on i only.
+
+  Each phase goes on in every data set where the one before stopped.
+  """
+  if len(phases.starts) == 1:
+    return mix(datasets, phases.weights[0])
+  parts = []
+  for start, end, weights in zip(
+    phases.starts, (*phases.starts[1:], _ENDLESS), phases.weights
+  ):
+    rest = [
+      dataset[skipped:]
+      for dataset, skipped in zip(datasets, phases.drawn(start))
+    ]
+    parts.append(mix(rest, weights)[: end - start])
+  return grain.MapDataset.concatenate(parts)
 
 
 def mix(
@@ -155,10 +252,9 @@ def mix(
   weight: weights whose ratio to it has at most two decimals are met exactly,
   others to within half a hundredth of it. Those of weight zero are left out.
   """
-  pairs = [(d, w) for d, w in zip(datasets, weights, strict=True) if w > 0]
-  smallest = min(weight for _, weight in pairs)
+  hundredths = _proportions(weights)
+  pairs = [(d, n) for d, n in zip(datasets, hundredths, strict=True) if n]
   # Grain cuts down to hundredths where we want the nearest, and a rounding
   # error must not tip a whole number over: aim at the middle of the step.
-  hundredths = [round(100 * weight / smallest) for _, weight in pairs]
-  steps = [1.0 if n == 100 else (n + 0.5) / 100 for n in hundredths]
+  steps = [1.0 if n == 100 else (n + 0.5) / 100 for _, n in pairs]
   return grain.MapDataset.mix([dataset for dataset, _ in pairs], steps)

@@ -86,6 +86,10 @@ class RoutingStats(NamedTuple):
   squared_logsumexp_L: jax.Array
   # Counted tokens, (L,).
   tokens_L: jax.Array
+  # Sequences with a counted token, (L,), and routed assignments, (L, E), of
+  # all rows: those without a domain are in no sum by domain.
+  sequences_L: jax.Array
+  assignments_LE: jax.Array
   # Of the experts' outputs, with leading L, where they were asked for.
   outputs: OutputStats | None = None
 
@@ -258,7 +262,8 @@ def collect(
 
   Args:
     rows: stacked over layers, (L, B, ...).
-    domain_B: fine domain label of each row, in [0, num_domains).
+    domain_B: fine domain label of each row, in [0, num_domains); -1 for none.
+      Rows without a domain count in the sums over all rows and tokens only.
     num_domains: D.
     outputs: stacked over layers, if the experts' outputs were summed.
   """
@@ -289,6 +294,8 @@ def collect(
     squared_gate_LE=rows.squared_gate_BE.sum(1),
     squared_logsumexp_L=rows.squared_logsumexp_B.sum(1),
     tokens_L=rows.tokens_B.sum(1),
+    sequences_L=counted_LB.sum(1),
+    assignments_LE=rows.assignments_BE.sum(1),
     outputs=outputs,
   )
 
@@ -373,7 +380,7 @@ def inter_fraction(stats: RoutingStats) -> jax.Array:
 
 def max_violation(stats: RoutingStats) -> jax.Array:
   """MaxVio = max_e load_e / mean load - 1 (arXiv:2408.15664), (L,)."""
-  load_LE = stats.assignments_LDE.sum(1)
+  load_LE = stats.assignments_LE
   mean_L = load_LE.mean(-1)
   return load_LE.max(-1) / jnp.where(mean_L > 0, mean_L, 1) - (mean_L > 0)
 

@@ -18,11 +18,17 @@ import re
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from edl_jax.arithmetic import worked_problems
 from edl_jax.config import DataConfig, UserError
+from edl_jax.taxonomy import (
+  UNLABELLED,
+  join_label,
+  load_taxonomy,
+  split_label,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,47 +49,115 @@ def read_documents(data: DataConfig) -> tuple[tuple[str, ...], list[Document]]:
 
   A JSONL record has the keys text and domain and may have origin, a name shared
   by texts that belong on the same side of the split; without it the text is
-  its own origin. `data.domains` selects, orders and may regroup domains; they are matched by
-  fine label. A name declared without a coarse part takes the one that the
-  source gives. The last document of a domain is cut where
-  `data.max_characters_per_domain` is reached.
+  its own origin. The last document of a domain is cut where
+  `data.max_characters_per_domain` is reached. How domains are named and
+  selected: `DomainNames`.
 
   Returns:
     The domains as "coarse/fine" ("fine" where there is no coarse name), and
-    the documents, domain by domain, in an order that only depends on their
-    origin (embedded) or place (JSONL).
+    the documents, domain by domain and then those without, in an order that
+    only depends on their origin (embedded) or place (JSONL).
 
   Raises:
     UserError: nothing to read, a bad line, an unknown or an empty domain.
   """
+  domains = DomainNames(data)
   gathered = _Gatherer(data.max_characters_per_domain)
   if data.files:
-    coarse_by_fine = _read_json_lines(data, gathered)
+    _read_json_lines(data, domains, gathered)
     source = data.files
   else:
-    coarse_by_fine = _read_embedded(data, gathered)
+    _read_embedded(data, domains, gathered)
     source = "the embedded mixture"
-  if not data.domains:
-    found = {fine: coarse_by_fine[fine] for fine in gathered.documents}
-    domains = sorted(_join(coarse, fine) for fine, coarse in found.items())
-  else:
-    declared = [_split(name, "data.domains") for name in data.domains]
-    domains = [
-      _join(coarse or coarse_by_fine.get(fine, ""), fine)
-      for coarse, fine in declared
-    ]
-  if not domains:
+  names = domains.names(gathered.documents)
+  if not names:
     raise UserError(f"data.files={data.files}: no text in any of the files")
   documents = []
-  for coarse_and_fine in domains:
-    fine = coarse_and_fine.rsplit("/", 1)[-1]
+  for name in names:
+    fine = name.rsplit("/", 1)[-1]
     if not gathered.documents[fine]:
       raise UserError(
         f"empty domain {fine!r}: no text in {source}; add some, or leave it"
-        " out of data.domains"
+        f" out of {domains.setting}"
       )
     documents += gathered.documents[fine]
-  return tuple(domains), documents
+  return names, documents + gathered.documents[UNLABELLED]
+
+
+class DomainNames:
+  """Decides which domain a label means.
+
+  `data.domains` or the domains of `data.taxonomy` select, order and may
+  regroup domains; they are matched by fine label. A name in `data.domains`
+  without a coarse part takes the one that the source gives. Without either,
+  every label that is met is a domain.
+  """
+
+  def __init__(self, data: DataConfig):
+    """Reads the taxonomy file, if there is one.
+
+    Raises:
+      UserError: the file or a name in `data.domains` is wrong.
+    """
+    # What a message names as the place to mend.
+    self.setting = "data.taxonomy" if data.taxonomy else "data.domains"
+    self._names, self._unlabelled = data.domains, False
+    if data.taxonomy:
+      taxonomy = load_taxonomy(data.taxonomy)
+      self._names, self._unlabelled = taxonomy.names, taxonomy.unlabelled
+    pairs = [split_label(name, "data.domains") for name in self._names]
+    # Coarse names ("" for none) by fine label.
+    self.declared = {fine: coarse for coarse, fine in pairs}
+    self._final = bool(data.taxonomy)
+    self._coarse: dict[str, str] = {}
+
+  def add(self, label: str | None, where: str) -> str:
+    """Returns the fine domain of a label that was met at `where`.
+
+    Without a label (None, "" or "unlabelled") it is `UNLABELLED`, if the
+    taxonomy has such rows.
+
+    Raises:
+      UserError: a label that is malformed, unknown or contradicts another.
+    """
+    if self._unlabelled and label in (None, "", UNLABELLED):
+      return UNLABELLED
+    if label is None:
+      raise UserError(
+        f"{where}: key 'domain' is missing, and no data.taxonomy with"
+        " 'unlabelled: true' takes such rows"
+      )
+    coarse, fine = split_label(label, where)
+    if self.declared and fine not in self.declared:
+      raise UserError(
+        f"{where}: unknown domain {label!r}; {self.setting} has"
+        f" {', '.join(self._names)}"
+      )
+    if fine == UNLABELLED:
+      raise UserError(
+        f"{where}: domain {label!r}: such rows need a data.taxonomy with"
+        " 'unlabelled: true'"
+      )
+    known = self._coarse.setdefault(fine, coarse)
+    decided = self._final or self.declared.get(fine)
+    if coarse and known and coarse != known and not decided:
+      raise UserError(
+        f"{where}: domain {fine!r} belongs to {coarse!r} here and to"
+        f" {known!r} before; name it {label!r} in data.domains to decide"
+      )
+    self._coarse[fine] = known or coarse
+    return fine
+
+  def names(self, found: Iterable[str]) -> tuple[str, ...]:
+    """Returns the declared domains, else those `found`, in the final order."""
+    if self._final:
+      return self._names
+    if self.declared:
+      return tuple(
+        join_label(coarse or self._coarse.get(fine, ""), fine)
+        for fine, coarse in self.declared.items()
+      )
+    return tuple(sorted(join_label(self._coarse[fine], fine) for fine in found))
 
 
 class _Gatherer:
@@ -109,52 +183,21 @@ class _Gatherer:
     self.documents[domain].append(Document(text, domain, origin))
 
 
-def _split(label: str, where: str) -> tuple[str, str]:
-  """Splits "coarse/fine" or "fine" into (coarse or "", fine)."""
-  coarse, _, fine = label.rpartition("/")
-  if not fine or "/" in coarse or label.startswith("/"):
-    raise UserError(f"{where}: domain {label!r} must be fine or coarse/fine")
-  return coarse, fine
-
-
-def _join(coarse: str, fine: str) -> str:
-  return f"{coarse}/{fine}" if coarse else fine
-
-
-def _declared_coarse(data: DataConfig) -> dict[str, str]:
-  """Coarse names ("" for none) by fine label, as `data.domains` has them."""
-  pairs = [_split(name, "data.domains") for name in data.domains]
-  return {fine: coarse for coarse, fine in pairs}
-
-
 # --- JSONL -------------------------------------------------------------------
 
 
-def _read_json_lines(data: DataConfig, gathered: _Gatherer) -> dict[str, str]:
-  """Adds every record; returns the coarse name of each fine label."""
-  declared = _declared_coarse(data)
+def _read_json_lines(
+  data: DataConfig, domains: DomainNames, gathered: _Gatherer
+) -> None:
+  """Adds every record."""
   pattern = os.path.expanduser(data.files)
   paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
   if not paths:
     raise UserError(f"data.files={data.files}: no such file")
-  coarse_by_fine: dict[str, str] = {}
   for where, record in _records(paths):
-    label, text = record["domain"], record["text"]
-    coarse, fine = _split(label, where)
-    if declared and fine not in declared:
-      raise UserError(
-        f"{where}: unknown domain {label!r}; data.domains has"
-        f" {', '.join(data.domains)}"
-      )
-    known = coarse_by_fine.setdefault(fine, coarse)
-    if coarse and known and coarse != known and not declared.get(fine):
-      raise UserError(
-        f"{where}: domain {fine!r} belongs to {coarse!r} here and to"
-        f" {known!r} before; name it {label!r} in data.domains to decide"
-      )
-    coarse_by_fine[fine] = known or coarse
+    text = record["text"]
+    fine = domains.add(record["domain"], where)
     gathered.add(text, fine, record.get("origin", text))
-  return coarse_by_fine
 
 
 def _records(paths: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -247,26 +290,28 @@ _LEGAL_FILE = re.compile(
 _CODE_POINTS_PER_TABLE = 64
 
 
-def _read_embedded(data: DataConfig, gathered: _Gatherer) -> dict[str, str]:
-  """Adds the texts of the wanted domains; returns their coarse names."""
-  pairs = [_split(name, "embedded") for name in _EMBEDDED]
-  coarse_by_fine = {fine: coarse for coarse, fine in pairs}
-  wanted = _declared_coarse(data) or coarse_by_fine
+def _read_embedded(
+  data: DataConfig, domains: DomainNames, gathered: _Gatherer
+) -> None:
+  """Adds the texts of the wanted domains."""
+  name_of = {name.rsplit("/", 1)[-1]: name for name in _EMBEDDED}
+  wanted = domains.declared or name_of
   for fine in wanted:
-    if fine not in coarse_by_fine:
+    if fine not in name_of:
       raise UserError(
-        f"data.domains: the embedded mixture has no domain {fine!r}; it has"
-        f" {', '.join(_EMBEDDED)}"
+        f"{domains.setting}: the embedded mixture has no domain {fine!r}; it"
+        f" has {', '.join(_EMBEDDED)}"
       )
   # One huge file must not be a whole domain where the cap is small.
   longest = -(-data.max_characters_per_domain // 16)
-  for name, read in _EMBEDDED.items():
-    fine = name.rsplit("/", 1)[-1]
-    for origin, text in read() if fine in wanted else ():
+  for fine, name in name_of.items():
+    if fine not in wanted:
+      continue
+    domains.add(name, "embedded")
+    for origin, text in _EMBEDDED[name]():
       gathered.add(text[:longest], fine, origin)
       if not gathered.has_room(fine):
         break
-  return coarse_by_fine
 
 
 def _by_hash(origin: str) -> bytes:

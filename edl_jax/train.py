@@ -29,7 +29,7 @@ from edl_jax.checkpoint import (
 )
 from edl_jax.config import Experiment
 from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
-from edl_jax.input_pipeline import eval_batches, train_iterator
+from edl_jax.input_pipeline import EpochCounter, eval_batches, train_iterator
 from edl_jax.metrics import MetricsWriter, Progress, read_metrics
 from edl_jax.mixture import Corpus, Taxonomy
 from edl_jax.model import Model, parameter_counts
@@ -340,7 +340,14 @@ class _Loop:
     self._eval_batches = eval_batches(
       corpus, provenance.tokenizer, experiment, *process
     )
-    self._iterator = train_iterator(rows, experiment, num_domains, *process)
+    self._iterator = train_iterator(
+      rows,
+      experiment,
+      num_domains,
+      *process,
+      unlabelled=corpus.taxonomy.unlabelled,
+    )
+    self._epochs = EpochCounter(corpus, provenance.tokenizer, experiment)
     self._checkpointer = Checkpointer(
       workdir, experiment.train.keep_checkpoints
     )
@@ -360,7 +367,7 @@ class _Loop:
       self.state = init_state(experiment, optimizer, mesh)
       if initial := experiment.train.initial_checkpoint:
         self.state = self.state._replace(model=load(initial, mesh=mesh).model)
-    self._last_good = self.first_step
+    self._last_good = self._last_shown = self.first_step
     self._clock.restart(self.first_step)
     if self._is_first:
       describe_workdir(workdir, provenance)
@@ -431,6 +438,13 @@ class _Loop:
       "train/tokens_per_second",
     )
     self.progress.update(step, {name: values[name] for name in shown})
+    rows = self._experiment.train.batch_size
+    for line in self._epochs.repeats(self._last_shown * rows, step * rows):
+      self.progress.print(f"step {step}: {line}")
+    self._last_shown = step
+
+  def _epochs_at(self, step: int) -> dict[str, float]:
+    return self._epochs.at(step * self._experiment.train.batch_size)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     if self._writer is not None:
@@ -449,7 +463,12 @@ class _Loop:
       self._experiment,
     )
     if record:
-      self.write(step, self.evaluation.metrics())
+      epochs = self._epochs_at(step).items()
+      self.write(
+        step,
+        self.evaluation.metrics()
+        | {f"data/epochs/{name}": value for name, value in epochs},
+      )
     self.progress.print(
       f"step {step}: held-out lm_loss"
       f" {self.evaluation.losses['lm_loss']:.4f} nats/token,"
@@ -488,6 +507,8 @@ class _Loop:
         for line in read_metrics(self._workdir)
         if "train/tokens_per_second" in line
       ),
+      # How often each source's training text was read.
+      "epochs": self._epochs_at(self._experiment.train.num_steps),
       "eval": self.evaluation.losses,
       "routing": self.evaluation.routing,
     }
@@ -601,7 +622,9 @@ def describe(experiment: Experiment, corpus: Corpus, mesh: Mesh) -> list[str]:
   axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   train = experiment.train
   domains = []
-  for name, *parts in zip(corpus.taxonomy.fine, corpus.train, corpus.held_out):
+  for name, *parts in zip(
+    corpus.taxonomy.sources, corpus.train, corpus.held_out
+  ):
     documents = [document for part in parts for document in part]
     characters = sum(len(document.text) for document in documents)
     cut = characters >= experiment.data.max_characters_per_domain
@@ -612,7 +635,7 @@ def describe(experiment: Experiment, corpus: Corpus, mesh: Mesh) -> list[str]:
   return [
     f"{experiment.name}: {total:,} parameters, {active:,} active per token",
     f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s): {axes}",
-    f"{len(corpus.taxonomy.fine)} domains:",
+    f"{len(corpus.taxonomy.sources)} domains:",
     *domains,
     f"{train.num_steps:,} steps of {train.batch_size} rows of"
     f" {train.sequence_length} tokens:"

@@ -1,5 +1,6 @@
 """Loading, validating and comparing experiments; touches no device."""
 
+import json
 import pathlib
 
 import pytest
@@ -50,6 +51,16 @@ def test_overrides_take_the_type_of_their_field():
   assert experiment.data.weights == (0.5, 2.0)
   assert config.load(TINY).losses.divergence_weight == 0.01
   assert config.load(TINY).data.weights == ()
+
+
+def test_nested_values_survive_flags_and_json():
+  text = "((0.5, 1.0, 2.0), (0.75, 0.0, 1.0))"
+  experiment = config.load(TINY, {"data.weight_phases": text})
+  assert experiment.data.weight_phases == ((0.5, 1.0, 2.0), (0.75, 0.0, 1.0))
+  flat = config.flatten(experiment)
+  saved = json.loads(json.dumps(flat))
+  assert config.unflatten(saved) == experiment
+  assert config.differing_keys(saved, flat) == []
 
 
 @pytest.mark.parametrize(
@@ -120,6 +131,26 @@ INVALID = [
   ({"data.weights": "(1.0, -1.0)"}, ("-1.0",)),
   ({"data.weights": "(0.0, 0.0)"}, ("0.0, 0.0",)),
   ({"data.weights": "(1.0,)", "data.domains": "('a', 'b')"}, ("1", "2")),
+  (
+    {"data.taxonomy": "t.yaml", "data.domains": "('a', 'b')"},
+    ("t.yaml", "data.domains"),
+  ),
+  ({"data.mixing": "rows"}, ("rows", "tokens")),
+  ({"data.temperature": 0.0}, ("0.0", "positive")),
+  ({"data.temperature": 2.0}, ("2.0", "data.mixing")),
+  ({"data.weight_phases": "((0.5, 1.0), 3.0)"}, ("tuples of float",)),
+  ({"data.weight_phases": "((0.5, 1e999),)"}, ("weight_phases", "finite")),
+  ({"data.weight_phases": "((0.0, 1.0),)"}, ("phase 1", "begins at 0.0")),
+  (
+    {"data.weight_phases": "((0.5, 1.0), (0.5, 2.0))"},
+    ("phase 2", "0.5 and 1"),
+  ),
+  ({"data.weight_phases": "((0.5, 1.0, -2.0),)"}, ("phase 1", "-2.0")),
+  ({"data.weight_phases": "((0.5,),)"}, ("phase 1", "zero")),
+  (
+    {"data.weight_phases": "((0.5, 1.0),)", "data.domains": "('a', 'b')"},
+    ("phase 1", "1 entries for 2"),
+  ),
   ({"model.vocabulary_size": 256}, ("256", "byte")),
   ({"data.tokenizer": "bpe", "model.vocabulary_size": 299}, ("299", "bpe")),
   ({"model.dtype": "float16"}, ("float16", "bfloat16")),

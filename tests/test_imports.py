@@ -22,6 +22,7 @@ ROWS = (
   ("attention", "moe", "losses", "tokenizer"),
   ("grouped_matmul", "routing", "mixture"),
   ("sources", "batch"),
+  ("taxonomy",),
   ("divergence", "sharding", "arithmetic"),
   ("config",),
 )

@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import json
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from edl_jax.config import (
   UserError,
 )
 from edl_jax.input_pipeline import (
+  EpochCounter,
   PackedRows,
   eval_batches,
   train_dataset,
@@ -60,11 +62,16 @@ CORPUS = make_corpus(
 )
 
 
-def make_experiment(seed=0, weights=(), granularity="fine", **train):
+def make_experiment(seed=0, weights=(), granularity="fine", data=(), **train):
   return Experiment(
     seed=seed,
     train=TrainConfig(**{"batch_size": 4, "sequence_length": 16} | train),
-    data=DataConfig(tokenizer="byte", weights=weights, granularity=granularity),
+    data=DataConfig(
+      tokenizer="byte",
+      weights=weights,
+      granularity=granularity,
+      **dict(data),
+    ),
   )
 
 
@@ -279,6 +286,134 @@ def test_coarse_granularity_keeps_fine_labels():
   )
   fine = train_dataset(CORPUS, TOKENIZER, make_experiment())
   assert_equal([coarse[i] for i in range(9)], [fine[i] for i in range(9)])
+
+
+# Rows 0 to 39 of two domains, then of the third and one of them.
+TWO_PHASES = make_experiment(
+  weights=(1.0, 1.0, 0.0),
+  data={"weight_phases": ((0.5, 1.0, 0.0, 3.0),)},
+  num_steps=20,
+)
+
+
+def test_resume_is_exact_across_a_change_of_weights():
+  iterator = iterate(TWO_PHASES)
+  take(iterator, 8)
+  state = json.loads(json.dumps(iterator.get_state()))
+  after = take(iterator, 12)
+  assert [sorted(batch.domain_B) for batch in after] == (
+    [[0, 0, 1, 1]] * 2 + [[0, 2, 2, 2]] * 10
+  )
+  resumed = iterate(TWO_PHASES)
+  resumed.set_state(state)
+  assert_equal(take(resumed, 12), after)
+  for each in (iterator, resumed):
+    each.close()
+
+
+def test_no_row_is_lost_or_repeated_where_weights_change():
+  changed = train_dataset(CORPUS, TOKENIZER, TWO_PHASES)
+  alone = train_dataset(
+    CORPUS, TOKENIZER, make_experiment(weights=(1.0, 0.0, 0.0))
+  )
+  rows = [changed[i] for i in range(100)]
+  own = [row for row in rows if row.domain_B == 0]
+  assert len(own) == 20 + 15
+  assert_equal(own, [alone[i] for i in range(len(own))])
+
+
+def test_mixing_by_size():
+  sizes = {"a": 40, "b": 25, "c": 60}
+  totals = {
+    "tokens": [sum(len(t) + 1 for t in texts(n, sizes[n])) for n in sizes],
+    "bytes": [sum(map(len, texts(n, sizes[n]))) for n in sizes],
+  }
+  for mixing, total in totals.items():
+    experiment = make_experiment(data={"mixing": mixing})
+    dataset = train_dataset(CORPUS, TOKENIZER, experiment)
+    counts = collections.Counter(int(dataset[i].domain_B) for i in range(3000))
+    for domain, size in enumerate(total):
+      assert counts[domain] / 3000 == pytest.approx(
+        size / sum(total), abs=0.003
+      )
+
+
+@pytest.mark.parametrize("granularity", ["fine", "shuffled"])
+def test_rows_without_a_domain_train_and_are_not_evaluated(granularity):
+  corpus = dataclasses.replace(
+    CORPUS,
+    taxonomy=dataclasses.replace(
+      CORPUS.taxonomy,
+      fine=("a", "b"),
+      coarse=("a", "b"),
+      parent=(0, 1),
+      unlabelled=True,
+    ),
+  )
+  experiment = make_experiment(granularity=granularity, eval_rows=-1)
+  rows = train_dataset(corpus, TOKENIZER, experiment)
+  true = train_dataset(CORPUS, TOKENIZER, make_experiment())
+  for i in range(60):
+    assert (rows[i].domain_B == -1) == (true[i].domain_B == 2)
+    assert_equal([rows[i]._replace(domain_B=0)], [true[i]._replace(domain_B=0)])
+  iterator = train_iterator(rows, experiment, 2, unlabelled=True)
+  assert -1 in next(iterator).domain_B
+  iterator.close()
+  batches = eval_batches(corpus, TOKENIZER, experiment)
+  whole = counted_tokens(eval_batches(CORPUS, TOKENIZER, experiment))
+  assert counted_tokens(batches) == {
+    key: count for key, count in whole.items() if key[0] != 2
+  }
+
+
+def test_epochs_are_counted():
+  dataset = train_dataset(CORPUS, TOKENIZER, TWO_PHASES)
+  counter = EpochCounter(CORPUS, TOKENIZER, TWO_PHASES)
+  lengths = [
+    sum(len(document.text) + 1 for document in group) // 16
+    for group in CORPUS.train
+  ]
+  seen = [0, 0, 0]
+  said = []
+  for count in range(400):
+    epochs = counter.at(count)
+    assert list(epochs) == ["a", "b", "c"]
+    assert list(epochs.values()) == [n / m for n, m in zip(seen, lengths)]
+    domain = int(dataset[count].domain_B)
+    # This row is the first of another epoch.
+    repeats = seen[domain] // lengths[domain]
+    begins = repeats and seen[domain] % lengths[domain] == 0
+    seen[domain] += 1
+    lines = counter.repeats(count, count + 1)
+    expected = begins and repeats.bit_count() == 1
+    assert lines == (
+      [f"{'abc'[domain]}: read {repeats} time(s), now again in a new order"]
+      if expected
+      else []
+    )
+    said += lines
+  assert len(said) > 2
+  # Together, in one line each.
+  both = EpochCounter(CORPUS, TOKENIZER, make_experiment(weights=(1, 0, 1)))
+  assert both.repeats(0, 2 * max(lengths) + 2)[-1].startswith("a, c: read 1 ")
+
+
+def test_a_thousand_sources_share_one_thread():
+  names = [f"d{n}" for n in range(1000)]
+  corpus = make_corpus(
+    {name: [f"{name} {'x' * 20}"] for name in names},
+    {name: ["y"] for name in names},
+  )
+  experiment = make_experiment()
+  before = threading.active_count()
+  iterator = train_iterator(
+    train_dataset(corpus, TOKENIZER, experiment), experiment, 1000
+  )
+  labels = [label for batch in take(iterator, 250) for label in batch.domain_B]
+  assert sorted(labels) == list(range(1000))
+  # One that reads rows, one that makes batches ahead, and one of Grain's own.
+  assert threading.active_count() - before <= 3
+  iterator.close()
 
 
 # --- Evaluation --------------------------------------------------------------

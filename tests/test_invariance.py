@@ -95,7 +95,8 @@ def random_batch():
     segments_BT=(starts_BT.cumsum(1) * counted_BT).astype(np.int32),
     positions_BT=((index_BT - begin_BT) * counted_BT).astype(np.int32),
     weights_BT=counted_BT.astype(np.float32),
-    domain_B=random.integers(0, ABSENT, ROWS, np.int32),
+    # Some rows have no domain.
+    domain_B=random.integers(-1, ABSENT, ROWS, np.int32),
   )
 
 

@@ -6,8 +6,16 @@ import json
 import grain
 import pytest
 
-from edl_jax.config import DataConfig, UserError
-from edl_jax.mixture import Taxonomy, load_corpus, mix, mixture_weights
+from edl_jax.config import DataConfig, TrainConfig, UserError
+from edl_jax.mixture import (
+  Phases,
+  Taxonomy,
+  load_corpus,
+  mix,
+  mix_phases,
+  mixture_phases,
+  mixture_weights,
+)
 
 
 def load(path, texts_by_domain, origin=None, **options):
@@ -129,6 +137,70 @@ def test_mixture_weights():
     mixture_weights(data, taxonomy)
 
 
+def test_taxonomy_file_names_domains_and_weights(tmp_path):
+  taxonomy = tmp_path / "taxonomy.yaml"
+  taxonomy.write_text(
+    "domains: [{fine: b, weight: 3}, {fine: a, coarse: g}]\nunlabelled: true"
+  )
+  texts = {"h/a": numbered("a", 50), "b": numbered("b", 50)}
+  options = {"taxonomy": str(taxonomy), "held_out_fraction": 0.3}
+  corpus = load(tmp_path / "t", texts, **options)
+  # The file has the last word on parents; no row here lacks a domain.
+  assert corpus.taxonomy.names == ("b", "g/a")
+  assert corpus.taxonomy.weights == (3, 1)
+  assert not corpus.taxonomy.unlabelled
+  assert corpus.train[1][0].text.startswith("a ")
+  shares = mixture_weights(DataConfig(), corpus.taxonomy)
+  assert shares == (0.75, 0.25)
+  assert mixture_weights(DataConfig(weights=(1.0, 1.0)), corpus.taxonomy) == (
+    0.5,
+    0.5,
+  )
+
+  rest = load(tmp_path / "t", texts | {"": numbered("u", 50)}, **options)
+  assert rest.taxonomy.sources == ("b", "a", "unlabelled")
+  assert rest.taxonomy.weights == (3, 1, 1)
+  assert {d.text for d in rest.train[2] + rest.held_out[2]} == set(
+    numbered("u", 50)
+  )
+  # What has a domain is split as if the others were not there.
+  assert rest.train[:2] == corpus.train
+  assert rest.content_hash != corpus.content_hash
+  with pytest.raises(UserError, match=r"t:1: unknown domain 'c'; .* b, g/a"):
+    load(tmp_path / "t", {"c": ["x"]}, **options)
+
+
+def test_few_unlabelled_documents_need_no_held_out_part(tmp_path):
+  taxonomy = tmp_path / "taxonomy.yaml"
+  taxonomy.write_text("domains: [{fine: a}]\nunlabelled: true")
+  texts = {"a": numbered("a", 9), "unlabelled": ["u"]}
+  corpus = load(
+    tmp_path / "t", texts, taxonomy=str(taxonomy), held_out_fraction=1e-9
+  )
+  assert [len(group) for group in corpus.train] == [8, 1]
+  with pytest.raises(
+    UserError, match=r"need a data\.taxonomy with 'unlabelled"
+  ):
+    load(tmp_path / "t", texts)
+
+
+def test_shares_by_size():
+  taxonomy = Taxonomy.from_names(["a", "b", "c"])
+  sizes = (1000, 10, 90)
+
+  def shares(**options):
+    return mixture_weights(DataConfig(**options), taxonomy, sizes)
+
+  assert shares() == (1 / 3,) * 3
+  assert shares(mixing="tokens") == pytest.approx([10 / 11, 0.1 / 11, 0.9 / 11])
+  # Square roots: 10 sqrt(10), sqrt(10), 3 sqrt(10).
+  warm = shares(mixing="bytes", temperature=2.0)
+  assert warm == pytest.approx([10 / 14, 1 / 14, 3 / 14])
+  # Weights multiply.
+  weighted = shares(mixing="bytes", temperature=2.0, weights=(0.1, 3.0, 0.0))
+  assert weighted == pytest.approx([1 / 4, 3 / 4, 0])
+
+
 def drawn(weights, count):
   """Which source each of the first `count` examples of a mixture is from."""
   datasets = [
@@ -176,3 +248,60 @@ def test_each_source_is_read_in_order():
   assert few == list(range(len(few)))
   assert many == list(range(1000, 1000 + len(many)))
   assert (len(few), len(many)) == (34, 99)
+
+
+PHASES = Phases(
+  starts=(0, 37, 40, 500),
+  weights=(
+    (0.5, 0.5, 0.0),
+    (0.0, 0.0, 1.0),
+    (0.123, 0.456, 0.421),
+    (0.01, 0.0, 0.99),
+  ),
+)
+
+
+def test_phases_follow_each_other_without_a_gap():
+  sources = [
+    # Endless, as training data are.
+    grain.MapDataset.range(10**6 * n, 10**6 * n + 10**5).repeat()
+    for n in range(3)
+  ]
+  mixture = mix_phases(sources, PHASES)
+  rows = [divmod(int(mixture[i]), 10**6) for i in range(1200)]
+  for source in range(3):
+    places = [place for own, place in rows if own == source]
+    assert places == list(range(len(places)))
+  for start, end, weights in zip(
+    PHASES.starts, (*PHASES.starts[1:], 1200), PHASES.weights
+  ):
+    alone = drawn(weights, end - start)
+    assert [own for own, _ in rows[start:end]] == alone
+  # Processes take their rows of the same sequence.
+  assert [divmod(int(n), 10**6) for n in mixture[1::3][:50]] == rows[1:151:3]
+
+
+def test_rows_drawn_are_counted_without_drawing_them():
+  mixture = mix_phases(
+    [grain.MapDataset.source([n]).repeat() for n in range(3)], PHASES
+  )
+  seen = [0, 0, 0]
+  for count in range(800):
+    assert PHASES.drawn(count) == tuple(seen)
+    seen[mixture[count]] += 1
+  assert PHASES.in_use == (True, True, True)
+  assert Phases((0,), ((1.0, 0.0),)).in_use == (True, False)
+
+
+def test_phases_begin_with_a_step():
+  data = DataConfig(
+    weights=(1.0, 1.0),
+    weight_phases=((0.5, 3.0, 1.0), (0.501, 1.0, 3.0), (0.9, 0.0, 1.0)),
+  )
+  train = TrainConfig(num_steps=100, batch_size=8)
+  phases = mixture_phases(data, train, Taxonomy.from_names(["a", "b"]))
+  assert phases.starts == (0, 400, 720)
+  assert phases.weights == ((0.5, 0.5), (0.25, 0.75), (0.0, 1.0))
+  short = dataclasses.replace(data, weight_phases=((0.5, 3.0),))
+  with pytest.raises(UserError, match="phase 1 has 1 entries for 2 domains"):
+    mixture_phases(short, train, Taxonomy.from_names(["a", "b"]))

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from edl_jax import routing
+from edl_jax import losses, routing
+from edl_jax.config import LossesConfig
 
 NUM_DOMAINS = 4
 
@@ -193,6 +194,41 @@ def test_inter_part_is_exact_where_domains_are_close():
   assert float(inter_L[0]) == pytest.approx(1e-8 / 8, rel=1e-3)
 
 
+def test_rows_without_a_domain_count_in_sums_over_all_rows_alone(batch):
+  *layers, weights, domain = batch
+  without = domain == 3
+  assert without.any() and (weights[without] > 0).any()
+  left_out = weights * ~without[:, None]
+  unlabelled = stats_of((*layers, weights, np.where(without, -1, domain)))
+  absent = stats_of((*layers, left_out, domain))
+  labelled = stats_of(batch)
+  # Bit by bit: by domain as if the rows were not there ...
+  names = [name for name in unlabelled._fields if name != "outputs"]
+  by_domain = [name for name in names if "_LD" in name]
+  assert len(by_domain) == 5
+  for name in names:
+    got, gone, all_there = (
+      np.asarray(getattr(stats, name))
+      for stats in (unlabelled, absent, labelled)
+    )
+    # ... and in all else as if they had one.
+    same, other = gone, all_there
+    if name not in by_domain:
+      same, other = all_there, gone
+    np.testing.assert_array_equal(got, same, err_msg=name)
+    assert not np.array_equal(got, other), name
+  config = LossesConfig()
+  np.testing.assert_array_equal(
+    losses.divergence_loss(unlabelled, config),
+    losses.divergence_loss(absent, config),
+  )
+  for scope in ("global", "sequence"):
+    np.testing.assert_array_equal(
+      losses.load_balance_loss(unlabelled, scope),
+      losses.load_balance_loss(labelled, scope),
+    )
+
+
 def stats_of_domains(p_DE, assignments_DE=None) -> routing.RoutingStats:
   """One sequence a domain, with the given means."""
   p_DE = np.asarray(p_DE, np.float64)
@@ -205,6 +241,8 @@ def stats_of_domains(p_DE, assignments_DE=None) -> routing.RoutingStats:
     sequence_entropy_LD=jnp.array([[entropy(p) for p in p_DE]]),
     token_entropy_LD=zeros,
     assignments_LDE=jnp.asarray(assignments_DE, jnp.float32)[None],
+    sequences_L=zeros.sum(-1) + len(p_DE),
+    assignments_LE=jnp.asarray(assignments_DE, jnp.float32).sum(0)[None],
     sequence_balance_L=jnp.zeros(1),
     squared_probability_L=jnp.zeros(1),
     gate_LE=jnp.asarray(p_DE.sum(0), jnp.float32)[None],

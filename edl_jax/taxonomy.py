@@ -1,0 +1,191 @@
+"""The taxonomy of domains: fine labels, their coarse parents, their weights."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from edl_jax.config import UserError
+
+# Name of the source of rows whose domain is not known.
+UNLABELLED = "unlabelled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Taxonomy:
+  """Two levels of domain names; labels are indices into `fine`.
+
+  A domain without a coarse name is its own parent.
+  """
+
+  fine: tuple[str, ...]
+  coarse: tuple[str, ...]
+  # Index into `coarse` of each fine domain.
+  parent: tuple[int, ...]
+  # Weights in the mixture of all `sources`; empty: equal.
+  weights: tuple[float, ...] = ()
+  # Whether there is a further source, of rows without a domain. They train the
+  # model but belong to no label: they stay out of the divergence loss.
+  unlabelled: bool = False
+
+  @classmethod
+  def from_names(cls, names: Sequence[str], **options: Any) -> "Taxonomy":
+    """Builds the taxonomy of domains named "coarse/fine" or "fine".
+
+    `options` are further fields.
+    """
+    fine = tuple(name.rsplit("/", 1)[-1] for name in names)
+    parents = [name.split("/", 1)[0] for name in names]
+    coarse = tuple(dict.fromkeys(parents))
+    return cls(fine, coarse, tuple(map(coarse.index, parents)), **options)
+
+  @property
+  def sources(self) -> tuple[str, ...]:
+    """Names of what is mixed: the fine domains, then the unlabelled rows."""
+    return self.fine + (UNLABELLED,) * self.unlabelled
+
+  @property
+  def labels(self) -> tuple[int, ...]:
+    """Domain label of the rows of each source; -1 for none."""
+    return (*range(len(self.fine)), *(-1,) * self.unlabelled)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Fine domains as "coarse/fine", or "fine" where they are their parent."""
+    return tuple(
+      fine if self.coarse[parent] == fine else f"{self.coarse[parent]}/{fine}"
+      for fine, parent in zip(self.fine, self.parent)
+    )
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the fields as JSON can hold them, without later defaults."""
+    fields: dict[str, Any] = {
+      key: list(value)
+      for key, value in vars(self).items()
+      if isinstance(value, tuple) and (value or key != "weights")
+    }
+    return fields | ({"unlabelled": True} if self.unlabelled else {})
+
+  @classmethod
+  def from_dict(cls, fields: dict[str, Any]) -> "Taxonomy":
+    """Inverse of `to_dict`."""
+    return cls(
+      **{
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in fields.items()
+      }
+    )
+
+
+def split_label(label: str, where: str) -> tuple[str, str]:
+  """Splits "coarse/fine" or "fine" into (coarse or "", fine).
+
+  Raises:
+    UserError: neither, said of `where`.
+  """
+  coarse, _, fine = label.rpartition("/")
+  if not fine or "/" in coarse or label.startswith("/"):
+    raise UserError(f"{where}: domain {label!r} must be fine or coarse/fine")
+  return coarse, fine
+
+
+def join_label(coarse: str, fine: str) -> str:
+  """Inverse of `split_label`."""
+  return f"{coarse}/{fine}" if coarse else fine
+
+
+def load_taxonomy(path: str) -> Taxonomy:
+  """Reads a taxonomy file:
+
+    domains:                 # in the order of the labels
+      - {fine: wordnet, coarse: english, weight: 2.0}
+      - {fine: sympy}        # its own parent, of weight 1
+    unlabelled: true         # or {weight: 0.5}; false by default
+
+  Raises:
+    UserError: no such file, or something in it is wrong; names file and entry.
+  """
+  content = read_yaml(path)
+  _check_keys(content, {"domains", UNLABELLED}, path)
+  entries = content.get("domains")
+  if not isinstance(entries, list) or not entries:
+    raise UserError(f"{path}: 'domains' must be a list of {{fine: NAME, ...}}")
+  names, weights = [], []
+  for number, entry in enumerate(entries, start=1):
+    where = f"{path}: domain {number}"
+    if not isinstance(entry, dict):
+      raise UserError(f"{where}: must be {{fine: NAME, ...}}, not {entry!r}")
+    _check_keys(entry, {"fine", "coarse", "weight"}, where)
+    fine, coarse = entry.get("fine"), entry.get("coarse", "")
+    for key, name in (("fine", fine), ("coarse", coarse)):
+      missing = key == "fine" and not name
+      if not isinstance(name, str) or "/" in name or missing:
+        raise UserError(
+          f"{where}: {key!r} must be a name without '/', not {name!r}"
+        )
+    if fine == UNLABELLED:
+      raise UserError(f"{where}: the name {UNLABELLED!r} is taken; see there")
+    if fine in [name.rsplit("/", 1)[-1] for name in names]:
+      raise UserError(f"{where}: {fine!r} occurs more than once")
+    names.append(join_label(coarse, fine))
+    weights.append(_weight(entry, where))
+  rest = content.get(UNLABELLED, False)
+  if isinstance(rest, dict):
+    where = f"{path}: {UNLABELLED}"
+    _check_keys(rest, {"weight"}, where)
+    weights.append(_weight(rest, where))
+  elif not isinstance(rest, bool):
+    raise UserError(
+      f"{path}: {UNLABELLED!r} must be true, false or {{weight: NUMBER}}, not"
+      f" {rest!r}"
+    )
+  elif rest:
+    weights.append(1.0)
+  if not any(weights):
+    raise UserError(f"{path}: all weights are zero")
+  return Taxonomy.from_names(
+    names, weights=tuple(weights), unlabelled=rest is not False
+  )
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+  """Reads a YAML file whose top level is a mapping.
+
+  Raises:
+    UserError: it cannot be read; names file and line.
+  """
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = yaml.safe_load(file)
+  except OSError as error:
+    raise UserError(f"{path}: {error.strerror}") from error
+  except (yaml.YAMLError, UnicodeDecodeError) as error:
+    mark = getattr(error, "problem_mark", None)
+    place = f":{mark.line + 1}" if mark else ""
+    reason = getattr(error, "problem", None) or " ".join(str(error).split())
+    raise UserError(f"{path}{place}: not YAML ({reason})") from error
+  if not isinstance(content, dict):
+    raise UserError(
+      f"{path}: must hold 'key: value' lines, not {type(content).__name__}"
+    )
+  return content
+
+
+def _check_keys(content: dict, known: set[str], where: str) -> None:
+  for key in content:
+    if key not in known:
+      raise UserError(
+        f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}"
+      )
+
+
+def _weight(entry: dict, where: str) -> float:
+  weight = entry.get("weight", 1.0)
+  number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+  if not number or not 0 <= weight < math.inf:
+    raise UserError(
+      f"{where}: weight must be a number that is not negative, not {weight!r}"
+    )
+  return float(weight)
