@@ -15,7 +15,7 @@ $(VENV)/demo: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/test: $(VENV)/demo requirements-test.txt
+$(VENV)/test: $(VENV)/demo requirements-test.txt requirements-data.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 

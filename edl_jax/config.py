@@ -174,8 +174,9 @@ class MeshConfig:
 class DataConfig:
   """Where text comes from and how its domains are named and mixed."""
 
-  # A glob of JSONL files with the keys "text" and "domain"; empty: the
-  # embedded mixture `python_install`.
+  # A glob of files: JSON lines with the keys "text" and "domain" (.gz, .zst
+  # too), Parquet, ArrayRecord, or plain text in a folder per domain. Empty:
+  # the embedded mixture `python_install`.
   files: str = ""
   # A taxonomy file (YAML): domains, their coarse parents, their weights.
   taxonomy: str = ""

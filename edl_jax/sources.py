@@ -1,4 +1,4 @@
-"""Where text comes from: the embedded mixture, or JSONL files of the user's.
+"""Where text comes from: the embedded mixture, or files of the user's.
 
 The embedded mixture `python_install` reads what every machine with this
 library already has and needs no download. Its domains are labelled by where
@@ -8,11 +8,9 @@ the text was found, never by looking at the text.
 import ast
 import collections
 import dataclasses
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import sysconfig
@@ -23,6 +21,7 @@ from pathlib import Path
 
 from edl_jax.arithmetic import worked_problems
 from edl_jax.config import DataConfig, UserError
+from edl_jax.readers import SeenIds, find_files, read_records
 from edl_jax.taxonomy import (
   UNLABELLED,
   join_label,
@@ -47,24 +46,24 @@ class Document:
 def read_documents(data: DataConfig) -> tuple[tuple[str, ...], list[Document]]:
   """Reads the documents of every domain, without duplicates or empty texts.
 
-  A JSONL record has the keys text and domain and may have origin, a name shared
-  by texts that belong on the same side of the split; without it the text is
-  its own origin. The last document of a domain is cut where
+  A record (see `readers.read_records`) has a text and a domain and may have an
+  origin, a name shared by texts that belong on the same side of the split;
+  without it the text is its own origin. The last document of a domain is cut where
   `data.max_characters_per_domain` is reached. How domains are named and
   selected: `DomainNames`.
 
   Returns:
     The domains as "coarse/fine" ("fine" where there is no coarse name), and
     the documents, domain by domain and then those without, in an order that
-    only depends on their origin (embedded) or place (JSONL).
+    only depends on their origin (embedded) or place (files).
 
   Raises:
-    UserError: nothing to read, a bad line, an unknown or an empty domain.
+    UserError: nothing to read, a bad record, an unknown or an empty domain.
   """
   domains = DomainNames(data)
   gathered = _Gatherer(data.max_characters_per_domain)
   if data.files:
-    _read_json_lines(data, domains, gathered)
+    _read_files(data, domains, gathered)
     source = data.files
   else:
     _read_embedded(data, domains, gathered)
@@ -124,8 +123,8 @@ class DomainNames:
       return UNLABELLED
     if label is None:
       raise UserError(
-        f"{where}: key 'domain' is missing, and no data.taxonomy with"
-        " 'unlabelled: true' takes such rows"
+        f"{where}: key 'domain' is missing; domain must be a string, unless a"
+        " data.taxonomy has 'unlabelled: true'"
       )
     coarse, fine = split_label(label, where)
     if self.declared and fine not in self.declared:
@@ -183,67 +182,21 @@ class _Gatherer:
     self.documents[domain].append(Document(text, domain, origin))
 
 
-# --- JSONL -------------------------------------------------------------------
-
-
-def _read_json_lines(
+def _read_files(
   data: DataConfig, domains: DomainNames, gathered: _Gatherer
 ) -> None:
-  """Adds every record."""
-  pattern = os.path.expanduser(data.files)
-  paths = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-  if not paths:
-    raise UserError(f"data.files={data.files}: no such file")
-  for where, record in _records(paths):
-    text = record["text"]
-    fine = domains.add(record["domain"], where)
-    gathered.add(text, fine, record.get("origin", text))
-
-
-def _records(paths: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-  """Yields ("path:line", record) of every line that is not blank."""
+  """Adds every record of every file."""
+  root, paths = find_files(data.files, "data.files")
+  seen = SeenIds()
   for path in paths:
-    try:
-      with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-          if line.strip():
-            where = f"{path}:{number}"
-            yield where, _parse(line, where)
-    except OSError as error:
-      raise UserError(f"{path}: {error.strerror}") from error
-
-
-def _parse(line: bytes, where: str) -> dict[str, str]:
-  try:
-    # Some editors put a byte order mark at the start of a file.
-    record = json.loads(line.decode("utf-8-sig"))
-  except UnicodeDecodeError as error:
-    raise UserError(f"{where}: not UTF-8 ({error.reason})") from error
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f"{where}: not JSON ({error.msg} at character {error.pos + 1})"
-    ) from error
-  except (ValueError, RecursionError) as error:  # Too long, or too deep.
-    raise UserError(f"{where}: not JSON ({error})") from error
-  if not isinstance(record, dict):
-    raise UserError(
-      f"{where}: not an object with the keys text and domain, but"
-      f" {type(record).__name__}"
-    )
-  for key in ("text", "domain", "origin"):
-    if key not in record:
-      if key == "origin":  # Optional.
-        continue
-      raise UserError(f"{where}: key {key!r} is missing")
-    if not isinstance(record[key], str):
-      raise UserError(
-        f"{where}: {key} must be a string, not {type(record[key]).__name__}"
-      )
-  try:
-    record["text"].encode()
-  except UnicodeEncodeError as error:
-    raise UserError(f"{where}: text holds half a surrogate pair") from error
-  return record
+    for where, record in read_records(path, root):
+      if isinstance(record, UserError):
+        raise record
+      if problem := seen.problem(record, where):
+        raise problem
+      text = record["text"]
+      fine = domains.add(record.get("domain"), where)
+      gathered.add(text, fine, record.get("origin") or text)
 
 
 # --- The embedded mixture ----------------------------------------------------

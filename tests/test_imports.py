@@ -22,7 +22,7 @@ ROWS = (
   ("attention", "moe", "losses", "tokenizer"),
   ("grouped_matmul", "routing", "mixture"),
   ("sources", "batch"),
-  ("taxonomy",),
+  ("taxonomy", "readers"),
   ("divergence", "sharding", "arithmetic"),
   ("config",),
 )
