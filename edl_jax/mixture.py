@@ -64,8 +64,8 @@ def load_corpus(data: DataConfig) -> Corpus:
   )
 
 
-def _position(origin: str) -> float:
-  """Hashes an origin to [0, 1)."""
+def position(origin: str) -> float:
+  """Hashes an origin to [0, 1): what lies low is held out."""
   digest = hashlib.sha256(origin.encode(errors="replace")).digest()
   return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -80,17 +80,17 @@ def _held_out_origins(
   Unlabelled documents, a last group beyond `names`, are not evaluated: they
   need no held-out part.
   """
-  position = {d.origin: _position(d.origin) for group in groups for d in group}
-  held_out = {origin for origin, at in position.items() if at < fraction}
+  places = {d.origin: position(d.origin) for group in groups for d in group}
+  held_out = {origin for origin, at in places.items() if at < fraction}
   origins = [
     {document.origin for document in own} for _, own in zip(names, groups)
   ]
   for own in origins:
     if not own & held_out:
-      held_out.add(min(own, key=position.__getitem__))
+      held_out.add(min(own, key=places.__getitem__))
   for own in origins:
     if own <= held_out:
-      held_out.remove(max(own, key=position.__getitem__))
+      held_out.remove(max(own, key=places.__getitem__))
   for name, own in zip(names, origins):
     if own <= held_out or not own & held_out:
       raise UserError(

@@ -1,0 +1,351 @@
+"""Domain labels from what is there: rules that a few lines of YAML configure.
+
+  python -m data.labels --files="dump/*.jsonl" --rules=rules.yaml
+
+prints how many documents and bytes each label gets, and how sure the rules
+are. `python -m data.prepare --labels=rules.yaml` uses the same file. Rules are
+asked in order, and the first that knows a label decides:
+
+  rules:
+    - {by: column, column: subject, labels: {cs: code/papers, hist: history}}
+    - {by: url, labels: {arxiv.org: papers, .gov: law}}   # column: url
+    - {by: path, labels: {"*.py": python, "*/docs/*": prose}}  # column: path
+    - {by: language, labels: {en: english, zh: chinese}, at_least: 0.8}
+    - {by: file_type, labels: {python: python}}           # needs magika
+    - {by: topic, model: topics, at_least: 0.6}           # from data.topics
+    - by: both                                            # english/english_law
+      coarse: {by: language, labels: {en: english, zh: chinese}}
+      fine: {by: topic, model: topics}
+
+`labels` translates what a rule found, and anything else is not known to it;
+without `labels` what was found is the label. Labels are "fine" or
+"coarse/fine". A document that no rule knows is unlabelled.
+"""
+
+import collections
+import fnmatch
+import os
+import urllib.parse
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from data.command import Parser, run
+from edl_jax.config import UserError
+from edl_jax.readers import Record, find_files, need_package, read_records
+from edl_jax.taxonomy import UNLABELLED, read_yaml
+
+# Characters of a text that a model looks at: enough to tell, and cheap.
+EXAMINED_CHARACTERS = 1000
+
+# What py3langid tells apart and users call one language.
+_LANGUAGES = {"wuu": "zh"}
+
+
+class Label(NamedTuple):
+  """A domain label, and how sure its rule is, in [0, 1]."""
+
+  name: str
+  confidence: float = 1.0
+
+
+# Returns None for a record whose label it does not know.
+Rule = Callable[[Record], Label | None]
+
+
+def first_of(rules: Sequence[Rule]) -> Rule:
+  """Returns the rule that asks `rules` in order until one knows the label."""
+
+  def rule(record: Record) -> Label | None:
+    return next(
+      (label for each in rules if (label := each(record)) is not None), None
+    )
+
+  return rule
+
+
+def both(coarse: Rule, fine: Rule) -> Rule:
+  """Returns the rule that labels "coarse/coarse_fine" by two rules.
+
+  The fine name holds the coarse one, since a fine label has one parent.
+  """
+
+  def rule(record: Record) -> Label | None:
+    above, below = coarse(record), fine(record)
+    if above is None or below is None:
+      return None
+    name = f"{above.name}/{above.name}_{below.name}"
+    return Label(name, above.confidence * below.confidence)
+
+  return rule
+
+
+def by_column(column: str) -> Rule:
+  """Returns the rule that takes a metadata column for the label."""
+
+  def rule(record: Record) -> Label | None:
+    value = record.get(column)
+    return None if value in (None, "") else Label(str(value))
+
+  return rule
+
+
+def by_url(labels: dict[str, str], column: str = "url") -> Rule:
+  """Returns the rule that goes by the host of an address.
+
+  A host or suffix of hosts, as "arxiv.org" or ".gov", counts for everything
+  below it too; the longest that fits decides.
+  """
+  by_suffix = {suffix.lstrip("."): name for suffix, name in labels.items()}
+
+  def rule(record: Record) -> Label | None:
+    address = str(record.get(column) or "")
+    try:
+      host = urllib.parse.urlsplit(
+        address if "//" in address else f"//{address}"
+      ).hostname
+    except ValueError:  # As "http://[".
+      return None
+    parts = (host or "").split(".")
+    for start in range(len(parts)):
+      if name := by_suffix.get(".".join(parts[start:])):
+        return Label(name)
+    return None
+
+  return rule
+
+
+def by_path(labels: dict[str, str], column: str = "path") -> Rule:
+  """Returns the rule that goes by patterns of paths, the first that fits.
+
+  A "*" also stands for folders: "*.py" is a file extension anywhere.
+  """
+
+  def rule(record: Record) -> Label | None:
+    path = str(record.get(column) or "")
+    for pattern, name in labels.items():
+      if fnmatch.fnmatchcase(path, pattern):
+        return Label(name)
+    return None
+
+  return rule
+
+
+def by_language() -> Rule:
+  """Returns the rule that names the text's language: "en", "zh", ...
+
+  By py3langid, offline. Its confidence is a probability.
+  """
+  module = need_package("py3langid.langid", "labelling by language")
+  identifier = module.LanguageIdentifier.from_model_file(
+    module.MODEL_FILE, norm_probs=True
+  )
+
+  def rule(record: Record) -> Label | None:
+    shares = collections.Counter[str]()
+    for name, share in identifier.rank(record["text"][:EXAMINED_CHARACTERS]):
+      shares[_LANGUAGES.get(name, name)] += share
+    return Label(*shares.most_common(1)[0])
+
+  return rule
+
+
+def by_file_type() -> Rule:
+  """Returns the rule that names what kind of file a text is, by magika."""
+  try:
+    magika = need_package("magika", "labelling by file type").Magika()
+  except UserError as error:
+    raise UserError(
+      "labelling by file type needs the package magika: pip install magika"
+    ) from error
+
+  def rule(record: Record) -> Label | None:
+    found = magika.identify_bytes(record["text"].encode())
+    return Label(str(found.output.label), float(found.score))
+
+  return rule
+
+
+def by_topic(model: str) -> Rule:
+  """Returns the rule of a classifier that `data.topics` trained."""
+  from data.topics import TopicClassifier
+
+  classifier = TopicClassifier.load(model)
+
+  def rule(record: Record) -> Label | None:
+    return Label(*classifier.classify(record["text"]))
+
+  return rule
+
+
+def translated(
+  rule: Rule, labels: dict[str, str] | None, at_least: float = 0.0
+) -> Rule:
+  """Returns a rule whose names are looked up in `labels`, if there are any.
+
+  A name that is not there, or less sure than `at_least`, is not known.
+  """
+
+  def outer(record: Record) -> Label | None:
+    label = rule(record)
+    if label is None or label.confidence < at_least:
+      return None
+    if labels is None:
+      return label
+    name = labels.get(label.name)
+    return None if name is None else label._replace(name=name)
+
+  return outer
+
+
+# --- The file of rules -------------------------------------------------------
+
+# Keys of each kind of rule besides "by".
+_KEYS = {
+  "column": {"column", "labels"},
+  "url": {"column", "labels"},
+  "path": {"column", "labels"},
+  "language": {"labels", "at_least"},
+  "file_type": {"labels", "at_least"},
+  "topic": {"labels", "at_least", "model"},
+  "both": {"coarse", "fine"},
+}
+_REQUIRED = {
+  "column": "column",
+  "url": "labels",
+  "path": "labels",
+  "topic": "model",
+  "both": "fine",
+}
+
+
+def load_rules(path: str) -> Rule:
+  """Reads a file of rules, as this module's docstring shows them.
+
+  Paths of models are relative to the file.
+
+  Raises:
+    UserError: something is wrong, or a package is missing; names file and rule.
+  """
+  content = read_yaml(path)
+  rules = content.get("rules")
+  if list(content) != ["rules"] or not isinstance(rules, list) or not rules:
+    raise UserError(f"{path}: must hold a list under 'rules' and nothing else")
+  folder = os.path.dirname(path)
+  return first_of(
+    [
+      _rule(entry, f"{path}: rule {number}", folder)
+      for number, entry in enumerate(rules, start=1)
+    ]
+  )
+
+
+def _rule(entry: Any, where: str, folder: str) -> Rule:
+  if not isinstance(entry, dict) or entry.get("by") not in _KEYS:
+    raise UserError(
+      f"{where}: 'by' must be one of {', '.join(_KEYS)}; the rule is {entry!r}"
+    )
+  kind = entry["by"]
+  for key in entry:
+    if key not in _KEYS[kind] | {"by"}:
+      raise UserError(
+        f"{where}: unknown key {key!r}; by {kind} knows"
+        f" {', '.join(sorted(_KEYS[kind]))}"
+      )
+  if kind in _REQUIRED and _REQUIRED[kind] not in entry:
+    raise UserError(f"{where}: by {kind} needs {_REQUIRED[kind]!r}")
+  if kind == "both":
+    parts = (
+      _rule(entry.get(part), f"{where}, {part}", folder)
+      for part in ("coarse", "fine")
+    )
+    return both(*parts)
+  labels, at_least = entry.get("labels"), entry.get("at_least", 0.5)
+  if labels is not None:
+    if not isinstance(labels, dict) or not labels:
+      raise UserError(f"{where}: 'labels' must be {{found: label, ...}}")
+    # YAML reads "no" and 3 as other things than names.
+    labels = {str(found): str(name) for found, name in labels.items()}
+  if isinstance(at_least, bool) or not isinstance(at_least, (int, float)):
+    raise UserError(f"{where}: at_least must be a number, not {at_least!r}")
+  if kind in ("url", "path"):
+    make = by_url if kind == "url" else by_path
+    return make(labels, str(entry.get("column", kind)))
+  if kind == "column":
+    return translated(by_column(str(entry["column"])), labels)
+  if kind == "language":
+    return translated(by_language(), labels, at_least)
+  if kind == "file_type":
+    return translated(by_file_type(), labels, at_least)
+  model = os.path.join(folder, str(entry["model"]))
+  return translated(by_topic(model), labels, at_least)
+
+
+# --- The report --------------------------------------------------------------
+
+
+class LabelReport:
+  """Documents, bytes and mean confidence by label; reports add."""
+
+  def __init__(self):
+    self._sums = collections.defaultdict[str, list[float]](lambda: [0, 0, 0.0])
+
+  def add(self, name: str, size: int, confidence: float) -> None:
+    """Counts a document of `size` bytes."""
+    sums = self._sums[name]
+    sums[0] += 1
+    sums[1] += size
+    sums[2] += confidence
+
+  def merge(self, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds what `rows` of another report returned."""
+    for row in rows:
+      sums = self._sums[row["label"]]
+      sums[0] += row["documents"]
+      sums[1] += row["bytes"]
+      sums[2] += row["confidence"] * row["documents"]
+
+  def rows(self) -> list[dict[str, Any]]:
+    """Returns a dict for each label, by name, as JSON can hold it."""
+    return [
+      {
+        "label": name,
+        "documents": documents,
+        "bytes": size,
+        "confidence": total / documents,
+      }
+      for name, (documents, size, total) in sorted(self._sums.items())
+    ]
+
+  def lines(self) -> list[str]:
+    """Returns the report as lines of text."""
+    width = max([len(name) for name in self._sums], default=0)
+    return [
+      f"  {row['label']:<{width}}  {row['documents']:>9,} documents"
+      f"  {row['bytes']:>13,} bytes  confidence {row['confidence']:.3f}"
+      for row in self.rows()
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Prints the report.
+
+  Raises:
+    UserError: wrong options, rules or files.
+  """
+  parser = Parser(__doc__)
+  parser.add_argument("--files", required=True, help="glob of files to label")
+  parser.add_argument("--rules", required=True, help="file of rules")
+  options = parser.parse_args(arguments)
+  rule, report = load_rules(options.rules), LabelReport()
+  root, paths = find_files(options.files, "--files")
+  for path in paths:
+    for _, record in read_records(path, root):
+      if isinstance(record, UserError):
+        raise record
+      name, confidence = rule(record) or (UNLABELLED, 0.0)
+      report.add(name, len(record["text"].encode()), confidence)
+  print("\n".join(report.lines()))
+
+
+if __name__ == "__main__":
+  run(main)

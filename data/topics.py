@@ -1,0 +1,196 @@
+"""A topic classifier for domain labels, trained on labelled samples.
+
+  python -m data.topics --files="samples/*.jsonl" --out=topics
+
+learns the domains of the samples from hashed character n-grams with a linear
+model, says how often it is right on samples it was not shown, and writes a
+folder that the rule `{by: topic, model: topics}` of `data.labels` reads.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.command import Parser, run
+from edl_jax.config import UserError
+from edl_jax.mixture import position
+from edl_jax.readers import find_files, need_package, read_records
+
+# Characters of a text that count: the topic shows early, and time is linear.
+_EXAMINED_CHARACTERS = 4000
+_FEATURES = 2**18
+# Lengths of the n-grams, in characters: words in part, and Han words whole.
+_NGRAMS = (1, 4)
+# Share of samples, by hash of their text, that measure the accuracy.
+_TEST_SHARE = 0.2
+_PURPOSE = "labelling by topic"
+
+
+class TopicClassifier:
+  """Scores hashed character n-grams with a linear model per label."""
+
+  def __init__(
+    self, labels: Sequence[str], weights_DF: np.ndarray, bias_D: np.ndarray
+  ):
+    """Takes what training found, float32 (labels, features) and (labels,)."""
+    text = need_package("sklearn.feature_extraction.text", _PURPOSE)
+    self.labels = tuple(labels)
+    self._weights_FD = np.ascontiguousarray(weights_DF.T)
+    self._bias_D = bias_D
+    self._vectorizer = text.HashingVectorizer(
+      analyzer="char",
+      ngram_range=_NGRAMS,
+      n_features=_FEATURES,
+      dtype=np.float32,
+    )
+
+  def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+    """Returns each label's probability for each text, (texts, labels).
+
+    Each label was trained against all others; their scores add up to one.
+    """
+    features = self._vectorizer.transform(
+      [text[:_EXAMINED_CHARACTERS] for text in texts]
+    )
+    scores = features @ self._weights_FD + self._bias_D
+    share = 1 / (1 + np.exp(-np.clip(scores, -50, 50)))
+    return share / share.sum(1, keepdims=True)
+
+  def classify(self, text: str) -> tuple[str, float]:
+    """Returns the likeliest label of a text, and its probability."""
+    (share,) = self.probabilities([text])
+    best = int(share.argmax())
+    return self.labels[best], float(share[best])
+
+  def save(self, folder: str) -> None:
+    """Writes the model and its list of labels into a folder.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+      os.makedirs(folder, exist_ok=True)
+      np.savez_compressed(
+        os.path.join(folder, "model.npz"),
+        weights=self._weights_FD.T,
+        bias=self._bias_D,
+      )
+      path = os.path.join(folder, "labels.json")
+      with open(path, "w", encoding="utf-8") as file:
+        json.dump(list(self.labels), file, ensure_ascii=False, indent=2)
+    except OSError as error:
+      raise UserError(f"{folder}: {error.strerror}") from error
+
+  @classmethod
+  def load(cls, folder: str) -> "TopicClassifier":
+    """Inverse of `save`; runs no code from the files.
+
+    Raises:
+      UserError: the folder holds no such model.
+    """
+    try:
+      with open(os.path.join(folder, "labels.json"), encoding="utf-8") as file:
+        labels = json.load(file)
+      with np.load(os.path.join(folder, "model.npz")) as arrays:
+        weights_DF, bias_D = arrays["weights"], arrays["bias"]
+      if weights_DF.shape != (len(labels), _FEATURES):
+        raise ValueError("other labels than the model has")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+      raise UserError(
+        f"{folder}: no topic classifier ({error}); python -m data.topics makes"
+        " one"
+      ) from error
+    return cls(labels, weights_DF, bias_D)
+
+
+def train_topics(
+  texts: Sequence[str], names: Sequence[str], seed: int = 0
+) -> TopicClassifier:
+  """Trains a classifier; deterministic for a seed.
+
+  Args:
+    texts: samples.
+    names: the label of each.
+    seed: of the order in which samples are seen.
+
+  Raises:
+    UserError: fewer than two labels.
+  """
+  linear = need_package("sklearn.linear_model", _PURPOSE)
+  labels = sorted(set(names))
+  if len(labels) < 2:
+    raise UserError(f"a classifier needs two labels; the samples have {labels}")
+  empty = TopicClassifier(labels, np.zeros((2, 1)), np.zeros(2))
+  features = empty._vectorizer.transform(
+    [text[:_EXAMINED_CHARACTERS] for text in texts]
+  )
+  model = linear.SGDClassifier(
+    loss="log_loss", alpha=1e-6, average=True, random_state=seed
+  )
+  model.fit(features, [labels.index(name) for name in names])
+  weights_DF, bias_D = model.coef_, model.intercept_
+  if len(labels) == 2:  # One model tells them apart.
+    weights_DF, bias_D = (np.concatenate([-x, x]) for x in (weights_DF, bias_D))
+  return TopicClassifier(
+    labels, weights_DF.astype(np.float32), bias_D.astype(np.float32)
+  )
+
+
+def train_and_measure(pattern: str) -> tuple[TopicClassifier, list[str]]:
+  """Trains on labelled files; returns the classifier and a report.
+
+  Raises:
+    UserError: a bad record, one without a domain, or too few samples.
+  """
+  samples: dict[str, str] = {}
+  root, paths = find_files(pattern, "--files")
+  for path in paths:
+    for where, record in read_records(path, root):
+      if isinstance(record, UserError):
+        raise record
+      if not record.get("domain"):
+        raise UserError(f"{where}: a sample needs a domain")
+      samples[record["text"]] = record["domain"]
+  test = {text for text in samples if position(text) < _TEST_SHARE}
+  train = {text: name for text, name in samples.items() if text not in test}
+  classifier = train_topics(list(train), list(train.values()))
+  found: dict[str, list[bool]] = {
+    name: [] for name in sorted(classifier.labels)
+  }
+  for text in test:
+    right = classifier.classify(text)[0] == samples[text]
+    found.setdefault(samples[text], []).append(right)
+  every = [right for own in found.values() for right in own]
+  if not every:
+    raise UserError(f"--files={pattern}: too few samples to measure accuracy")
+  return classifier, [
+    f"{len(train):,} samples trained on; of {len(every):,} others"
+    f" {np.mean(every):.3f} right",
+    *(
+      f"  {name}: {np.mean(own):.3f} of {len(own):,}"
+      for name, own in found.items()
+      if own
+    ),
+  ]
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Trains, measures and saves a classifier.
+
+  Raises:
+    UserError: wrong options or samples.
+  """
+  parser = Parser(__doc__)
+  parser.add_argument("--files", required=True, help="glob of labelled samples")
+  parser.add_argument("--out", required=True, help="folder to write")
+  options = parser.parse_args(arguments)
+  classifier, report = train_and_measure(options.files)
+  classifier.save(options.out)
+  print("\n".join([*report, f"written to {options.out}"]))
+
+
+if __name__ == "__main__":
+  run(main)
