@@ -16,7 +16,7 @@ import numpy as np
 
 from data.command import Parser, run
 from edl_jax.config import UserError
-from edl_jax.mixture import position
+from edl_jax.mixture import origin_digest, position
 from edl_jax.readers import find_files, need_package, read_records
 
 # Characters of a text that count: the topic shows early, and time is linear.
@@ -154,7 +154,9 @@ def train_and_measure(pattern: str) -> tuple[TopicClassifier, list[str]]:
       if not record.get("domain"):
         raise UserError(f"{where}: a sample needs a domain")
       samples[record["text"]] = record["domain"]
-  test = {text for text in samples if position(text) < _TEST_SHARE}
+  test = {
+    text for text in samples if position(origin_digest(text)) < _TEST_SHARE
+  }
   train = {text: name for text, name in samples.items() if text not in test}
   classifier = train_topics(list(train), list(train.values()))
   found: dict[str, list[bool]] = {

@@ -178,6 +178,9 @@ class DataConfig:
   # too), Parquet, ArrayRecord, or plain text in a folder per domain. Empty:
   # the embedded mixture `python_install`.
   files: str = ""
+  # A folder that `python -m data.prepare` wrote, read in place of `files` and
+  # with its own tokenizer; empty: none.
+  prepared: str = ""
   # A taxonomy file (YAML): domains, their coarse parents, their weights.
   taxonomy: str = ""
   # Domain names as "fine" or "coarse/fine". Empty: the embedded taxonomy, or
@@ -200,7 +203,8 @@ class DataConfig:
   # every training row a random fine label.
   granularity: str = "fine"
   # "bpe": byte-level BPE of model.vocabulary_size trained on the mixture;
-  # "byte": one token a byte.
+  # "byte": one token a byte; or the path of a tokenizer.json or of a
+  # SentencePiece .model.
   tokenizer: str = "bpe"
   # Characters read per domain at most.
   max_characters_per_domain: int = 3_000_000
@@ -261,7 +265,6 @@ _CHOICES = {
   "train.accumulation": ("exact", "per_micro_batch"),
   "data.mixing": ("equal", "tokens", "bytes"),
   "data.granularity": ("fine", "coarse", "hierarchical", "shuffled"),
-  "data.tokenizer": ("bpe", "byte"),
 }
 
 _POSITIVE = (
@@ -574,12 +577,24 @@ def _validate_data(experiment: Experiment) -> None:
       f"data.taxonomy={data.taxonomy} and data.domains={data.domains} both"
       " name the domains: give one of them"
     )
+  if data.prepared and data.files:
+    raise UserError(
+      f"data.prepared={data.prepared} and data.files={data.files} both name the"
+      " text: give one of them"
+    )
   if data.mixing == "equal" and data.temperature != 1:
     raise UserError(
       f"data.temperature={data.temperature}: needs data.mixing=tokens or"
       " bytes, not equal"
     )
   _validate_weights(data)
+  if data.tokenizer not in ("bpe", "byte") and not data.tokenizer.endswith(
+    (".json", ".model")
+  ):
+    raise UserError(
+      f"data.tokenizer={data.tokenizer!r}: must be bpe, byte, or the path of a"
+      " file that ends in .json or .model"
+    )
   if data.tokenizer == "byte" and experiment.model.vocabulary_size < 257:
     raise UserError(
       f"model.vocabulary_size={experiment.model.vocabulary_size}:"

@@ -17,6 +17,7 @@ from edl_jax.config import Experiment
 from edl_jax.input_pipeline import eval_batches
 from edl_jax.mixture import Corpus, Taxonomy
 from edl_jax.model import Model
+from edl_jax.prepared import PreparedCorpus
 from edl_jax.sharding import put_batch
 from edl_jax.tokenizer import Tokenizer
 
@@ -172,7 +173,10 @@ def summarize(
 
 
 def evaluate_checkpoint(
-  corpus: Corpus, provenance: Provenance, mesh: Mesh, workdir: str
+  corpus: Corpus | PreparedCorpus,
+  provenance: Provenance,
+  mesh: Mesh,
+  workdir: str,
 ) -> None:
   """Evaluates the newest checkpoint of `workdir`.
 

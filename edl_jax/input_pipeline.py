@@ -8,6 +8,7 @@ take their rows of the same global sequence.
 import dataclasses
 import hashlib
 import io
+import itertools
 import math
 import zipfile
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ import numpy as np
 from edl_jax.batch import Batch
 from edl_jax.config import Experiment, UserError
 from edl_jax.mixture import Corpus, Phases, mix_phases, mixture_phases
+from edl_jax.prepared import PreparedCorpus
 from edl_jax.sources import Document
+from edl_jax.token_stream import EncodedDocuments, TokenStream
 from edl_jax.tokenizer import Tokenizer, cache_key, read_cache, write_cache
 
 # Batches made ahead in the background.
@@ -34,9 +37,9 @@ class PackedRows:
   is predicted like any other token and no position is lost.
   """
 
-  # Documents, each opened by the start token, and one more start at the end;
-  # int32 (tokens,).
-  stream: np.ndarray
+  # Documents, each opened by the start token, and one more start at the end:
+  # int32 (tokens,), or what gives such arrays for slices.
+  stream: np.ndarray | TokenStream
   sequence_length: int
   document_start_id: int
   # Fine label of every row, -1 for none.
@@ -72,7 +75,9 @@ class PackedRows:
 
 
 def train_dataset(
-  corpus: Corpus, tokenizer: Tokenizer, experiment: Experiment
+  corpus: Corpus | PreparedCorpus,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
 ) -> grain.MapDataset[Batch]:
   """Returns the endless sequence of training rows, without the axis B.
 
@@ -92,7 +97,7 @@ def train_dataset(
     seed = _seed(experiment, f"documents {domain}")
     order = np.random.default_rng(seed).permutation(len(documents))
     rows = PackedRows(
-      stream=_stream([documents[i] for i in order], tokenizer),
+      stream=TokenStream(documents[order], tokenizer.document_start_id),
       sequence_length=experiment.train.sequence_length,
       document_start_id=tokenizer.document_start_id,
       domain=label,
@@ -121,12 +126,15 @@ class EpochCounter:
   """
 
   def __init__(
-    self, corpus: Corpus, tokenizer: Tokenizer, experiment: Experiment
+    self,
+    corpus: Corpus | PreparedCorpus,
+    tokenizer: Tokenizer,
+    experiment: Experiment,
   ):
     tokens = _tokenize(corpus, "train", tokenizer)
     self._phases = _phases(corpus, tokens, experiment)
     self._rows = {
-      name: _token_count(documents) // experiment.train.sequence_length
+      name: documents.token_count // experiment.train.sequence_length
       for name, documents in zip(corpus.taxonomy.sources, tokens)
     }
     self._last: dict[str, float] = {}
@@ -204,7 +212,7 @@ def train_iterator(
 
 
 def eval_batches(
-  corpus: Corpus,
+  corpus: Corpus | PreparedCorpus,
   tokenizer: Tokenizer,
   experiment: Experiment,
   process_index: int = 0,
@@ -225,7 +233,7 @@ def eval_batches(
   held_out = _tokenize(corpus, "held_out", tokenizer)
   for domain, documents in enumerate(held_out[: len(corpus.taxonomy.fine)]):
     packed = PackedRows(
-      stream=_stream(documents, tokenizer),
+      stream=TokenStream(documents, tokenizer.document_start_id),
       sequence_length=experiment.train.sequence_length,
       document_start_id=tokenizer.document_start_id,
       domain=domain,
@@ -268,22 +276,15 @@ def _seed(experiment: Experiment, purpose: str) -> int:
   return int.from_bytes(digest[:4], "big")
 
 
-def _stream(
-  documents: Sequence[np.ndarray], tokenizer: Tokenizer
-) -> np.ndarray:
-  """Joins documents as `PackedRows` wants them."""
-  start = np.array([tokenizer.document_start_id], np.int32)
-  pieces = [piece for document in documents for piece in (start, document)]
-  return np.concatenate([*pieces, start])
-
-
 def _tokenize(
-  corpus: Corpus, split: str, tokenizer: Tokenizer
-) -> list[list[np.ndarray]]:
-  """Returns the tokens of each document, int32, by domain.
+  corpus: Corpus | PreparedCorpus, split: str, tokenizer: Tokenizer
+) -> list[EncodedDocuments]:
+  """Returns the tokens of each source's documents.
 
   Encoding takes a second per two or three megabytes, so its result is cached.
   """
+  if isinstance(corpus, PreparedCorpus):
+    return corpus.documents(split)
   groups: tuple[tuple[Document, ...], ...] = getattr(corpus, split)
   documents = [document for group in groups for document in group]
   # The split may differ for the same content: texts are part of the key.
@@ -294,76 +295,71 @@ def _tokenize(
   cached = read_cache(f"tokens-{key}.npz")
   encoded = _unpack(cached) if cached is not None else None
   if encoded is None:
-    encoded = tokenizer.encode_batch([document.text for document in documents])
+    pieces = tokenizer.encode_batch([document.text for document in documents])
+    tokens = np.concatenate(pieces)
+    small = tokens.max(initial=0) < 2**16
+    encoded = EncodedDocuments.from_array(
+      tokens.astype(np.uint16) if small else tokens, [*map(len, pieces)]
+    )
     write_cache(f"tokens-{key}.npz", _pack(encoded))
-  remaining = iter(encoded)
-  return [[next(remaining) for _ in group] for group in groups]
+  ends = np.cumsum([0, *map(len, groups)])
+  return [encoded[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def _pack(encoded: Sequence[np.ndarray]) -> bytes:
+def _pack(encoded: EncodedDocuments) -> bytes:
   file = io.BytesIO()
-  tokens = np.concatenate(encoded)
-  small = tokens.max(initial=0) < 2**16
-  np.savez(
-    file,
-    tokens=tokens.astype(np.uint16) if small else tokens,
-    lengths=np.array([len(document) for document in encoded]),
-  )
+  (tokens,) = encoded.arrays
+  np.savez(file, tokens=tokens, lengths=encoded.length_N)
   return file.getvalue()
 
 
-def _unpack(content: bytes) -> list[np.ndarray] | None:
+def _unpack(content: bytes) -> EncodedDocuments | None:
   """Inverse of `_pack`; None if the file was damaged (zip has checksums)."""
   try:
     arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    tokens, lengths = arrays["tokens"].astype(np.int32), arrays["lengths"]
+    return EncodedDocuments.from_array(arrays["tokens"], arrays["lengths"])
   except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
     return None
-  return np.split(tokens, np.cumsum(lengths)[:-1])
-
-
-def _token_count(documents: Sequence[np.ndarray]) -> int:
-  """Counts tokens and the start token of each document."""
-  return sum(map(len, documents)) + len(documents)
 
 
 def _phases(
-  corpus: Corpus, tokens: Sequence[Sequence[np.ndarray]], experiment: Experiment
+  corpus: Corpus | PreparedCorpus,
+  tokens: Sequence[EncodedDocuments],
+  experiment: Experiment,
 ) -> Phases:
   data = experiment.data
   sizes: list[int] = []
   if data.mixing == "tokens":
-    sizes = [_token_count(documents) for documents in tokens]
+    sizes = [documents.token_count for documents in tokens]
   elif data.mixing == "bytes":
-    sizes = [
-      sum(len(document.text.encode()) for document in group)
-      for group in corpus.train
-    ]
+    sizes = corpus.train_bytes()
   return mixture_phases(data, experiment.train, corpus.taxonomy, sizes)
 
 
 def _check_lengths(
   names: Sequence[str],
   in_use: Sequence[bool],
-  tokens: Sequence[Sequence[np.ndarray]],
+  tokens: Sequence[EncodedDocuments],
   experiment: Experiment,
 ) -> None:
   """Checks, for the domains in use, that rows can be filled and are of use."""
   length = experiment.train.sequence_length
-  # The start token counts as part of a document.
-  sizes = {
-    name: [len(document) + 1 for document in documents]
-    for name, used, documents in zip(names, in_use, tokens)
-    if used
+  used = {
+    name: documents
+    for name, is_used, documents in zip(names, in_use, tokens)
+    if is_used
   }
-  for name, own in sizes.items():
-    if sum(own) < length:
+  # The start token counts as part of a document.
+  for name, documents in used.items():
+    if documents.token_count < length:
       raise UserError(
-        f"domain {name!r} has {sum(own)} training tokens, less than one row of"
-        f" train.sequence_length={length}; add text or shorten the rows"
+        f"domain {name!r} has {documents.token_count} training tokens, less"
+        f" than one row of train.sequence_length={length}; add text or shorten"
+        " the rows"
       )
-  name = max(sizes, key=lambda name: max(sizes[name]))
-  longest = max(sizes[name])
+  longest_of = {name: int(d.length_N.max()) + 1 for name, d in used.items()}
+  name = max(longest_of, key=longest_of.__getitem__)
+  longest = longest_of[name]
   if length > longest:
     raise UserError(
       f"train.sequence_length={length} is more than any training document"

@@ -76,6 +76,7 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
   from edl_jax.evaluate import evaluate_checkpoint
   from edl_jax.input_pipeline import train_dataset
   from edl_jax.mixture import load_corpus
+  from edl_jax.prepared import load_prepared
   from edl_jax.tokenizer import load_tokenizer
   from edl_jax.train import (
     NonFiniteError,
@@ -92,9 +93,17 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
       f"--workdir={workdir} has no checkpoint to evaluate; train first"
     )
   tokenizer = initial_tokenizer(experiment)
-  corpus = load_corpus(experiment.data)
-  if tokenizer is None:
-    tokenizer = load_tokenizer(experiment, corpus)
+  if experiment.data.prepared:
+    corpus = load_prepared(experiment)
+    if tokenizer and tokenizer.to_json() != corpus.tokenizer.to_json():
+      raise UserError(
+        f"data.prepared={experiment.data.prepared} has another tokenizer than"
+        f" train.initial_checkpoint={experiment.train.initial_checkpoint}"
+      )
+    tokenizer = corpus.tokenizer
+  else:
+    corpus = load_corpus(experiment.data)
+    tokenizer = tokenizer or load_tokenizer(experiment, corpus)
   rows = None
   if mode == "train":
     rows = train_dataset(corpus, tokenizer, experiment)

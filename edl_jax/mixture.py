@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import grain
 
@@ -27,6 +28,20 @@ class Corpus:
   # origin and its text, in order.
   content_hash: str
 
+  def sizes(self) -> list[tuple[int, int]]:
+    """Returns the documents and characters of each source, of both splits."""
+    return [
+      (len(own), sum(len(document.text) for document in own))
+      for own in map(operator.add, self.train, self.held_out)
+    ]
+
+  def train_bytes(self) -> list[int]:
+    """Returns the UTF-8 bytes of each source's training text."""
+    return [
+      sum(len(document.text.encode()) for document in group)
+      for group in self.train
+    ]
+
 
 def load_corpus(data: DataConfig) -> Corpus:
   """Reads and splits all documents; touches no device.
@@ -47,50 +62,69 @@ def load_corpus(data: DataConfig) -> Corpus:
   if data.taxonomy:
     taxonomy = load_taxonomy(data.taxonomy)
     if taxonomy.unlabelled and UNLABELLED not in by_domain:
-      taxonomy = dataclasses.replace(
-        taxonomy, weights=taxonomy.weights[:-1], unlabelled=False
-      )
+      taxonomy = taxonomy.without_unlabelled()
   groups = [by_domain[name] for name in taxonomy.sources]
-  held_out = _held_out_origins(taxonomy.fine, groups, data.held_out_fraction)
+  held_out = held_out_origins(
+    taxonomy.fine,
+    [[origin_digest(document.origin) for document in own] for own in groups],
+    data.held_out_fraction,
+  )
+
+  def split(held: bool) -> tuple[tuple[Document, ...], ...]:
+    return tuple(
+      tuple(d for d in own if (origin_digest(d.origin) in held_out) == held)
+      for own in groups
+    )
+
   return Corpus(
     taxonomy=taxonomy,
-    train=tuple(
-      tuple(d for d in group if d.origin not in held_out) for group in groups
+    train=split(False),
+    held_out=split(True),
+    content_hash=content_hash(
+      names + taxonomy.sources[len(names) :],
+      [[(_digest(d.origin), _digest(d.text)) for d in own] for own in groups],
     ),
-    held_out=tuple(
-      tuple(d for d in group if d.origin in held_out) for group in groups
-    ),
-    content_hash=_content_hash(names + taxonomy.sources[len(names) :], groups),
   )
 
 
-def position(origin: str) -> float:
-  """Hashes an origin to [0, 1): what lies low is held out."""
-  digest = hashlib.sha256(origin.encode(errors="replace")).digest()
+def _digest(text: str) -> bytes:
+  return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
+
+
+def origin_digest(origin: str) -> bytes:
+  """Returns the SHA-256 of an origin, by which it is trained on or held out."""
+  return hashlib.sha256(origin.encode(errors="replace")).digest()
+
+
+def position(digest: bytes) -> float:
+  """Maps a digest to [0, 1); origins that lie low are held out."""
   return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _held_out_origins(
-  names: Sequence[str],
-  groups: Sequence[Sequence[Document]],
-  fraction: float,
-) -> set[str]:
+def held_out_origins(
+  names: Sequence[str], groups: Sequence[Sequence[bytes]], fraction: float
+) -> set[bytes]:
   """Chooses the origins to hold out, the same in every domain.
 
-  Unlabelled documents, a last group beyond `names`, are not evaluated: they
-  need no held-out part.
+  Args:
+    names: of the domains.
+    groups: digests of the origins of each domain's documents. Unlabelled
+      documents, a last group beyond `names`, are not evaluated: they need no
+      held-out part.
+    fraction: of the origins.
+
+  Raises:
+    UserError: a domain of a single origin.
   """
-  places = {d.origin: position(d.origin) for group in groups for d in group}
-  held_out = {origin for origin, at in places.items() if at < fraction}
-  origins = [
-    {document.origin for document in own} for _, own in zip(names, groups)
-  ]
+  every = set().union(*groups)
+  held_out = {origin for origin in every if position(origin) < fraction}
+  origins = [set(own) for _, own in zip(names, groups)]
   for own in origins:
     if not own & held_out:
-      held_out.add(min(own, key=places.__getitem__))
+      held_out.add(min(own, key=position))
   for own in origins:
     if own <= held_out:
-      held_out.remove(max(own, key=places.__getitem__))
+      held_out.remove(max(own, key=position))
   for name, own in zip(names, origins):
     if own <= held_out or not own & held_out:
       raise UserError(
@@ -100,18 +134,21 @@ def _held_out_origins(
   return held_out
 
 
-def _content_hash(
-  names: Sequence[str], groups: Sequence[Sequence[Document]]
+def content_hash(
+  names: Sequence[str], groups: Sequence[Iterable[tuple[bytes, bytes]]]
 ) -> str:
-  """Hashes what split and rows follow from: origins too, and in their order."""
+  """Hashes what split and rows follow from.
+
+  Args:
+    names: of the sources.
+    groups: digests of origin and text of each source's documents, in order.
+  """
   content = hashlib.sha256()
   for name, group in zip(names, groups):
     # Documents never equal this line, being hashed themselves.
     content.update(f"{name}\n".encode())
-    for document in group:
-      for part in (document.origin, document.text):
-        encoded = part.encode(errors="surrogateescape")
-        content.update(hashlib.sha256(encoded).digest())
+    for origin, text in group:
+      content.update(origin + text)
   return content.hexdigest()
 
 

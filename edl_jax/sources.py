@@ -16,7 +16,7 @@ import re
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
 
 from edl_jax.arithmetic import worked_problems
@@ -68,19 +68,11 @@ def read_documents(data: DataConfig) -> tuple[tuple[str, ...], list[Document]]:
   else:
     _read_embedded(data, domains, gathered)
     source = "the embedded mixture"
-  names = domains.names(gathered.documents)
-  if not names:
-    raise UserError(f"data.files={data.files}: no text in any of the files")
+  names = domains.names(gathered.documents, source)
   documents = []
-  for name in names:
-    fine = name.rsplit("/", 1)[-1]
-    if not gathered.documents[fine]:
-      raise UserError(
-        f"empty domain {fine!r}: no text in {source}; add some, or leave it"
-        f" out of {domains.setting}"
-      )
-    documents += gathered.documents[fine]
-  return names, documents + gathered.documents[UNLABELLED]
+  for name in (*names, UNLABELLED):
+    documents += gathered.documents[name.rsplit("/", 1)[-1]]
+  return names, documents
 
 
 class DomainNames:
@@ -147,16 +139,37 @@ class DomainNames:
     self._coarse[fine] = known or coarse
     return fine
 
-  def names(self, found: Iterable[str]) -> tuple[str, ...]:
-    """Returns the declared domains, else those `found`, in the final order."""
+  def names(self, found: Mapping[str, Sized], source: str) -> tuple[str, ...]:
+    """Returns the declared domains, else those found, in the final order.
+
+    Args:
+      found: the documents by fine domain.
+      source: where they were looked for.
+
+    Raises:
+      UserError: there is none, or none of a declared domain.
+    """
     if self._final:
-      return self._names
-    if self.declared:
-      return tuple(
+      names = self._names
+    elif self.declared:
+      names = tuple(
         join_label(coarse or self._coarse.get(fine, ""), fine)
         for fine, coarse in self.declared.items()
       )
-    return tuple(sorted(join_label(self._coarse[fine], fine) for fine in found))
+    else:
+      names = tuple(
+        sorted(join_label(self._coarse[fine], fine) for fine in found)
+      )
+    if not names:
+      raise UserError(f"data.files={source}: no text in any of the files")
+    for name in names:
+      fine = name.rsplit("/", 1)[-1]
+      if not found.get(fine):
+        raise UserError(
+          f"empty domain {fine!r}: no text in {source}; add some, or leave it"
+          f" out of {self.setting}"
+        )
+    return names
 
 
 class _Gatherer:

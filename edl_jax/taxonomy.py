@@ -59,6 +59,11 @@ class Taxonomy:
       for fine, parent in zip(self.fine, self.parent)
     )
 
+  def without_unlabelled(self) -> "Taxonomy":
+    """Returns the taxonomy of a corpus where every row has a domain."""
+    weights = self.weights[: len(self.fine)]
+    return dataclasses.replace(self, weights=weights, unlabelled=False)
+
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON can hold them, without later defaults."""
     fields: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import signal
 import statistics
@@ -34,6 +35,7 @@ from edl_jax.metrics import MetricsWriter, Progress, read_metrics
 from edl_jax.mixture import Corpus, Taxonomy
 from edl_jax.model import Model, parameter_counts
 from edl_jax.optim import make_optimizer, make_schedule
+from edl_jax.prepared import PreparedCorpus
 
 
 class NonFiniteError(Exception):
@@ -319,7 +321,7 @@ class _Loop:
 
   def __init__(
     self,
-    corpus: Corpus,
+    corpus: Corpus | PreparedCorpus,
     rows: grain.MapDataset[Batch],
     provenance: Provenance,
     mesh: Mesh,
@@ -526,7 +528,7 @@ class _Loop:
 
 
 def train(
-  corpus: Corpus,
+  corpus: Corpus | PreparedCorpus,
   rows: grain.MapDataset[Batch],
   provenance: Provenance,
   mesh: Mesh,
@@ -616,21 +618,23 @@ def state_bytes(experiment: Experiment) -> int:
   return 3 * 4 * total
 
 
-def describe(experiment: Experiment, corpus: Corpus, mesh: Mesh) -> list[str]:
+def describe(
+  experiment: Experiment, corpus: Corpus | PreparedCorpus, mesh: Mesh
+) -> list[str]:
   """Returns the lines that a run prints at its start."""
   total, active = parameter_counts(experiment.model)
   axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   train = experiment.train
   domains = []
-  for name, *parts in zip(
-    corpus.taxonomy.sources, corpus.train, corpus.held_out
+  # What was prepared was cut, if at all, when it was prepared.
+  cap = experiment.data.max_characters_per_domain
+  cap = math.inf if experiment.data.prepared else cap
+  for name, (documents, characters) in zip(
+    corpus.taxonomy.sources, corpus.sizes()
   ):
-    documents = [document for part in parts for document in part]
-    characters = sum(len(document.text) for document in documents)
-    cut = characters >= experiment.data.max_characters_per_domain
     domains.append(
-      f"  {name}: {len(documents):,} documents, {characters:,} characters"
-      + (" (cut at data.max_characters_per_domain)" if cut else "")
+      f"  {name}: {documents:,} documents, {characters:,} characters"
+      + (" (cut at data.max_characters_per_domain)" * (characters >= cap))
     )
   return [
     f"{experiment.name}: {total:,} parameters, {active:,} active per token",

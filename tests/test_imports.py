@@ -19,10 +19,11 @@ ROWS = (
     "model",
     "runtime",
   ),
+  ("prepared",),
   ("attention", "moe", "losses", "tokenizer"),
   ("grouped_matmul", "routing", "mixture"),
   ("sources", "batch"),
-  ("taxonomy", "readers"),
+  ("taxonomy", "readers", "token_stream"),
   ("divergence", "sharding", "arithmetic"),
   ("config",),
 )

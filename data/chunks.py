@@ -1,0 +1,300 @@
+"""Work on text in chunks, by several processes, that may be killed any time."""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+
+from data.labels import Rule, load_rules
+from edl_jax.config import UserError
+from edl_jax.mixture import origin_digest
+from edl_jax.prepared import DOCUMENT, TOKENIZER, tokens_name
+from edl_jax.readers import Found, Record, read_records
+from edl_jax.tokenizer import Tokenizer
+
+_Job = TypeVar("_Job")
+_Made = TypeVar("_Made")
+
+# Messages about bad records that are kept for the report.
+_MESSAGES = 10
+
+
+class Chunk(NamedTuple):
+  """Consecutive records, good and bad, of one or many files."""
+
+  number: int
+  found: list[Found]
+
+  def records(self) -> list[Record]:
+    """Returns the good ones."""
+    return [found for _, found in self.found if isinstance(found, dict)]
+
+
+def read_chunks(
+  root: str, paths: Sequence[str], characters: int
+) -> Iterator[Chunk]:
+  """Cuts all records into chunks of about so many characters, in order."""
+  numbers = itertools.count()
+  chunk, size = [], 0
+  for path in paths:
+    for where, found in read_records(path, root):
+      chunk.append((where, found))
+      # A record is some work, however short.
+      size += 100 + (len(found["text"]) if isinstance(found, dict) else 0)
+      if size >= characters:
+        yield Chunk(next(numbers), chunk)
+        chunk, size = [], 0
+  if chunk:
+    yield Chunk(next(numbers), chunk)
+
+
+class Workers:
+  """Processes that call functions of modules on jobs; with one, this process.
+
+  Used as a context manager. Processes begin when there is a job for them.
+  """
+
+  def __init__(self, count: int, start: Callable[..., None], *arguments: Any):
+    """`start` is called once in each process, with `arguments`."""
+    self._count, self._pool = count, None
+    if count == 1:
+      start(*arguments)
+      return
+    self._pool = concurrent.futures.ProcessPoolExecutor(
+      count,
+      multiprocessing.get_context("spawn"),
+      initializer=_start_process,
+      initargs=(start, arguments),
+    )
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+
+  def in_order(
+    self, function: Callable[[_Job], _Made], jobs: Iterable[_Job]
+  ) -> Iterator[_Made]:
+    """Yields `function` of each job, in order; reads a few jobs ahead.
+
+    Raises:
+      UserError: a process was killed.
+    """
+    if self._pool is None:
+      yield from map(function, jobs)
+      return
+    pending: deque[concurrent.futures.Future[_Made]] = deque()
+    try:
+      for job in jobs:
+        pending.append(self._pool.submit(function, job))
+        if len(pending) > 2 * self._count:
+          yield pending.popleft().result()
+      while pending:
+        yield pending.popleft().result()
+    except concurrent.futures.BrokenExecutor as error:
+      raise UserError(
+        "a worker process was killed, perhaps for want of memory; the same"
+        " command goes on, with fewer --workers if need be"
+      ) from error
+
+
+def _start_process(
+  start: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+  # Processes side by side take the place of the tokenizer's own threads.
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"
+  # A parent that was killed cannot end its children.
+  parent = multiprocessing.parent_process()
+
+  def follow() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
+  start(*arguments)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+  """Writes a file as a whole or, if that fails, not at all."""
+  temporary = path.with_name(f"{path.name}.tmp")
+  try:
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
+    raise
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+  """Writes named arrays, as a whole or not at all."""
+  file = io.BytesIO()
+  np.savez(file, **arrays)
+  write_whole(path, file.getvalue())
+
+
+# --- What the processes do ---------------------------------------------------
+
+
+class _Worker:
+  """What a process needs for every chunk."""
+
+  def __init__(self, out: str, rules: str, skip_bad: bool):
+    self.out, self.skip_bad = Path(out), skip_bad
+    self.rule: Rule | None = load_rules(rules) if rules else None
+
+  @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer, which is there when encoding begins."""
+    text = (self.out / TOKENIZER).read_text(encoding="utf-8")
+    return Tokenizer.from_json(text)
+
+
+_worker: _Worker
+
+
+def start_worker(out: str, rules: str, skip_bad: bool) -> None:
+  """Prepares this process for `scan` and `encode`."""
+  global _worker
+  _worker = _Worker(out, rules, skip_bad)
+
+
+def scan_path(out: str | Path, number: int) -> Path:
+  """Where `scan` leaves what it found in a chunk."""
+  return Path(out, "work", f"scan-{number:05}.npz")
+
+
+def encoded_path(out: str | Path, number: int) -> Path:
+  """Where `encode` leaves the documents of a chunk."""
+  return Path(out, "work", f"documents-{number:05}.npz")
+
+
+def scan(chunk: Chunk) -> int:
+  """Labels and measures the records of a chunk; returns their bytes.
+
+  Raises:
+    UserError: a record is bad, and bad ones are not to be skipped.
+  """
+  problems = [str(p) for _, p in chunk.found if isinstance(p, UserError)]
+  if problems and not _worker.skip_bad:
+    raise UserError(problems[0])
+  labels: dict[str | None, tuple[int, str]] = {}
+  ids, columns = [], []
+  for where, record in chunk.found:
+    if isinstance(record, UserError):
+      continue
+    if record.get("id") is not None:
+      ids.append((len(columns), str(record["id"]), where))
+    name, confidence = record.get("domain"), 1.0
+    if _worker.rule:
+      name, confidence = _worker.rule(record) or (None, 0.0)
+    label, _ = labels.setdefault(name, (len(labels), where))
+    text = record["text"]
+    content = text.encode()
+    columns.append(
+      (
+        label,
+        confidence,
+        len(text),
+        len(content),
+        not text or text.isspace(),
+        hashlib.sha256(content).digest(),
+        origin_digest(record.get("origin") or text),
+      )
+    )
+  values = zip(*columns) if columns else [[]] * 7
+  label, confidence, characters, size, blank, text, origin = values
+  write_arrays(
+    scan_path(_worker.out, chunk.number),
+    label=np.array(label, np.int32),
+    confidence=np.array(confidence, np.float32),
+    characters=np.array(characters, np.uint32),
+    bytes=np.array(size, np.uint32),
+    blank=np.array(blank, bool),
+    text=_digests(text),
+    origin=_digests(origin),
+    # By index, the first place of each.
+    labels=json.dumps([(name, where) for name, (_, where) in labels.items()]),
+    ids=json.dumps(ids),
+    problems=json.dumps([len(problems), problems[:_MESSAGES]]),
+  )
+  return sum(size)
+
+
+def _digests(digests: Sequence[bytes]) -> np.ndarray:
+  return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+
+
+class Job(NamedTuple):
+  """What is kept of a chunk: texts, their sources, which are held out."""
+
+  number: int
+  texts: list[str]
+  source_N: np.ndarray
+  held_out_N: np.ndarray
+
+
+def encode(job: Job) -> int:
+  """Writes the tokens of a chunk, then its documents; returns their bytes."""
+  tokenizer = _worker.tokenizer
+  pieces = tokenizer.encode_batch(job.texts)
+  dtype = token_dtype(tokenizer)
+  tokens = np.concatenate([np.zeros(0, np.int32), *pieces]).astype(dtype)
+  contents = [text.encode() for text in job.texts]
+  documents = np.zeros(len(job.texts), DOCUMENT)
+  documents["file"] = job.number
+  documents["tokens"] = [len(piece) for piece in pieces]
+  documents["start"] = np.cumsum(documents["tokens"], dtype=np.uint64)
+  documents["start"] -= documents["tokens"]
+  documents["bytes"] = [len(content) for content in contents]
+  documents["characters"] = [len(text) for text in job.texts]
+  documents["source"] = job.source_N
+  documents["held_out"] = job.held_out_N
+  content = tokens.tobytes()
+  write_whole(_worker.out / tokens_name(job.number), content)
+  write_arrays(
+    encoded_path(_worker.out, job.number),
+    documents=documents,
+    text=_digests([hashlib.sha256(content).digest() for content in contents]),
+    sha256=hashlib.sha256(content).hexdigest(),
+  )
+  return int(documents["bytes"].sum(dtype=np.int64))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+  """Reads what `write_arrays` wrote.
+
+  Raises:
+    UserError: a failing machine lost part of it; the next start writes it anew.
+  """
+  try:
+    with np.load(path, allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    path.unlink(missing_ok=True)
+    raise lost(path) from error
+
+
+def lost(path: Path) -> UserError:
+  """Returns the error of a file that changed after it was written."""
+  return UserError(f"{path}: damaged; the same command writes it anew")
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+  """Returns the smallest type that holds every id, little-endian."""
+  return "<u2" if tokenizer.vocabulary_size <= 2**16 else "<u4"

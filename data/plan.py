@@ -1,0 +1,211 @@
+"""Decides what is kept of scanned text, exactly as reading into memory does."""
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edl_jax.config import DataConfig, UserError
+from edl_jax.mixture import held_out_origins
+from edl_jax.readers import SeenIds
+from edl_jax.sources import DomainNames
+from edl_jax.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
+
+# Messages about bad records that are kept for the report.
+_MESSAGES = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """What becomes of each good record, N in all, in the order of reading."""
+
+  taxonomy: Taxonomy
+  # Index into the taxonomy's sources, -1 where dropped, (N,).
+  source_N: np.ndarray
+  # Characters that are kept, 0 where dropped, (N,).
+  characters_N: np.ndarray
+  held_out_N: np.ndarray
+  # How sure the rules were of the label, (N,).
+  confidence_N: np.ndarray
+  # Digests of the origins, (N, 32).
+  origin_N: np.ndarray
+  # Number of the first record of each chunk, and N.
+  begin: np.ndarray
+  # UTF-8 bytes of the texts that are kept, whole.
+  bytes: int
+  # Counts of what is left out by reason, and "messages" about bad records.
+  skipped: dict[str, Any]
+
+  def digests(
+    self, source_K: np.ndarray, text_K: Sequence[np.ndarray]
+  ) -> list[Iterator[tuple[bytes, bytes]]]:
+    """Returns digests of origin and text, by source, of the K kept documents.
+
+    Args:
+      source_K: the source of each.
+      text_K: the digest of the text of each.
+    """
+    origin_K = self.origin_N[self.source_N >= 0]
+
+    def of_source(source: int) -> Iterator[tuple[bytes, bytes]]:
+      for number in np.flatnonzero(source_K == source):
+        yield origin_K[number].tobytes(), text_K[number].tobytes()
+
+    return [of_source(source) for source in range(len(self.taxonomy.sources))]
+
+  def report(self, documents: np.ndarray) -> list[dict[str, Any]]:
+    """Returns counts, sizes and confidence of each source.
+
+    Args:
+      documents: the kept ones, of type `prepared.DOCUMENT`.
+    """
+    confidence_K = self.confidence_N[self.source_N >= 0]
+    rows = []
+    for source, name in enumerate(self.taxonomy.sources):
+      own = documents["source"] == source
+      sums = {
+        key: int(documents[key][own].sum(dtype=np.int64))
+        for key in ("held_out", "bytes", "tokens")
+      }
+      confidence = float(confidence_K[own].mean(dtype=np.float64))
+      count = int(own.sum())
+      rows.append({"label": name, "documents": count, **sums})
+      rows[-1]["confidence"] = confidence
+    return rows
+
+
+class _Selection:
+  """What is kept, record by record."""
+
+  def __init__(self, data: DataConfig, skip_bad: bool):
+    self.domains, self._skip_bad = DomainNames(data), skip_bad
+    self._ids, self._texts = SeenIds(), set[bytes]()
+    limit = data.max_characters_per_domain
+    self._room = defaultdict[str, int](lambda: limit)
+    # Domain (None: dropped) and kept characters of each record.
+    self.domain: list[str | None] = []
+    self.characters: list[int] = []
+    self.skipped: dict[str, Any] = {
+      "bad": 0,
+      "duplicate": 0,
+      "empty": 0,
+      "over the limit": 0,
+      "messages": [],
+    }
+
+  def add(self, scan: Mapping[str, np.ndarray]) -> None:
+    """Adds the records of a chunk.
+
+    Raises:
+      UserError: a label or an id is wrong, and bad records are not skipped.
+    """
+    count, messages = json.loads(str(scan["problems"]))
+    self.skipped["bad"] += count
+    self.skipped["messages"] += messages
+    names: list[str | UserError] = []
+    for name, where in json.loads(str(scan["labels"])):
+      try:
+        names.append(self.domains.add(name, where))
+      except UserError as error:
+        names.append(error)
+    ids = {index: rest for index, *rest in json.loads(str(scan["ids"]))}
+    for index, label in enumerate(scan["label"].tolist()):
+      domain: str | UserError | None = names[label]
+      if index in ids:
+        identifier, where = ids[index]
+        domain = self._ids.problem({"id": identifier}, where) or domain
+      kept = 0
+      if isinstance(domain, UserError):
+        self._bad(domain)
+      else:
+        kept = self._kept(domain, scan, index)
+      self.domain.append(domain if kept else None)
+      self.characters.append(kept)
+
+  def _bad(self, error: UserError) -> None:
+    if not self._skip_bad:
+      raise error
+    self.skipped["bad"] += 1
+    if len(self.skipped["messages"]) < _MESSAGES:
+      self.skipped["messages"].append(str(error))
+
+  def _kept(
+    self, domain: str, scan: Mapping[str, np.ndarray], index: int
+  ) -> int:
+    """Returns how many characters are kept, 0 if the record is dropped."""
+    digest = scan["text"][index].tobytes()
+    if self._room[domain] <= 0:
+      reason = "over the limit"
+    elif scan["blank"][index]:
+      reason = "empty"
+    elif digest in self._texts:
+      reason = "duplicate"
+    else:
+      self._texts.add(digest)
+      kept = min(int(scan["characters"][index]), self._room[domain])
+      self._room[domain] -= kept
+      return kept
+    self.skipped[reason] += 1
+    return 0
+
+
+def make_plan(
+  scans: Iterable[Mapping[str, np.ndarray]],
+  data: DataConfig,
+  *,
+  skip_bad: bool,
+) -> Plan:
+  """Chooses what is kept and what is held out.
+
+  Args:
+    scans: what `chunks.scan` wrote, chunk by chunk.
+    data: its files (for messages), taxonomy, limit and held-out fraction.
+    skip_bad: whether to leave out bad records, or to stop at the first.
+
+  Raises:
+    UserError: a bad record; no text, or a domain without or that cannot be
+      split.
+  """
+  selection = _Selection(data, skip_bad)
+  columns: dict[str, list[np.ndarray]] = defaultdict(list)
+  for scan in scans:
+    selection.add(scan)
+    for name in ("origin", "confidence", "bytes"):
+      columns[name].append(scan[name])
+  found = defaultdict[str, list[int]](list)
+  for number, domain in enumerate(selection.domain):
+    if domain is not None:
+      found[domain].append(number)
+  labelled = {name: own for name, own in found.items() if name != UNLABELLED}
+  names = selection.domains.names(labelled, data.files)
+  taxonomy = Taxonomy.from_names(names)
+  if data.taxonomy:
+    taxonomy = load_taxonomy(data.taxonomy)
+    if taxonomy.unlabelled and UNLABELLED not in found:
+      taxonomy = taxonomy.without_unlabelled()
+  origin_N = np.concatenate(columns["origin"])
+  groups = [
+    [origin_N[number].tobytes() for number in found[name]]
+    for name in taxonomy.sources
+  ]
+  held_out = held_out_origins(taxonomy.fine, groups, data.held_out_fraction)
+  source_N = np.full(len(origin_N), -1, np.int32)
+  held_out_N = np.zeros(len(origin_N), bool)
+  for source, (name, origins) in enumerate(zip(taxonomy.sources, groups)):
+    source_N[found[name]] = source
+    held_out_N[found[name]] = [origin in held_out for origin in origins]
+  sizes = np.concatenate(columns["bytes"])
+  return Plan(
+    taxonomy=taxonomy,
+    source_N=source_N,
+    characters_N=np.array(selection.characters, np.int64),
+    held_out_N=held_out_N,
+    confidence_N=np.concatenate(columns["confidence"]),
+    origin_N=origin_N,
+    begin=np.cumsum([0, *map(len, columns["bytes"])]),
+    bytes=int(sizes[source_N >= 0].sum(dtype=np.int64)),
+    skipped=selection.skipped,
+  )

@@ -1,0 +1,404 @@
+"""Tokenizes text once, into files that training maps into memory.
+
+  python -m data.prepare --files="text/*.jsonl.gz" --taxonomy=taxonomy.yaml \\
+    --tokenizer=bpe:8192 --out=prepared
+
+An experiment with `data.prepared="prepared"` then reads the same rows as one
+that reads the files themselves. Domains come from the key "domain" of each
+record, or from the rules of --labels (see data/labels.py). Whatever ends the
+command, the same command goes on where it was; once all is there, it only
+compares checksums. The folder is valid when manifest.json is in it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data import chunks
+from data.command import Parser, run
+from data.labels import LabelReport
+from data.plan import Plan, make_plan
+from edl_jax.config import DataConfig, UserError
+from edl_jax.mixture import content_hash
+from edl_jax.prepared import (
+  DOCUMENT,
+  DOCUMENTS,
+  MANIFEST,
+  TOKENIZER,
+  check_files,
+  checksum,
+  read_manifest,
+  tokens_name,
+)
+from edl_jax.readers import find_files
+from edl_jax.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
+
+# Characters of training text that a BPE is learned from, as in
+# edl_jax.tokenizer.
+_TRAINING_CHARACTERS = 6_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to prepare, and how; see `main`."""
+
+  files: str
+  out: str
+  # "bpe:SIZE", "byte", or the path of a tokenizer.
+  tokenizer: str
+  taxonomy: str = ""
+  labels: str = ""
+  held_out_fraction: float = DataConfig.held_out_fraction
+  # None: no limit.
+  max_characters_per_domain: int | None = None
+  skip_bad: bool = False
+  workers: int = 1
+  # Text that is worked on, and written, at once.
+  chunk_characters: int = 4_000_000
+
+  def settings(self, paths: Sequence[str]) -> dict[str, Any]:
+    """Returns all that the result depends on, as JSON can hold it."""
+    settings = dataclasses.asdict(self)
+    for key in ("out", "workers"):
+      del settings[key]
+    for key in ("taxonomy", "labels", "tokenizer"):
+      if os.path.isfile(settings[key]):
+        settings[f"content of {key}"] = checksum(settings[key])["sha256"]
+    inputs = hashlib.sha256()
+    for path in paths:
+      state = os.stat(path)
+      inputs.update(f"{path}\n{state.st_size} {state.st_mtime_ns}\n".encode())
+    return settings | {"input files": len(paths), "inputs": inputs.hexdigest()}
+
+
+def prepare(options: Options) -> dict[str, Any]:
+  """Prepares a folder, or what is missing of it; returns its manifest.
+
+  Raises:
+    UserError: bad text, options that cannot be, a folder of other options, or
+      one that cannot be written. What was done stays for the next start.
+  """
+  root, paths = find_files(options.files, "--files")
+  settings = options.settings(paths)
+  manifest = read_manifest(options.out)
+  if manifest is not None:
+    _check_same(options.out, manifest["settings"], settings)
+    check_files(options.out, manifest, content=True)
+    shutil.rmtree(Path(options.out, "work"), ignore_errors=True)
+    return manifest
+  try:
+    with _opened(options.out, settings):
+      return _Preparation(options, root, paths).run(settings)
+  except OSError as error:
+    raise UserError(
+      f"cannot write to --out={options.out}: {error.strerror or error}; once it"
+      " can, the same command goes on"
+    ) from error
+
+
+def _check_same(
+  out: str, saved: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+  different = [
+    f"{key}: {saved.get(key)!r} -> {settings.get(key)!r}"
+    for key in {**saved, **settings}
+    if saved.get(key) != settings.get(key)
+  ]
+  if different:
+    raise UserError(
+      f"--out={out} was prepared from something else ({'; '.join(different)});"
+      " choose another folder or delete this one"
+    )
+
+
+@contextlib.contextmanager
+def _opened(out: str, settings: Mapping[str, Any]) -> Iterator[None]:
+  """Makes the folder, or checks that it is of the same command; locks it."""
+  work = Path(out, "work")
+  path = work / "settings.json"
+  if path.exists():
+    _check_same(out, json.loads(path.read_text()), settings)
+  elif os.path.isdir(out) and set(os.listdir(out)) - {"work"}:
+    raise UserError(f"--out={out} is not empty, and not of this command")
+  work.mkdir(parents=True, exist_ok=True)
+  with open(work / "lock", "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(f"--out={out}: another process works on it") from error
+    chunks.write_whole(path, json.dumps(settings).encode())
+    yield
+
+
+class _Progress:
+  """One live line on a terminal, a line every ten seconds elsewhere."""
+
+  def __init__(self, name: str, total: int | None = None):
+    self._name, self._total, self._done = name, total, 0
+    self._start = self._shown = time.monotonic()
+    self._live = sys.stderr.isatty()
+
+  def add(self, size: int) -> None:
+    """Counts so many bytes of text as done."""
+    self._done += size
+    now = time.monotonic()
+    if now - self._shown < (0.2 if self._live else 10):
+      return
+    self._shown = now
+    rate = self._done / (now - self._start)
+    line = f"{self._name}: {self._done / 1e6:,.1f} MB"
+    if self._total:
+      left = (self._total - self._done) / rate
+      line += f" of {self._total / 1e6:,.1f} MB, {left:,.0f} s left"
+    line += f", {rate / 1e6:.2f} MB/s"
+    print(
+      f"\r\x1b[K{line}" if self._live else line,
+      end="" if self._live else "\n",
+      file=sys.stderr,
+      flush=True,
+    )
+
+  def close(self) -> None:
+    """Removes the live line."""
+    if self._live:
+      print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+class _Preparation:
+  """The four steps: scan, plan, encode, finish. Each skips what is there."""
+
+  def __init__(self, options: Options, root: str, paths: Sequence[str]):
+    self._options, self._root, self._paths = options, root, paths
+    self._out = Path(options.out)
+
+  def run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Does what is missing; returns the manifest."""
+    options = self._options
+    with chunks.Workers(
+      options.workers,
+      chunks.start_worker,
+      options.out,
+      options.labels,
+      options.skip_bad,
+    ) as workers:
+      count = self._scan(workers)
+      paths = [chunks.scan_path(self._out, number) for number in range(count)]
+      plan = make_plan(
+        map(chunks.read_arrays, paths),
+        DataConfig(
+          files=options.files,
+          taxonomy=options.taxonomy,
+          held_out_fraction=options.held_out_fraction,
+          max_characters_per_domain=options.max_characters_per_domain
+          or sys.maxsize,
+        ),
+        skip_bad=options.skip_bad,
+      )
+      tokenizer = self._tokenizer(plan)
+      self._encode(plan, workers)
+    return self._finish(plan, tokenizer, settings)
+
+  def _chunks(self) -> Iterator[chunks.Chunk]:
+    return chunks.read_chunks(
+      self._root, self._paths, self._options.chunk_characters
+    )
+
+  def _scan(self, workers: chunks.Workers) -> int:
+    """Labels and measures every record; returns the number of chunks."""
+    progress, count = _Progress("reading"), 0
+
+    def missing() -> Iterator[chunks.Chunk]:
+      nonlocal count
+      for chunk in self._chunks():
+        count = chunk.number + 1
+        if not chunks.scan_path(self._out, chunk.number).exists():
+          yield chunk
+
+    for size in workers.in_order(chunks.scan, missing()):
+      progress.add(size)
+    progress.close()
+    return count
+
+  def _tokenizer(self, plan: Plan) -> Tokenizer:
+    """Makes tokenizer.json, if it is not there."""
+    kind, path = self._options.tokenizer, self._out / TOKENIZER
+    if path.exists():
+      return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+    if kind == "byte":
+      tokenizer = byte_tokenizer()
+    elif kind.startswith("bpe:"):
+      print("training the tokenizer", file=sys.stderr)
+      tokenizer = train_tokenizer(self._sample(plan), int(kind[4:]))
+    else:
+      tokenizer = _open_tokenizer(kind)
+    chunks.write_whole(path, tokenizer.to_json().encode())
+    return tokenizer
+
+  def _sample(self, plan: Plan) -> list[str]:
+    """Returns the training text that `load_tokenizer` would learn from."""
+    train = np.flatnonzero((plan.source_N >= 0) & ~plan.held_out_N)
+    train = train[np.argsort(plan.source_N[train], kind="stable")]
+    size, wanted = 0, {}
+    for number in random.Random(0).sample(train.tolist(), len(train)):
+      if size >= _TRAINING_CHARACTERS:
+        break
+      length = min(int(plan.characters_N[number]), _TRAINING_CHARACTERS - size)
+      wanted[number] = length
+      size += length
+    texts = {}
+    for chunk in self._chunks():
+      for place, record in enumerate(chunk.records()):
+        number = int(plan.begin[chunk.number]) + place
+        if number in wanted:
+          texts[number] = record["text"][: wanted[number]]
+    return [texts[number] for number in train.tolist() if number in texts]
+
+  def _encode(self, plan: Plan, workers: chunks.Workers) -> None:
+    """Writes the tokens of every chunk."""
+    progress = _Progress("tokenizing", plan.bytes)
+
+    def missing() -> Iterator[chunks.Job]:
+      for chunk in self._chunks():
+        number = chunk.number
+        if chunks.encoded_path(self._out, number).exists():
+          continue
+        part = slice(plan.begin[number], plan.begin[number + 1])
+        source = plan.source_N[part]
+        kept = source >= 0
+        texts = [
+          record["text"][:length]
+          for record, length in zip(
+            chunk.records(), plan.characters_N[part], strict=True
+          )
+          if length
+        ]
+        yield chunks.Job(
+          number, texts, source[kept], plan.held_out_N[part][kept]
+        )
+
+    for size in workers.in_order(chunks.encode, missing()):
+      progress.add(size)
+    progress.close()
+
+  def _finish(
+    self, plan: Plan, tokenizer: Tokenizer, settings: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Writes the index and, last, the manifest."""
+    parts, digests, files = [np.zeros(0, DOCUMENT)], [], {}
+    for number in range(len(plan.begin) - 1):
+      encoded = chunks.encoded_path(self._out, number)
+      arrays = chunks.read_arrays(encoded)
+      parts.append(arrays["documents"])
+      digests += list(arrays["text"])
+      name = tokens_name(number)
+      files[name] = checksum(self._out / name)
+      if files[name]["sha256"] != str(arrays["sha256"]):
+        encoded.unlink()
+        raise chunks.lost(self._out / name)
+    documents = np.concatenate(parts)
+    index = io.BytesIO()
+    np.save(index, documents)
+    chunks.write_whole(self._out / DOCUMENTS, index.getvalue())
+    for name in (DOCUMENTS, TOKENIZER):
+      files[name] = checksum(self._out / name)
+    sources = (
+      plan.taxonomy.names + plan.taxonomy.sources[len(plan.taxonomy.fine) :]
+    )
+    manifest = {
+      "settings": dict(settings),
+      "taxonomy": plan.taxonomy.to_dict(),
+      "content_hash": content_hash(
+        sources, plan.digests(documents["source"], digests)
+      ),
+      "dtype": chunks.token_dtype(tokenizer),
+      "token_files": len(plan.begin) - 1,
+      "vocabulary_size": tokenizer.vocabulary_size,
+      "domains": plan.report(documents),
+      "skipped": plan.skipped,
+      "files": files,
+    }
+    content = json.dumps(manifest, ensure_ascii=False, indent=2)
+    chunks.write_whole(self._out / MANIFEST, content.encode())
+    shutil.rmtree(self._out / "work")
+    return manifest
+
+
+def _open_tokenizer(path: str) -> Tokenizer:
+  try:
+    return Tokenizer.from_json(Path(path).read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(
+      f"--tokenizer={path}: must be bpe:SIZE, byte or a file ({error.strerror})"
+    ) from error
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Prepares, then prints what there is.
+
+  Raises:
+    UserError: see `prepare`; wrong options.
+  """
+  parser = Parser(__doc__)
+  add = parser.add_argument
+  add("--files", required=True, help="glob, as data.files")
+  add("--out", required=True, help="folder to write")
+  add(
+    "--tokenizer", required=True, help="bpe:SIZE, byte, or a tokenizer's path"
+  )
+  add("--taxonomy", default="", help="taxonomy file, as data.taxonomy")
+  add("--labels", default="", help="file of rules that label the records")
+  add("--held-out-fraction", type=float, default=Options.held_out_fraction)
+  add("--max-characters-per-domain", type=int, help="no limit without it")
+  add("--skip-bad", action="store_true", help="leave out what cannot be read")
+  add("--workers", type=int, default=os.cpu_count(), help="processes")
+  options = Options(**vars(parser.parse_args(arguments)))
+  _check(options)
+  manifest = prepare(options)
+  report = LabelReport()
+  report.merge(manifest["domains"])
+  skipped = dict(manifest["skipped"])
+  messages = skipped.pop("messages")
+  counts = ", ".join(f"{n:,} {name}" for name, n in skipped.items())
+  tokens = sum(row["tokens"] for row in manifest["domains"])
+  print(
+    "\n".join(
+      [
+        f"{tokens:,} tokens in {options.out}:",
+        *report.lines(),
+        f"left out: {counts}",
+        *(f"  {message}" for message in messages),
+      ]
+    )
+  )
+
+
+def _check(options: Options) -> None:
+  if not 0 < options.held_out_fraction < 1:
+    raise UserError("--held-out-fraction must lie between 0 and 1")
+  if options.workers < 1:
+    raise UserError("--workers must be at least 1")
+  limit = options.max_characters_per_domain
+  if limit is not None and limit < 1:
+    raise UserError("--max-characters-per-domain must be at least 1")
+  kind, _, size = options.tokenizer.partition(":")
+  if kind == "bpe" and not (size.isdigit() and int(size) >= 300):
+    raise UserError(
+      f"--tokenizer={options.tokenizer}: bpe needs a size of at least 300"
+    )
+
+
+if __name__ == "__main__":
+  run(main)

@@ -1,0 +1,76 @@
+"""Tokens of documents, in memory or in mapped files, as one long stream."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedDocuments:
+  """Tokens of N documents, each a part of one of `arrays`."""
+
+  # Tokens of any integer type; mapped files as a rule, or one array.
+  arrays: Sequence[np.ndarray]
+  # Which of `arrays`, the first token there, and how many, each (N,).
+  array_N: np.ndarray
+  start_N: np.ndarray
+  length_N: np.ndarray
+
+  @classmethod
+  def from_array(
+    cls, tokens: np.ndarray, length_N: np.ndarray
+  ) -> "EncodedDocuments":
+    """Takes documents that lie one after the other in one array."""
+    length_N = np.asarray(length_N, np.int64)
+    return cls(
+      [tokens],
+      np.zeros(len(length_N), np.int32),
+      np.cumsum(length_N) - length_N,
+      length_N,
+    )
+
+  def __len__(self) -> int:
+    return len(self.length_N)
+
+  def __getitem__(self, part: slice | np.ndarray) -> "EncodedDocuments":
+    """Returns the documents of a slice, a mask or a list of numbers."""
+    columns = (self.array_N, self.start_N, self.length_N)
+    return EncodedDocuments(self.arrays, *(column[part] for column in columns))
+
+  @property
+  def token_count(self) -> int:
+    """Tokens in all, the start token of each document among them."""
+    return int(self.length_N.sum()) + len(self)
+
+
+class TokenStream:
+  """Documents end to end, each opened by the start token, and one start more.
+
+  Slices of it are int32 arrays; nothing else is read into memory.
+  """
+
+  def __init__(self, documents: EncodedDocuments, document_start_id: int):
+    self._documents, self._start_id = documents, document_start_id
+    # Where each document's start token lies, and the last start token.
+    self._begin = np.zeros(len(documents) + 1, np.int64)
+    np.cumsum(documents.length_N + 1, out=self._begin[1:])
+
+  def __len__(self) -> int:
+    return int(self._begin[-1]) + 1
+
+  def __getitem__(self, part: slice) -> np.ndarray:
+    start, stop, _ = part.indices(len(self))
+    tokens = np.full(max(stop - start, 0), self._start_id, np.int32)
+    documents, begin = self._documents, self._begin
+    number = int(np.searchsorted(begin, start, side="right")) - 1
+    while number < len(documents) and begin[number] < stop:
+      # The document's text lies in [first, last) of the stream.
+      first, last = begin[number] + 1, begin[number + 1]
+      low, high = max(first, start), min(last, stop)
+      if low < high:
+        offset = documents.start_N[number] - first
+        array = documents.arrays[documents.array_N[number]]
+        tokens[low - start : high - start] = array[offset + low : offset + high]
+      number += 1
+    return tokens
