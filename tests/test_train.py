@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import edl_jax
+from data.prepare import Options, prepare
 from edl_jax import sharding, train
 from edl_jax.checkpoint import Checkpointer, checkpoint_steps
 from edl_jax.config import MeshConfig
@@ -184,6 +185,38 @@ def test_uninterrupted_run_is_complete(uninterrupted):
   assert steps(uninterrupted) == [15, 20]
   domains = result(uninterrupted)["eval"]["domains"]
   assert set(domains) == {"low", "high", "digits"}
+
+
+def test_prepared_text_trains_and_repeats_are_told(runs):
+  prepared = str(runs.folder / "prepared text")
+  manifest = prepare(
+    Options(
+      files=str(runs.files),
+      out=prepared,
+      tokenizer="byte",
+      max_characters_per_domain=5000,
+    )
+  )
+  ended = runs(
+    "prepared",
+    "--experiment.data.files=",
+    f"--experiment.data.prepared={prepared}",
+    # Of the last domain alone, from step 11 on.
+    "--experiment.data.weight_phases=((0.5, 0.0, 0.0, 1.0),)",
+  )
+  assert ended.returncode == 0, ended.stderr
+  outcome = result(runs.folder / "prepared")
+  assert outcome["content_hash"] == manifest["content_hash"]
+  epochs = outcome["epochs"]
+  assert list(epochs) == ["digits", "high", "low"]
+  # Rows of 64 tokens, of the text of 5000 bytes that is not held out.
+  drawn = 80 / 3 + 80
+  assert drawn / 78 < epochs["low"] < drawn / 39
+  assert epochs["low"] > 1 > epochs["high"] > 0
+  lines = read_metrics(str(runs.folder / "prepared"))
+  assert lines[-1]["data/epochs/low"] == epochs["low"]
+  (said,) = [line for line in ended.stdout.splitlines() if "new order" in line]
+  assert said.endswith("low: read 1 time(s), now again in a new order")
 
 
 KILL, TERMINATE = int(signal.SIGKILL), int(signal.SIGTERM)
