@@ -98,12 +98,6 @@ COMMANDS = {
 @pytest.mark.parametrize(
   ("arguments", "named"), COMMANDS.values(), ids=COMMANDS.keys()
 )
-def test_prepared_text_that_is_not_there_is_refused(tmp_path):
-  experiment = config.load(TINY, {"data.prepared": f"{tmp_path}/none"})
-  message = refused(experiment, tmp_path / "run")
-  assert message == f"data.prepared={tmp_path}/none: no such folder"
-
-
 def test_wrong_command_line_ends_with_code_2(arguments, named):
   # Python in isolation: JAX may not even be loaded to answer this.
   program = (
@@ -288,3 +282,9 @@ def test_full_workdir(tmp_path, files, monkeypatch):
   before = snapshot(tmp_path)
   assert "make room" in refused(provenance.experiment, tmp_path / "run")
   assert snapshot(tmp_path) == before
+
+
+def test_prepared_text_that_is_not_there_is_refused(tmp_path):
+  experiment = config.load(TINY, {"data.prepared": f"{tmp_path}/none"})
+  message = refused(experiment, tmp_path / "run")
+  assert message == f"data.prepared={tmp_path}/none: no such folder"

@@ -222,16 +222,24 @@ def test_many_sources_open_no_threads(tmp_path):
 # --- Ended and continued -----------------------------------------------------
 
 
-def start(made, **options):
-  command = [
-    sys.executable,
-    "-c",
-    "import sys; from data import command, prepare\n"
-    "options = prepare.Options(**__import__('json').loads(sys.argv[1]))\n"
-    "command.run(lambda _: prepare.prepare(options))",
-    json.dumps(dataclasses.asdict(made)),
-  ]
-  return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, **options)
+# Prepares, and may not write files of more bytes than it is told.
+PROGRAM = """
+import json, resource, sys
+from data import command, prepare
+if sys.argv[2:]:
+  resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+options = prepare.Options(**json.loads(sys.argv[1]))
+command.run(lambda _: prepare.prepare(options))
+"""
+
+
+def start(made, *limit):
+  arguments = [json.dumps(dataclasses.asdict(made)), *map(str, limit)]
+  return subprocess.Popen(
+    [sys.executable, "-c", PROGRAM, *arguments],
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+  )
 
 
 def children_of(process):
@@ -343,17 +351,12 @@ def test_two_at_once_are_refused(texts, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_full_disk_leaves_what_can_be_continued(texts, tmp_path, workers):
-  import resource
-
   whole = options_for(texts, tmp_path / "whole", chunk_characters=30_000)
   prepare(whole)
   made = dataclasses.replace(whole, out=str(tmp_path / "out"), workers=workers)
   # Some files fit and some do not.
   sizes = sorted(len(content) for content in contents(whole.out).values())
-  limit = (sizes[-2],) * 2
-  process = start(
-    made, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-  )
+  process = start(made, sizes[-2])
   _, message = process.communicate()
   assert process.returncode == 2
   assert (
