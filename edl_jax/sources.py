@@ -48,8 +48,8 @@ def read_documents(data: DataConfig) -> tuple[tuple[str, ...], list[Document]]:
 
   A record (see `readers.read_records`) has a text and a domain and may have an
   origin, a name shared by texts that belong on the same side of the split;
-  without it the text is its own origin. The last document of a domain is cut where
-  `data.max_characters_per_domain` is reached. How domains are named and
+  without it the text is its own origin. The last document of a domain is cut
+  where `data.max_characters_per_domain` is reached. How domains are named and
   selected: `DomainNames`.
 
   Returns:

@@ -41,7 +41,8 @@ def test_column(rule):
   assert names(plain, "source", values) == ["wiki", "web/news", "3", None, None]
   assert plain({"text": "t"}) is None
   mapped = rule(
-    "rules: [{by: column, column: source, labels: {wiki: prose/wiki, 3: three}}]"
+    "rules: [{by: column, column: source, labels: {wiki: prose/wiki,"
+    " 3: three}}]"
   )
   assert names(mapped, "source", values[:3]) == ["prose/wiki", None, "three"]
 
@@ -95,7 +96,8 @@ def test_language(rule):
   sure = plain({"text": ENGLISH}).confidence
   for at_least, known in ((sure - 1e-6, True), (sure + 1e-6, False)):
     mapped = rule(
-      f"rules: [{{by: language, labels: {{en: english}}, at_least: {at_least}}}]"
+      "rules: [{by: language, labels: {en: english}, at_least:"
+      f" {at_least}}}]"
     )
     assert mapped({"text": ENGLISH}) == (
       Label("english", sure) if known else None
