@@ -30,9 +30,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
-
 from data import corpora_clean, corpora_extract
+from data.command import Parser, run
 from data.corpora_clean import Scrub, Text
 from data.corpora_packages import PackageError, fetch, licence
 from data.corpora_sources import MIXTURES, Source
@@ -40,24 +39,6 @@ from edl_jax.config import DataConfig, UserError
 from edl_jax.mixture import _held_out_origins as held_out_origins
 from edl_jax.sources import Document
 from edl_jax.tokenizer import cache_directory
-
-_MIXTURE = flags.DEFINE_enum(
-  "mixture", "web3", sorted(MIXTURES), "What to build."
-)
-_OUT = flags.DEFINE_string("out", None, "Folder to write.")
-_CACHE = flags.DEFINE_string(
-  "cache", None, "Folder that keeps downloads; default: in the user's cache."
-)
-_ONLY = flags.DEFINE_list(
-  "only", [], "Fine labels of the sources to take; default: all."
-)
-_HELD_OUT_FRACTION = flags.DEFINE_float(
-  "held_out_fraction",
-  DataConfig.held_out_fraction,
-  "The largest data.held_out_fraction that training text is scrubbed for.",
-  lower_bound=1e-6,
-  upper_bound=0.5,
-)
 
 
 def build(
@@ -326,28 +307,58 @@ def select(mixture: str, only: Sequence[str]) -> tuple[Source, ...]:
   return tuple(s for s in sources if not only or s.fine in only)
 
 
+def _parser() -> Parser:
+  parser = Parser(__doc__)
+  add = parser.add_argument
+  add("--mixture", choices=sorted(MIXTURES), default="web3")
+  add("--out", required=True, type=Path, help="folder to write")
+  add(
+    "--cache",
+    type=Path,
+    default=cache_directory() / "packages",
+    help="folder that keeps downloads; default: %(default)s",
+  )
+  add(
+    "--only",
+    default="",
+    metavar="NAME,NAME",
+    help="fine labels of the sources to take; default: all",
+  )
+  add(
+    "--held_out_fraction",
+    type=float,
+    default=DataConfig.held_out_fraction,
+    help="the largest data.held_out_fraction that training text is scrubbed"
+    " for; default: %(default)s",
+  )
+  return parser
+
+
 def main(arguments: Sequence[str]) -> None:
-  """Builds; a user error becomes one line and exit code 2."""
-  try:
-    if len(arguments) > 1:
-      raise UserError(f"unexpected argument {arguments[1]!r}")
-    if not _OUT.value:
-      raise UserError("--out is missing: name the folder to write")
-    manifest = build(
-      select(_MIXTURE.value, _ONLY.value),
-      Path(_OUT.value),
-      Path(_CACHE.value or cache_directory() / "packages"),
-      _HELD_OUT_FRACTION.value,
+  """Builds what the arguments say.
+
+  Raises:
+    UserError: a bad argument, and what `build` and `select` raise.
+  """
+  options = _parser().parse_args(arguments)
+  if not 0 < options.held_out_fraction < 1:
+    raise UserError(
+      f"--held_out_fraction={options.held_out_fraction}: must lie between 0"
+      " and 1"
     )
-    total = sum(row["bytes"] for row in manifest["sources"])
-    print(
-      f"{len(manifest['sources'])} domains, {total / 1e6:.1f} MB in"
-      f" {_OUT.value}; {len(manifest['skipped'])} skipped"
-    )
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  only = [name for name in options.only.split(",") if name]
+  manifest = build(
+    select(options.mixture, only),
+    options.out,
+    options.cache,
+    options.held_out_fraction,
+  )
+  total = sum(row["bytes"] for row in manifest["sources"])
+  print(
+    f"{len(manifest['sources'])} domains, {total / 1e6:.1f} MB in"
+    f" {options.out}; {len(manifest['skipped'])} skipped"
+  )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

@@ -89,7 +89,7 @@ class _Page(html.parser.HTMLParser):
     self._break(tag)
     names = [value for key, value in attributes if key in ("class", "id")]
     names = " ".join(filter(None, names)).split()
-    if tag in ("td", "th"):
+    if tag in ("td", "th") or "classifier" in names:
       self.handle_data(" ")
     if tag == "img" and "math" in names:
       self.handle_data(dict(attributes).get("alt") or "")
@@ -454,7 +454,8 @@ def metamath_comments(content: bytes) -> Iterator[str]:
     # Headings are ruled by runs of signs; "$j" and "$t" are settings.
     if len(words) > 40 and not re.match(r"[$]|\W{4}", words):
       # Formulas stand between backquotes, a label after a tilde.
-      yield re.sub(r"(?<!\S)~ ", "", words).replace("`", "")
+      words = re.sub(r"(?<!\S)~ |`|</?[A-Za-z][^<>]*>", "", words)
+      yield re.sub(r" +", " ", words)
 
 
 def metamath_statements(content: bytes) -> Iterator[str]:

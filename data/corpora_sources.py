@@ -266,7 +266,7 @@ _CODE = (
   Source(
     "code/python",
     ("apt:libpython3.11-minimal", "apt:libpython3.11-stdlib"),
-    r"/python3\.11/(?!.*(/test/|pydoc_data)).*\.py$",
+    r"/python3\.11/(?!(.*/)?(test|pydoc_data)/).*\.py$",
     "plain",
     repeats="none",
   ),

@@ -1,4 +1,4 @@
-"""Byte-level tokenizers: trained BPE, or one token a byte."""
+"""Tokenizers that keep every byte: trained BPE, plain bytes, or a file's."""
 
 import hashlib
 import json
@@ -12,36 +12,43 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from edl_jax.config import Experiment
+from edl_jax.config import Experiment, UserError
 from edl_jax.mixture import Corpus
-
-DOCUMENT_START = "<|document|>"
+from edl_jax.tokenizer_files import (
+  DOCUMENT_START,
+  byte_characters,
+  document_start,
+  read_tokenizer,
+  special_tokens,
+  token_bytes,
+)
 
 # Characters of training text that the merges are learned from: enough for a
-# vocabulary of some thousands, and a few seconds.
+# vocabulary of some thousands, and a few seconds; and so many a token where
+# that is more.
 _TRAINING_CHARACTERS = 6_000_000
+_TRAINING_CHARACTERS_PER_TOKEN = 1_000
 # Characters handed to the library at once, which bounds its memory.
 _ENCODING_CHARACTERS = 4_000_000
 
 
 class Tokenizer:
-  """A byte-level tokenizer: every string survives encoding and decoding.
+  """A tokenizer that every string survives, encoded and decoded.
 
-  A thin layer over the `tokenizers` library. The special token
-  "<|document|>" opens each document; it is placed by id only, and text that
-  spells it is text.
+  A thin layer over the `tokenizers` library. A special token, "<|document|>"
+  in tokenizers of our own, opens each document; it is placed by id only, and
+  text that spells it is text.
   """
 
   def __init__(self, library: tokenizers.Tokenizer):
     # The library's name for "do not look for special tokens in the text".
     library.encode_special_tokens = True
     self._library = library
-    byte_of = {c: byte for byte, c in _byte_characters().items()}
-    start = library.token_to_id(DOCUMENT_START)
-    self._bytes = [
-      b"" if i == start else bytes(byte_of[c] for c in library.id_to_token(i))
-      for i in range(library.get_vocab_size())
-    ]
+    self._bytes = token_bytes(library)
+    self._special = special_tokens(library)
+    start = document_start(library)
+    if start is None:
+      raise UserError("the tokenizer has no token that opens a document")
     self._document_start_id = start
 
   @property
@@ -51,12 +58,12 @@ class Tokenizer:
 
   @property
   def document_start_id(self) -> int:
-    """Id of "<|document|>", the first token of every document."""
+    """Id of the first token of every document."""
     return self._document_start_id
 
   @property
   def byte_lengths_V(self) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int32 (V,); 0 for the special."""
+    """UTF-8 bytes that each token stands for, int32 (V,); 0 for special ones."""
     return np.array([len(token) for token in self._bytes], np.int32)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -82,8 +89,8 @@ class Tokenizer:
 
   def token_text(self, token: int) -> str:
     """Returns one token as printable text: "\\n", "\\xe2" for such bytes."""
-    if token == self.document_start_id:
-      return DOCUMENT_START
+    if token in self._special:
+      return self._special[token]
     text = self._bytes[token].decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -95,19 +102,6 @@ class Tokenizer:
   def from_json(cls, text: str) -> "Tokenizer":
     """Inverse of `to_json`."""
     return cls(tokenizers.Tokenizer.from_str(text))
-
-
-def _byte_characters() -> dict[int, str]:
-  """The printable character by which byte-level BPE writes each byte.
-
-  Bytes that are printable in Latin-1 stand for themselves, the others take
-  the code points from 256 on, in order: the convention of GPT-2.
-  """
-  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  hidden = [byte for byte in range(256) if byte not in shown]
-  return {byte: chr(byte) for byte in shown} | {
-    byte: chr(256 + place) for place, byte in enumerate(hidden)
-  }
 
 
 def _chunks(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
@@ -139,7 +133,7 @@ def _library(model: models.Model) -> tokenizers.Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
   """Returns the tokenizer whose ids are bytes, and 256 for a document start."""
-  vocabulary = {c: byte for byte, c in _byte_characters().items()}
+  vocabulary = {c: byte for byte, c in byte_characters().items()}
   library = _library(models.BPE(vocab=vocabulary, merges=[]))
   library.add_special_tokens([DOCUMENT_START])
   return Tokenizer(library)
@@ -151,30 +145,64 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
   Learns from a fixed random sample of whole texts if there is much. Id 0 is
   the document start. Small texts may give fewer than `vocabulary_size` ids.
   """
+  enough = max(
+    _TRAINING_CHARACTERS, _TRAINING_CHARACTERS_PER_TOKEN * vocabulary_size
+  )
   sample, size = [], 0
   for text in random.Random(0).sample(texts, len(texts)):
-    if size >= _TRAINING_CHARACTERS:
+    if size >= enough:
       break
-    sample.append(text[: _TRAINING_CHARACTERS - size])
+    sample.append(text[: enough - size])
     size += len(sample[-1])
   library = _library(models.BPE())
   trainer = trainers.BpeTrainer(
     vocab_size=vocabulary_size,
     special_tokens=[DOCUMENT_START],
-    initial_alphabet=list(_byte_characters().values()),
+    initial_alphabet=list(byte_characters().values()),
     show_progress=False,
   )
   library.train_from_iterator(sample, trainer)
   return Tokenizer(library)
 
 
+def open_tokenizer(path: str) -> Tokenizer:
+  """Returns the tokenizer of a `tokenizer.json` or a SentencePiece `.model`.
+
+  See `tokenizer_files` for what is supported.
+
+  Raises:
+    UserError: no such file, not a tokenizer, or one that loses text.
+  """
+  return Tokenizer(read_tokenizer(path))
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+  """Returns the mean UTF-8 bytes of a token of the texts; 0 without any."""
+  tokens = sum(map(len, tokenizer.encode_batch(texts)))
+  size = sum(len(text.encode()) for text in texts)
+  return size / tokens if tokens else 0.0
+
+
 def load_tokenizer(experiment: Experiment, corpus: Corpus) -> Tokenizer:
   """Returns the experiment's tokenizer, trained on training documents only.
 
   A trained one is kept in the cache directory for the next run.
+
+  Raises:
+    UserError: a file that is no fitting tokenizer, or has more tokens than
+      the model.
   """
   if experiment.data.tokenizer == "byte":
     return byte_tokenizer()
+  if experiment.data.tokenizer != "bpe":
+    tokenizer = open_tokenizer(experiment.data.tokenizer)
+    if tokenizer.vocabulary_size > experiment.model.vocabulary_size:
+      raise UserError(
+        f"model.vocabulary_size={experiment.model.vocabulary_size} is less than"
+        f" the {tokenizer.vocabulary_size} tokens of"
+        f" data.tokenizer={experiment.data.tokenizer}"
+      )
+    return tokenizer
   size = experiment.model.vocabulary_size
   key = cache_key(
     "bpe",

@@ -50,6 +50,7 @@ def test_html_keeps_words_and_drops_menus():
     <pre>  kept
        as is</pre>
     <ul><li>first<li>second</ul><table><tr><td>a<td>b</table>
+    <dl><dt>x<span class="classifier">int</span></dt></dl>
     <p>A formula <img class="math" alt="x^2"> and <img alt="logo"></p>
     </body></html>"""
   assert words_of_page(page) == [
@@ -61,6 +62,7 @@ def test_html_keeps_words_and_drops_menus():
     "first",
     "second",
     "a b",
+    "x int",
     "A formula x^2 and ",
   ]
 
@@ -219,7 +221,7 @@ def test_laws(tmp_path):
 @pytest.mark.parametrize("name", ["comments", "statements"])
 def test_metamath(name):
   content = """
-    $( A set is a collection of ` x ` as in ~ ax-7 and so on and on.
+    $( A set is a collection of ` x ` as <HTML>in</HTML> ~ ax-7 and so on.
        (Contributed by NM, 5-Aug-1993.) $)
     $( =-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-=-= $)
     ${
@@ -230,7 +232,7 @@ def test_metamath(name):
     $}
     """
   expected = {
-    "comments": ["A set is a collection of x as in ax-7 and so on and on."],
+    "comments": ["A set is a collection of x as in ax-7 and so on."],
     "statements": [
       "${\nmin $e |- ph $.",
       "ax $a |- ps $.",

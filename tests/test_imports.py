@@ -24,7 +24,7 @@ ROWS = (
   ("grouped_matmul", "routing", "mixture"),
   ("sources", "batch"),
   ("taxonomy", "readers", "token_stream"),
-  ("divergence", "sharding", "arithmetic"),
+  ("divergence", "sharding", "arithmetic", "tokenizer_files"),
   ("config",),
 )
 ROW_OF = {module: row for row, names in enumerate(ROWS) for module in names}

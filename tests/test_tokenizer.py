@@ -75,6 +75,7 @@ def test_training_is_deterministic():
 
 def test_training_samples_large_texts(monkeypatch):
   monkeypatch.setattr(tokenizer_lib, "_TRAINING_CHARACTERS", 500)
+  monkeypatch.setattr(tokenizer_lib, "_TRAINING_CHARACTERS_PER_TOKEN", 1)
   few = train_tokenizer(TEXTS, 330)
   assert few.to_json() == train_tokenizer(TEXTS, 330).to_json()
   assert few.to_json() != BPE.to_json()
