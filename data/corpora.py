@@ -36,8 +36,7 @@ from data.corpora_clean import Scrub, Text
 from data.corpora_packages import PackageError, fetch, licence
 from data.corpora_sources import MIXTURES, Source
 from edl_jax.config import DataConfig, UserError
-from edl_jax.mixture import _held_out_origins as held_out_origins
-from edl_jax.sources import Document
+from edl_jax.mixture import held_out_origins, origin_digest
 from edl_jax.tokenizer import cache_directory
 
 
@@ -207,8 +206,7 @@ def _write_texts(
   held_out = held_out_origins(
     [source.fine for source in headers],
     [
-      [Document("", source.fine, origin) for origin, _ in own]
-      for source, own in documents.items()
+      [origin_digest(origin) for origin, _ in own] for own in documents.values()
     ],
     fraction,
   )
@@ -216,12 +214,12 @@ def _write_texts(
     text
     for own in documents.values()
     for origin, text in own
-    if origin in held_out
+    if origin_digest(origin) in held_out
   )
   rows, seen = [], {hashlib.sha256(b"").digest()}
   for source, own in documents.items():
     scrubbed = [
-      (origin, text if origin in held_out else scrub(text))
+      (origin, text if origin_digest(origin) in held_out else scrub(text))
       for origin, text in own
     ]
     kept = []
@@ -255,7 +253,7 @@ def _write_shard(
   source: Source,
   header: dict[str, Any],
   documents: list[Text],
-  held_out: set[str],
+  held_out: set[bytes],
   out: Path,
 ) -> dict[str, Any]:
   """Writes one source's documents; returns its row of the manifest."""
@@ -278,7 +276,9 @@ def _write_shard(
     "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     "bytes": _size(documents),
     "documents": len(documents),
-    "held_out_documents": sum(o in held_out for o, _ in documents),
+    "held_out_documents": sum(
+      origin_digest(origin) in held_out for origin, _ in documents
+    ),
     "packages": header["packages"],
     "removed": header["removed"],
     "unreadable": header["unreadable"],

@@ -44,11 +44,13 @@ from edl_jax.prepared import (
   tokens_name,
 )
 from edl_jax.readers import find_files
-from edl_jax.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
-
-# Characters of training text that a BPE is learned from, as in
-# edl_jax.tokenizer.
-_TRAINING_CHARACTERS = 6_000_000
+from edl_jax.tokenizer import (
+  Tokenizer,
+  byte_tokenizer,
+  open_tokenizer,
+  train_tokenizer,
+  training_characters,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,21 +243,23 @@ class _Preparation:
       tokenizer = byte_tokenizer()
     elif kind.startswith("bpe:"):
       print("training the tokenizer", file=sys.stderr)
-      tokenizer = train_tokenizer(self._sample(plan), int(kind[4:]))
+      size = int(kind[4:])
+      sample = self._sample(plan, training_characters(size))
+      tokenizer = train_tokenizer(sample, size)
     else:
-      tokenizer = _open_tokenizer(kind)
+      tokenizer = open_tokenizer(kind)
     chunks.write_whole(path, tokenizer.to_json().encode())
     return tokenizer
 
-  def _sample(self, plan: Plan) -> list[str]:
+  def _sample(self, plan: Plan, enough: int) -> list[str]:
     """Returns the training text that `load_tokenizer` would learn from."""
     train = np.flatnonzero((plan.source_N >= 0) & ~plan.held_out_N)
     train = train[np.argsort(plan.source_N[train], kind="stable")]
     size, wanted = 0, {}
     for number in random.Random(0).sample(train.tolist(), len(train)):
-      if size >= _TRAINING_CHARACTERS:
+      if size >= enough:
         break
-      length = min(int(plan.characters_N[number]), _TRAINING_CHARACTERS - size)
+      length = min(int(plan.characters_N[number]), enough - size)
       wanted[number] = length
       size += length
     texts = {}
@@ -334,15 +338,6 @@ class _Preparation:
     chunks.write_whole(self._out / MANIFEST, content.encode())
     shutil.rmtree(self._out / "work")
     return manifest
-
-
-def _open_tokenizer(path: str) -> Tokenizer:
-  try:
-    return Tokenizer.from_json(Path(path).read_text(encoding="utf-8"))
-  except OSError as error:
-    raise UserError(
-      f"--tokenizer={path}: must be bpe:SIZE, byte or a file ({error.strerror})"
-    ) from error
 
 
 def main(arguments: Sequence[str]) -> None:

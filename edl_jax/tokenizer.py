@@ -139,15 +139,20 @@ def byte_tokenizer() -> Tokenizer:
   return Tokenizer(library)
 
 
+def training_characters(vocabulary_size: int) -> int:
+  """Returns how many characters `train_tokenizer` learns from at most."""
+  return max(
+    _TRAINING_CHARACTERS, _TRAINING_CHARACTERS_PER_TOKEN * vocabulary_size
+  )
+
+
 def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
   """Trains byte-level BPE; deterministic.
 
   Learns from a fixed random sample of whole texts if there is much. Id 0 is
   the document start. Small texts may give fewer than `vocabulary_size` ids.
   """
-  enough = max(
-    _TRAINING_CHARACTERS, _TRAINING_CHARACTERS_PER_TOKEN * vocabulary_size
-  )
+  enough = training_characters(vocabulary_size)
   sample, size = [], 0
   for text in random.Random(0).sample(texts, len(texts)):
     if size >= enough:

@@ -17,9 +17,8 @@ from data.corpora import build, select
 from data.corpora_clean import Scrub, clean
 from data.corpora_packages import Package, PackageError, fetch, licence
 from data.corpora_sources import Source
-from edl_jax.config import UserError
-from edl_jax.mixture import _held_out_origins as held_out_origins
-from edl_jax.sources import Document
+from edl_jax.config import DataConfig, UserError
+from edl_jax.mixture import load_corpus
 
 # --- Cleaning ----------------------------------------------------------------
 
@@ -398,25 +397,24 @@ def test_build(registry, tmp_path):
 def test_build_leaves_nothing_of_the_held_out_in_training(registry, tmp_path):
   out = tmp_path / "out"
   manifest = build(SOURCES, out, tmp_path / "cache", 0.1)
-  groups = [
-    [
-      Document(**{k: r[k] for k in ("text", "domain", "origin")})
-      for r in read(out / row["file"])
-    ]
-    for row in manifest["sources"]
-  ]
-  names = [source.fine for source in SOURCES]
-  held_out = held_out_origins(names, groups, 0.1)
-  shared = set()
-  for group in groups:
-    for document in group:
-      if document.origin in held_out:
-        shared |= runs(document.text)
+  corpus = load_corpus(
+    DataConfig(
+      files=f"{out}/text/*.jsonl.gz",
+      taxonomy=f"{out}/taxonomy.yaml",
+      held_out_fraction=0.1,
+    )
+  )
+  assert corpus.taxonomy.fine == ("plays", "songs", "go")
+  shared = set().union(
+    *(runs(d.text) for group in corpus.held_out for d in group)
+  )
   assert len(shared) > 1000
-  for group, row in zip(groups, manifest["sources"], strict=True):
-    train = [d for d in group if d.origin not in held_out]
+  for train, held_out, row in zip(
+    corpus.train, corpus.held_out, manifest["sources"], strict=True
+  ):
     assert train and not any(runs(d.text) & shared for d in train)
-    assert row["held_out_documents"] == len(group) - len(train) > 0
+    assert row["held_out_documents"] == len(held_out) > 0
+    assert row["documents"] == len(train) + len(held_out)
     assert row["removed"]["bytes_shared_with_held_out"] > 0
 
 
