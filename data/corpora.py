@@ -325,7 +325,7 @@ def _parser() -> Parser:
     help="fine labels of the sources to take; default: all",
   )
   add(
-    "--held_out_fraction",
+    "--held-out-fraction",
     type=float,
     default=DataConfig.held_out_fraction,
     help="the largest data.held_out_fraction that training text is scrubbed"
@@ -343,7 +343,7 @@ def main(arguments: Sequence[str]) -> None:
   options = _parser().parse_args(arguments)
   if not 0 < options.held_out_fraction < 1:
     raise UserError(
-      f"--held_out_fraction={options.held_out_fraction}: must lie between 0"
+      f"--held-out-fraction={options.held_out_fraction}: must lie between 0"
       " and 1"
     )
   only = [name for name in options.only.split(",") if name]

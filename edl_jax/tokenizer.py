@@ -181,13 +181,6 @@ def open_tokenizer(path: str) -> Tokenizer:
   return Tokenizer(read_tokenizer(path))
 
 
-def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-  """Returns the mean UTF-8 bytes of a token of the texts; 0 without any."""
-  tokens = sum(map(len, tokenizer.encode_batch(texts)))
-  size = sum(len(text.encode()) for text in texts)
-  return size / tokens if tokens else 0.0
-
-
 def load_tokenizer(experiment: Experiment, corpus: Corpus) -> Tokenizer:
   """Returns the experiment's tokenizer, trained on training documents only.
 

@@ -21,7 +21,6 @@ from edl_jax.sources import Document
 from edl_jax.tokenizer import (
   DOCUMENT_START,
   Tokenizer,
-  bytes_per_token,
   load_tokenizer,
   open_tokenizer,
 )
@@ -335,8 +334,8 @@ def test_load_checks_the_vocabulary(tmp_path):
   )
 
 
-def test_bytes_per_token(tmp_path):
+def test_bytes_of_pieces(tmp_path):
   tokenizer = opened(llama(), tmp_path)
-  # "▁cat", "cat", and three bytes; then one token for a space.
-  assert bytes_per_token(tokenizer, [" catcat漢", " "]) == 11 / 6
-  assert bytes_per_token(tokenizer, []) == 0
+  # "▁cat" and "cat", then a token for each byte of a character it lacks.
+  tokens = tokenizer.encode(" catcat漢")
+  assert tokenizer.byte_lengths_V[tokens].tolist() == [4, 3, 1, 1, 1]
