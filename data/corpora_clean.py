@@ -173,6 +173,12 @@ class Scrub:
 
   def __call__(self, text: str) -> str:
     """Returns the text without those lines; "" if a stub is left."""
+    # What is left may share words again, across a gap.
+    while (kept := self._once(text)) != text:
+      text = kept
+    return text
+
+  def _once(self, text: str) -> str:
     words, lines = _words(text)
     grams = _grams(words)
     if not len(grams) or not len(self._held_out):

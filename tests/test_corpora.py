@@ -142,6 +142,9 @@ def test_scrub_removes_lines_that_share_13_words():
   thirteen = numbered(3, 10).upper() + ",\n" + numbered(10, 16)
   assert scrub(f"{own}\n{thirteen}\n{own}") == f"{own}\n{own}"
   assert scrub(numbered(0, 40)) == ""
+  # Also where a gap that was cut joins them.
+  gap = f"{numbered(3, 10)}\n{numbered(20, 40)}\n{numbered(10, 16)}"
+  assert scrub(f"{own}\n{gap}\n{own}") == f"{own}\n{own}"
   assert scrub("short") == "short"
   assert Scrub([])(held_out) == held_out
 
