@@ -143,7 +143,9 @@ def main(arguments: list[str]) -> None:
       known = ",".join(VALUES)
       print(f"error: --series: no {series!r}; known: {known}", file=sys.stderr)
       sys.exit(2)
-    rows += measure_series(series)
+    measured = measure_series(series)
+    print(measure.table(measured), "\n", flush=True)
+    rows += measured
   measure.report(rows, _JSON.value)
 
 
