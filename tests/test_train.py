@@ -49,8 +49,9 @@ def after(owner, name, condition):
   setattr(owner, name, outer)
 
 if event == "written":  # the metrics of a step, and the checkpoint before it
+  before = at // 5 * 5
   def condition(self, step, values):
-    while step == at and not saved(at // 5 * 5):
+    while step == at and before and not saved(before):
       time.sleep(1e-3)
     return step == at
   after(metrics.MetricsWriter, "write", condition)
