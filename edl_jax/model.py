@@ -197,8 +197,8 @@ def training_flops(
 ) -> dict[str, float]:
   """Returns the floating-point operations that a training step needs, by part.
 
-  Two for each multiplication and addition of the matrix products, once forward
-  and twice backward. Attention counts the pairs that causality leaves, as if
+  Two for each multiply-add of the matrix products, once forward and twice
+  backward. Attention counts the pairs that causality leaves, as if
   each row were one document; rematerialisation and padding do not count.
 
   Args:

@@ -11,7 +11,12 @@ import pytest
 from edl_jax import sharding
 from edl_jax.batch import Batch
 from edl_jax.config import ModelConfig
-from edl_jax.model import Model, abstract_model, parameter_counts
+from edl_jax.model import (
+  Model,
+  abstract_model,
+  parameter_counts,
+  training_flops,
+)
 
 CONFIG = ModelConfig(
   vocabulary_size=31,
@@ -215,6 +220,24 @@ def test_parameter_counts(dense, shared):
   assert active == count(c.num_active_experts)
   arrays = jax.tree.leaves(random_model(config))
   assert total == sum(array.size for array in arrays)
+
+
+def test_training_flops_are_six_a_token_for_each_weight_at_work():
+  rows, length = 3, 10
+  _, active = parameter_counts(CONFIG)
+  norms = sum(
+    leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      abstract_model(CONFIG)
+    )
+    if sharding.path_name(path).endswith("norm/scale")
+  )
+  weights = active - norms - CONFIG.vocabulary_size * CONFIG.width
+  # A query and a key of one head, then a weight and a value.
+  pairs = sum(range(1, length + 1)) * CONFIG.num_layers * CONFIG.num_heads
+  products = length * weights + pairs * 2 * CONFIG.head_width
+  flops = training_flops(CONFIG, rows, length)
+  assert sum(flops.values()) == 6 * rows * products
 
 
 def batch():
