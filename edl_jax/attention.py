@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from edl_jax import sharding
 from edl_jax.config import ModelConfig
 
 
@@ -214,13 +215,17 @@ class Attention(nnx.Module):
     """Returns the attention branch's output, (B, T, M), dtype of `x_BTM`."""
     dtype = x_BTM.dtype
 
-    def project(weight):
-      return jnp.einsum("BTM,MNH->BTNH", x_BTM, weight[...].astype(dtype))
+    def gathered(name):
+      return sharding.gather(name, getattr(self, name)[...].astype(dtype))
 
-    q_BTNH = self.query_norm(project(self.query_MNH))
-    k_BSKH = self.key_norm(project(self.key_MKH))
-    v_BSKH = project(self.value_MKH)
+    def project(name):
+      return jnp.einsum("BTM,MNH->BTNH", x_BTM, gathered(name))
+
+    q_BTNH = self.query_norm(project("query_MNH"))
+    k_BSKH = self.key_norm(project("key_MKH"))
+    v_BSKH = project("value_MKH")
     q_BTNH = rotary_embedding(q_BTNH, positions_BT, self._theta)
     k_BSKH = rotary_embedding(k_BSKH, positions_BT, self._theta)
     y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-    return jnp.einsum("BTNH,NHM->BTM", y_BTNH, self.out_NHM[...].astype(dtype))
+    y_BTM = jnp.einsum("BTNH,NHM->BTM", y_BTNH, gathered("out_NHM"))
+    return sharding.sum_over(y_BTM, ("tensor",))

@@ -80,8 +80,12 @@ class ModelConfig:
   # Compute type of activations and matrix products: "float32" or "bfloat16".
   # Parameters, router and statistics are float32 whatever is chosen.
   dtype: str = "float32"
-  # Rematerialisation of each layer in the backward pass: "none" or "full".
+  # What the backward pass computes again, layer by layer: "none", "full" (all
+  # but the layer's input), or all but that and the output of "attention".
   remat: str = "none"
+  # Elements of the largest array of logits that a device holds at a time. TPUs
+  # want 2**27 and more where the vocabulary is large.
+  logits_elements: int = 1 << 22
   # Layers unrolled in each turn of the scan over layers. More compile longer;
   # on a CPU the steps of a small model then take less time.
   scan_unroll: int = 1
@@ -240,6 +244,7 @@ RESUMABLE_KEYS = frozenset(
     "mesh.tensor",
     "model.remat",
     "model.scan_unroll",
+    "model.logits_elements",
     "train.log_every",
     "train.eval_every",
     "train.eval_rows",
@@ -250,7 +255,7 @@ RESUMABLE_KEYS = frozenset(
 
 _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "full"),
+  "model.remat": ("none", "full", "attention"),
   "moe.dispatch": ("gather",),
   "losses.balance_scope": ("global", "sequence"),
   "losses.divergence": (
@@ -281,6 +286,7 @@ _POSITIVE = (
   "model.rope_theta",
   "model.norm_epsilon",
   "model.scan_unroll",
+  "model.logits_elements",
   "losses.divergence_epsilon",
   "optimizer.learning_rate",
   "optimizer.clip_norm",

@@ -7,12 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from edl_jax import losses, routing, sharding
 from edl_jax.attention import Attention, RMSNorm, fan_in_normal
 from edl_jax.batch import Batch
 from edl_jax.config import ModelConfig
 from edl_jax.moe import MoE, SwiGLU
+
+# What each layer keeps for the backward pass, beside its input; the rest is
+# computed again. Names are given where the arrays are made.
+_REMAT_POLICIES = {
+  "full": None,
+  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
 
 
 class Block(nnx.Module):
@@ -38,7 +46,6 @@ class Block(nnx.Module):
     outputs_form: str | None,
   ) -> tuple[jax.Array, Any]:
     """Returns the residual stream and, of experts, `MoE`'s two summaries."""
-    x_BTM = sharding.constrain_rows(x_BTM)
     with jax.named_scope("attention"):
       x_BTM += self.attention(
         self.attention_norm(x_BTM), segments_BT, positions_BT
@@ -87,7 +94,7 @@ class Model(nnx.Module):
     summarize: Callable[..., Any] = routing.row_routing,
     outputs_form: str | None = None,
   ) -> tuple[jax.Array, Any, routing.OutputStats | None]:
-    """Runs all but the head.
+    """Runs all but the head, on a device's rows inside `per_shard`.
 
     Returns:
       x_BTM after the final norm, in the compute dtype; what `summarize` makes
@@ -96,15 +103,20 @@ class Model(nnx.Module):
       experts' outputs in `outputs_form`, None without.
     """
     dtype = jnp.dtype(self.config.dtype)
-    x_BTM = self.embedding_VM[...].astype(dtype)[tokens_BT]
+    x_BTM = _embed(self.embedding_VM[...], tokens_BT, dtype)
 
     def layer(x_BTM, block):
       return block(
         x_BTM, segments_BT, positions_BT, weights_BT, summarize, outputs_form
       )
 
-    if self.config.remat == "full":
-      layer = jax.checkpoint(layer)
+    if self.config.remat != "none":
+      layer = jax.checkpoint(
+        layer,
+        policy=_REMAT_POLICIES[self.config.remat],
+        # The loop keeps what is computed again apart, unless it is unrolled.
+        prevent_cse=self.config.scan_unroll > 1,
+      )
     scan = functools.partial(jax.lax.scan, unroll=self.config.scan_unroll)
     if self.config.num_dense_layers:
       x_BTM, _ = scan(layer, x_BTM, self.dense_blocks)
@@ -148,23 +160,79 @@ class Model(nnx.Module):
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
     """
-    x_BTM, rows, outputs = self.hidden(
-      batch.tokens_BT,
-      batch.segments_BT,
-      batch.positions_BT,
-      batch.weights_BT,
-      outputs_form=outputs_form,
-    )
-    with jax.named_scope("head"):
-      nats, nats_BT = losses.chunked_cross_entropy(
-        x_BTM, self.head_MV[...], batch.targets_BT, batch.weights_BT
+    rows = PartitionSpec(sharding.ROW_AXES)
+    # Stacked over layers, then by row, or one sum of each device.
+    layers = PartitionSpec(None, sharding.ROW_AXES)
+
+    def of_shard(model: Model, batch: Batch):
+      x_BTM, routing_LB, outputs_L = model.hidden(
+        batch.tokens_BT,
+        batch.segments_BT,
+        batch.positions_BT,
+        batch.weights_BT,
+        outputs_form=outputs_form,
       )
+      with jax.named_scope("head"):
+        nats, nats_BT = losses.chunked_cross_entropy(
+          x_BTM,
+          model.head_MV[...],
+          batch.targets_BT,
+          batch.weights_BT,
+          model.config.logits_elements,
+        )
+      outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
+      return nats[None], nats_BT, routing_LB, outputs_L1
+
+    nats_S, nats_BT, routing_LB, outputs_LS = sharding.per_shard(
+      of_shard,
+      (sharding.parameter_specs(self), rows),
+      (rows, rows, layers, layers),
+    )(self, batch)
+    # The one place where rows meet: every sum is that of the global batch.
     sums = losses.BatchSums(
-      nats=nats,
+      nats=nats_S.sum(),
       tokens=batch.weights_BT.sum(),
-      routing=routing.collect(rows, batch.domain_B, num_domains, outputs),
+      routing=routing.collect(
+        routing_LB,
+        batch.domain_B,
+        num_domains,
+        jax.tree.map(lambda x: x.sum(1), outputs_LS),
+      ),
     )
     return sums, nats_BT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed(embedding_VM, tokens_BT, dtype):
+  """Looks tokens up; the gradient of a frequent token adds up in float32."""
+  return _embedding(embedding_VM, dtype)[tokens_BT]
+
+
+_EMBEDDING_AXES = (*sharding.STORAGE_AXES, "tensor")
+
+
+def _embedding(embedding_VM, dtype):
+  return sharding.gather(
+    "embedding_VM", embedding_VM.astype(dtype), _EMBEDDING_AXES
+  )
+
+
+def _embed_forward(embedding_VM, tokens_BT, dtype):
+  whole_VM = _embedding(embedding_VM, dtype)
+  return whole_VM[tokens_BT], (tokens_BT, jnp.zeros((len(whole_VM), 0)))
+
+
+def _embed_backward(dtype, residuals, dx_BTM):
+  tokens_BT, sized_V = residuals
+  dembedding_VM = jnp.zeros((len(sized_V), dx_BTM.shape[-1]))
+  dembedding_VM = dembedding_VM.at[tokens_BT].add(dx_BTM.astype(jnp.float32))
+  dembedding_VM = sharding.scatter(
+    "embedding_VM", dembedding_VM.astype(dtype), _EMBEDDING_AXES
+  )
+  return dembedding_VM.astype(jnp.float32), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
 
 
 def _whole_documents(
@@ -181,15 +249,17 @@ def abstract_model(config: ModelConfig) -> Model:
 
 
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-  """Returns (total, active) parameters; active ones work for one token.
+  """Returns (total, active) parameters.
 
-  Embedding and head count in both.
+  Active ones are multiplied for every token: all but idle experts and the
+  embedding, of which a token looks up one row.
   """
   total = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
   expert = 3 * config.width * config.expert_width
   idle = config.num_experts - config.num_active_experts
   moe_layers = config.num_layers - config.num_dense_layers
-  return total, total - moe_layers * idle * expert
+  embedding = config.vocabulary_size * config.width
+  return total, total - moe_layers * idle * expert - embedding
 
 
 def training_flops(

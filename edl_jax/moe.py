@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from edl_jax import sharding
 from edl_jax.attention import fan_in_normal
@@ -30,12 +29,13 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x_BTM: jax.Array) -> jax.Array:
     dtype = x_BTM.dtype
-    both_BT2F = jnp.einsum(
-      "BTM,MGF->BTGF", x_BTM, self.gate_up_M2F[...].astype(dtype)
+    gate_up_M2F = sharding.gather(
+      "gate_up_M2F", self.gate_up_M2F[...].astype(dtype)
     )
-    return jnp.einsum(
-      "BTF,FM->BTM", swiglu(both_BT2F), self.down_FM[...].astype(dtype)
-    )
+    down_FM = sharding.gather("down_FM", self.down_FM[...].astype(dtype))
+    both_BT2F = jnp.einsum("BTM,MGF->BTGF", x_BTM, gate_up_M2F)
+    y_BTM = jnp.einsum("BTF,FM->BTM", swiglu(both_BT2F), down_FM)
+    return sharding.sum_over(y_BTM, ("tensor",))
 
 
 @jax.custom_vjp
@@ -158,6 +158,7 @@ class MoE(nnx.Module):
     router, up, down, shared = jax.random.split(key, 4)
     e, m, f = config.num_experts, config.width, config.expert_width
     residual_scale = (2 * config.num_layers) ** -0.5
+    self._num_experts = e
     self._num_active = config.num_active_experts
     self.router_ME = nnx.Param(fan_in_normal(router, (m, e), m))
     self.gate_up_EM2F = nnx.Param(fan_in_normal(up, (e, m, 2, f), m))
@@ -182,7 +183,7 @@ class MoE(nnx.Module):
     logits_BTE = jnp.einsum(
       "BTM,ME->BTE",
       x_BTM.astype(jnp.float32),
-      self.router_ME[...],
+      sharding.gather("router_ME", self.router_ME[...]),
       precision=jax.lax.Precision.HIGHEST,
     )
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
@@ -209,7 +210,7 @@ class MoE(nnx.Module):
 
     Returns:
       The layer's output (B, T, M), its routing by row, and the sums of the
-      experts' outputs over the global batch if these were asked for.
+      experts' outputs over these rows if these were asked for.
     """
     logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(x_BTM)
     y_BTM, outputs = self._gather_dispatch(
@@ -229,48 +230,31 @@ class MoE(nnx.Module):
 
     The hidden width stays spread over `tensor`, whose partial outputs add.
     """
-    rows = PartitionSpec(sharding.ROW_AXES)
-
-    def local(x_BTM, expert_BTA, gate_BTA, weights_BT, gate_up_EM2F, down_EFM):
-      width, active = x_BTM.shape[-1], expert_BTA.shape[-1]
-      expert_PA = expert_BTA.reshape(-1, active)
-      gate_PA = gate_BTA.reshape(-1, active)
-      y_PAM = expert_outputs(
-        x_BTM.reshape(-1, width), expert_PA, gate_up_EM2F, down_EFM
-      )
-      if outputs_form is None:
-        y_PM = sharding.sum_over(combine(y_PAM, gate_PA), ("tensor",))
-        return y_PM.reshape(x_BTM.shape), None
-      # Products of outputs need them whole.
-      y_PAM = sharding.sum_over(y_PAM, ("tensor",))
-      outputs = output_stats(
-        y_PAM,
-        expert_PA,
-        weights_BT.reshape(-1),
-        gate_up_EM2F.shape[0],
-        outputs_form,
-      )
-      return (
-        combine(y_PAM, gate_PA).reshape(x_BTM.shape),
-        sharding.sum_over(outputs, sharding.ROW_AXES),
-      )
-
-    return sharding.per_shard(
-      local,
-      (
-        rows,
-        rows,
-        rows,
-        rows,
-        PartitionSpec(None, None, None, "tensor"),
-        PartitionSpec(None, "tensor", None),
+    width, active = x_BTM.shape[-1], expert_BTA.shape[-1]
+    expert_PA = expert_BTA.reshape(-1, active)
+    gate_PA = gate_BTA.reshape(-1, active)
+    gate_up_EMG = self.gate_up_EM2F[...].astype(x_BTM.dtype)
+    # Side by side before they are sent: then the whole is not copied.
+    gate_up_EMG = gate_up_EMG.reshape(*gate_up_EMG.shape[:2], -1)
+    down_EFM = self.down_EFM[...].astype(x_BTM.dtype)
+    y_PAM = expert_outputs(
+      x_BTM.reshape(-1, width),
+      expert_PA,
+      sharding.gather("gate_up_EM2F", gate_up_EMG).reshape(
+        self._num_experts, width, 2, -1
       ),
-      (rows, PartitionSpec()),
-    )(
-      x_BTM,
-      expert_BTA,
-      gate_BTA,
-      weights_BT,
-      self.gate_up_EM2F[...].astype(x_BTM.dtype),
-      self.down_EFM[...].astype(x_BTM.dtype),
+      sharding.gather("down_EFM", down_EFM),
     )
+    if outputs_form is None:
+      y_PM = sharding.sum_over(combine(y_PAM, gate_PA), ("tensor",))
+      return y_PM.reshape(x_BTM.shape), None
+    # Products of outputs need them whole.
+    y_PAM = sharding.sum_over(y_PAM, ("tensor",))
+    outputs = output_stats(
+      y_PAM,
+      expert_PA,
+      weights_BT.reshape(-1),
+      self._num_experts,
+      outputs_form,
+    )
+    return combine(y_PAM, gate_PA).reshape(x_BTM.shape), outputs

@@ -16,6 +16,24 @@ import jax
 
 from edl_jax.tokenizer import cache_directory
 
+# What makes the TPU compiler send and compute at once. Gathers of weights are
+# cut in steps that run inside the fusions before they are needed, ...
+_TPU_OPTIONS = {
+  "xla_enable_async_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion": True,
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+  "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
+  "xla_tpu_overlap_compute_collective_tc": True,
+}
+# ... and gradients are reduced and scattered by the SparseCores, of chips that
+# have these and where the compiler can use them so.
+_SPARSE_CORE_OPTIONS = {
+  "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+  "xla_tpu_enable_reduce_scatter_offload_tracing": True,
+}
+_SPARSE_CORE_KINDS = ("TPU v5", "TPU v5p", "TPU v6 lite")
+
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
@@ -38,6 +56,14 @@ def configure() -> None:
       os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1"
     if sys.platform == "linux":
       _keep_freed_memory()
+
+
+def compiler_options(device: jax.Device) -> dict[str, bool]:
+  """Returns XLA's options for a training step on devices of this kind."""
+  if device.platform != "tpu":
+    return {}
+  sparse = device.device_kind in _SPARSE_CORE_KINDS
+  return _TPU_OPTIONS | (_SPARSE_CORE_OPTIONS if sparse else {})
 
 
 def _processor() -> str:

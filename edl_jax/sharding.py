@@ -1,17 +1,21 @@
-"""Mesh axes, parameter rules and activation specs.
+"""Mesh axes, parameter rules, and what crosses devices.
 
 Four axes exist in every mesh: `data`, `fsdp`, `expert` and `tensor`. Rows of a
 batch are spread over the first three. Parameters are stored spread over
 `fsdp`, `expert` and `tensor`, and gathered where they are used.
+
+A model runs inside one `per_shard`, in which every axis is manual: arrays are
+a device's own, and each collective is written down, here. XLA inserts none but
+the sums over rows behind it.
 """
 
 import collections
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -22,22 +26,32 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 # The axes over which rows of the global batch are spread.
 ROW_AXES = ("data", "fsdp", "expert")
 
-# What each dimension of a parameter is spread over, by the axis letters that
-# end the parameter's name. Layers (a leading dimension that scanned blocks
-# have) are never spread.
-PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"embedding_VM", ("tensor", "fsdp")),
-  (r"head_MV", ("fsdp", "tensor")),
-  (r".*/query_MNH", ("fsdp", "tensor", None)),
-  (r".*/(key|value)_MKH", ("fsdp", "tensor", None)),
-  (r".*/out_NHM", ("tensor", None, "fsdp")),
-  (r".*/router_ME", ("fsdp", None)),
-  (r".*/gate_up_EM2F", ("expert", "fsdp", None, "tensor")),
-  (r".*/down_EFM", ("expert", "tensor", "fsdp")),
-  (r".*/gate_up_M2F", ("fsdp", None, "tensor")),
-  (r".*/down_FM", ("tensor", "fsdp")),
-  (r"(.*/)?[a-z_]*norm/scale", (None,)),
-)
+# The axes that only store parameters, in the order in which they are gathered:
+# one at a time, as TPUs make an all-reduce of a gather over a whole slice, and
+# the smaller first, so that the intermediate result is the smaller one.
+STORAGE_AXES = ("expert", "fsdp")
+
+_STORAGE = ("fsdp", "expert")
+
+# What each dimension of a parameter is spread over, by the parameter's name,
+# whose axis letters say the dimensions. Layers (a leading dimension that
+# scanned blocks have) are never spread. Of the large ones no minor dimension
+# is cut below the tiles of a TPU: experts' F and not M.
+PARAMETER_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
+  "embedding_VM": (("tensor", "fsdp"), "expert"),
+  "head_MV": (_STORAGE, "tensor"),
+  "query_MNH": (_STORAGE, "tensor", None),
+  "key_MKH": (_STORAGE, "tensor", None),
+  "value_MKH": (_STORAGE, "tensor", None),
+  "out_NHM": ("tensor", None, _STORAGE),
+  "router_ME": ("fsdp", None),
+  "gate_up_EM2F": ("expert", "fsdp", None, "tensor"),
+  "down_EFM": ("expert", ("tensor", "fsdp"), None),
+  "gate_up_M2F": (_STORAGE, None, "tensor"),
+  "down_FM": ("tensor", _STORAGE),
+  # Of norms.
+  "scale": (None,),
+}
 
 
 def make_mesh(
@@ -96,24 +110,23 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
       " processes, each of which reads rows of its own; lower mesh.tensor to"
       " the devices of one process"
     )
-  checks = (
-    ("fsdp", "model.width", model.width),
-    ("expert", "model.num_experts", model.num_experts),
-    ("tensor", "model.num_heads", model.num_heads),
-    ("tensor", "model.num_kv_heads", model.num_kv_heads),
-    ("tensor", "model.expert_width", model.expert_width),
-    ("tensor", "model.vocabulary_size", model.vocabulary_size),
+  for axes, name, value in (
+    (("fsdp", "expert"), "model.width", model.width),
+    (("expert",), "model.num_experts", model.num_experts),
+    (("tensor",), "model.num_heads", model.num_heads),
+    (("tensor",), "model.num_kv_heads", model.num_kv_heads),
+    (("tensor", "fsdp"), "model.expert_width", model.expert_width),
+    (("tensor", "fsdp"), "model.vocabulary_size", model.vocabulary_size),
+    (("tensor", "expert"), "model.vocabulary_size", model.vocabulary_size),
     *(
-      [("tensor", "model.dense_width", model.dense_width)]
+      [(("tensor",), "model.dense_width", model.dense_width)]
       if model.num_dense_layers
       else []
     ),
-  )
-  for axis, name, value in checks:
-    if value % size[axis]:
-      raise UserError(
-        f"mesh.{axis}={size[axis]} does not divide {name}={value}"
-      )
+  ):
+    if value % int(np.prod([size[axis] for axis in axes])):
+      shown = " x ".join(f"mesh.{axis}={size[axis]}" for axis in axes)
+      raise UserError(f"{shown} does not divide {name}={value}")
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -126,19 +139,18 @@ def parameter_specs(parameters: Any) -> Any:
   """Returns the PartitionSpec of every parameter, as the same pytree.
 
   Raises:
-    ValueError: a parameter matches no rule or several, or has another rank
-      than its rule.
+    ValueError: a parameter has no rule, or another rank than its rule.
   """
 
   def spec(path, leaf) -> PartitionSpec:
     name = path_name(path)
-    found = [axes for rule, axes in PARAMETER_RULES if re.fullmatch(rule, name)]
-    if len(found) != 1:
-      raise ValueError(f"parameter {name} matches {len(found)} sharding rules")
-    layers = leaf.ndim - len(found[0])
+    rule = PARAMETER_RULES.get(name.rsplit("/")[-1])
+    if rule is None:
+      raise ValueError(f"parameter {name} has no sharding rule")
+    layers = leaf.ndim - len(rule)
     if layers not in (0, 1):
-      raise ValueError(f"parameter {name} {leaf.shape} does not fit {found[0]}")
-    return PartitionSpec(*(None,) * layers, *found[0])
+      raise ValueError(f"parameter {name} {leaf.shape} does not fit {rule}")
+    return PartitionSpec(*(None,) * layers, *rule)
 
   return jax.tree_util.tree_map_with_path(spec, parameters)
 
@@ -165,35 +177,87 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
   )
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-  """Keeps `x` spread over rows; does nothing outside a mesh."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
-
-
 def per_shard(
-  function: Callable[..., Any],
-  in_specs: Sequence[PartitionSpec],
-  out_specs: Any,
+  function: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any
 ) -> Callable[..., Any]:
   """Maps `function` over the shards of the mesh in use.
 
-  Inside, every mesh axis is manual and arrays are local; collectives such as
-  `sum_over` say what crosses devices. Outside a mesh, or on one device,
-  `function` is called as it is.
+  Inside, every mesh axis is manual and arrays are local; the functions below
+  say what crosses devices. Outside a mesh, or on one device, `function` is
+  called as it is, and they do nothing.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function
+  # What is checked otherwise, which axes an array varies over, Pallas' kernels
+  # do not say.
   return jax.shard_map(
     function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
   )
 
 
-def sum_over(x: Any, axes: Sequence[str]) -> Any:
-  """Sums over mesh axes inside `per_shard`; does nothing on one device."""
+def spread_axes(axes: Sequence[str]) -> tuple[str, ...]:
+  """Returns those of `axes` that spread arrays over devices here."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return x
-  return jax.lax.psum(x, tuple(axes))
+  return tuple(
+    axis for axis in axes if axis in mesh.manual_axes and mesh.shape[axis] > 1
+  )
+
+
+def gather(
+  name: str, x: jax.Array, axes: Sequence[str] = STORAGE_AXES
+) -> jax.Array:
+  """Gathers a device's piece of a parameter over storage axes.
+
+  The gradient is summed and scattered the way back (`scatter`). What is sent
+  is cut along its first dimension: along one that is tiled in memory a TPU may
+  make an all-reduce of what is a reduce-scatter.
+
+  Args:
+    name: the parameter's, a key of `PARAMETER_RULES`.
+    x: its piece, of one layer, in the dtype to send. Dimensions behind the
+      last one that is gathered may have another shape than the parameter's.
+    axes: which to gather over.
+  """
+  for axis, dimension in _gathers(name, axes):
+    x = jnp.moveaxis(x, dimension, 0)
+    x = jnp.moveaxis(jax.lax.all_gather(x, axis, tiled=True), 0, dimension)
+  return x
+
+
+def scatter(
+  name: str, x: jax.Array, axes: Sequence[str] = STORAGE_AXES
+) -> jax.Array:
+  """Sums over storage axes and keeps a device's piece: `gather`'s transpose."""
+  for axis, dimension in reversed(_gathers(name, axes)):
+    x = jnp.moveaxis(x, dimension, 0)
+    x = jnp.moveaxis(jax.lax.psum_scatter(x, axis, tiled=True), 0, dimension)
+  return x
+
+
+def _gathers(name: str, axes: Sequence[str]) -> list[tuple[str, int]]:
+  """Lists the axes to gather over, and the dimension of each."""
+  rule = PARAMETER_RULES[name]
+  return [
+    (axis, dimension)
+    for axis in spread_axes(axes)
+    for dimension, spread in enumerate(rule)
+    if axis == spread or (isinstance(spread, tuple) and axis in spread)
+  ]
+
+
+def sum_over(x: Any, axes: Sequence[str]) -> Any:
+  """Sums over mesh axes."""
+  axes = spread_axes(axes)
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def max_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+  """Takes the maximum over mesh axes."""
+  axes = spread_axes(axes)
+  return jax.lax.pmax(x, axes) if axes else x
+
+
+def index_along(axis: str) -> jax.Array | int:
+  """Returns the device's index along a mesh axis."""
+  return jax.lax.axis_index(axis) if spread_axes((axis,)) else 0

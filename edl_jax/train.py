@@ -36,6 +36,7 @@ from edl_jax.mixture import Corpus, Taxonomy
 from edl_jax.model import Model, parameter_counts
 from edl_jax.optim import make_optimizer, make_schedule
 from edl_jax.prepared import PreparedCorpus
+from edl_jax.runtime import compiler_options
 
 
 class NonFiniteError(Exception):
@@ -392,7 +393,9 @@ class _Loop:
     self._clock.wait(time.monotonic() - started)
     if step == self.first_step + 1:
       # Compiled ahead, so that the first step's time is like the others'.
-      self._train_step = self._train_step.lower(self.state, batch).compile()
+      self._train_step = self._train_step.lower(self.state, batch).compile(
+        compiler_options(self._mesh.devices.flat[0])
+      )
       self._clock.restart(step - 1)
       self.progress.restart(step - 1)
     self.state, output = self._train_step(self.state, batch)

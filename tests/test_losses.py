@@ -301,6 +301,7 @@ def test_one_expert_and_one_domain_give_zero_loss_and_gradient():
 def test_no_array_of_all_logits():
   """The largest array is a chunk's logits, in value and gradient."""
   batch, length, width, vocabulary = 8, 1024, 16, 8192
+  elements = 1 << 20
   every_logit = batch * length * vocabulary
 
   def sizes(jaxpr):
@@ -317,20 +318,19 @@ def test_no_array_of_all_logits():
   def loss(x, head):
     ones = jnp.ones((batch, length))
     return losses.chunked_cross_entropy(
-      x, head, jnp.zeros((batch, length), jnp.int32), ones
+      x, head, jnp.zeros((batch, length), jnp.int32), ones, elements
     )[0]
 
   traced = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
     jnp.zeros((batch, length, width)), jnp.zeros((width, vocabulary))
   )
   largest = max(sizes(traced.jaxpr))
-  assert losses._CHUNK_ELEMENTS / 2 < largest <= losses._CHUNK_ELEMENTS
+  assert elements / 2 < largest <= elements
   assert largest <= every_logit / 16
 
 
 @pytest.mark.parametrize("elements", [1 << 22, 7 * 50, 1])
-def test_cross_entropy_in_chunks_against_all_logits(monkeypatch, elements):
-  monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", elements)
+def test_cross_entropy_in_chunks_against_all_logits(elements):
   random = np.random.default_rng(1)
   x = random.standard_normal((3, 7, 8), np.float32)
   head = random.standard_normal((8, 50), np.float32)
@@ -343,7 +343,7 @@ def test_cross_entropy_in_chunks_against_all_logits(monkeypatch, elements):
     return -(picked * weights).sum()
 
   def chunked(x, head):
-    return losses.chunked_cross_entropy(x, head, targets, weights)[0]
+    return losses.chunked_cross_entropy(x, head, targets, weights, elements)[0]
 
   want, want_gradient = jax.value_and_grad(plain, (0, 1))(x, head)
   got, got_gradient = jax.value_and_grad(lambda *a: 1.5 * chunked(*a), (0, 1))(
