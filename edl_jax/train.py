@@ -121,6 +121,7 @@ def loss_and_gradient(
       taxonomy.parent,
       _coarse_weight(experiment),
       kept_weights,
+      max_present=len(batch.domain_B),
     )
 
   def forward(model: Model, batch: Batch) -> losses.BatchSums:
