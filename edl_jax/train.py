@@ -324,6 +324,7 @@ class _Loop:
     self,
     corpus: Corpus | PreparedCorpus,
     rows: grain.MapDataset[Batch],
+    epochs: EpochCounter,
     provenance: Provenance,
     mesh: Mesh,
     workdir: str,
@@ -350,7 +351,7 @@ class _Loop:
       *process,
       unlabelled=corpus.taxonomy.unlabelled,
     )
-    self._epochs = EpochCounter(corpus, provenance.tokenizer, experiment)
+    self._epochs = epochs
     self._checkpointer = Checkpointer(
       workdir, experiment.train.keep_checkpoints
     )
@@ -531,6 +532,7 @@ class _Loop:
 def train(
   corpus: Corpus | PreparedCorpus,
   rows: grain.MapDataset[Batch],
+  epochs: EpochCounter,
   provenance: Provenance,
   mesh: Mesh,
   workdir: str,
@@ -543,7 +545,7 @@ def train(
 
   Args:
     corpus: with the text that the provenance describes.
-    rows: its training rows, from `input_pipeline.train_dataset`.
+    rows, epochs: its training rows, from `input_pipeline.train_dataset`.
     provenance: saved in every checkpoint.
     mesh: over all devices.
     workdir: the run's folder, checked by `checkpoint.check_workdir`.
@@ -554,7 +556,7 @@ def train(
   """
   settings = provenance.experiment.train
   with _noted_signals() as preempted, jax.set_mesh(mesh):
-    loop = _Loop(corpus, rows, provenance, mesh, workdir)
+    loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir)
     try:
       if loop.first_step:
         loop.progress.print(
