@@ -92,7 +92,7 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
     raise UserError(
       f"--workdir={workdir} has no checkpoint to evaluate; train first"
     )
-  tokenizer = initial_tokenizer(experiment)
+  tokenizer = initial_tokenizer(experiment, workdir)
   if experiment.data.prepared:
     corpus = load_prepared(experiment)
     if tokenizer and tokenizer.to_json() != corpus.tokenizer.to_json():
