@@ -149,7 +149,7 @@ def prepared_rows(
 def row_reader(experiment: Experiment) -> Callable[[], float]:
   """Returns a call that reads `BATCHES` batches and returns their seconds."""
   corpus = load_prepared(experiment)
-  rows = train_dataset(corpus, corpus.tokenizer, experiment)
+  rows, _ = train_dataset(corpus, corpus.tokenizer, experiment)
 
   def read() -> float:
     iterator = train_iterator(rows, experiment, len(corpus.taxonomy.fine))

@@ -331,8 +331,11 @@ def _find(path: str, step: int | None = None) -> tuple[str, int]:
   return os.path.join(folder, str(step)), step
 
 
-def initial_tokenizer(experiment: Experiment) -> Tokenizer | None:
+def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
   """Returns the tokenizer of `train.initial_checkpoint`, None without one.
+
+  A run that has a checkpoint of its own took it over: the one that it started
+  from may be gone.
 
   Raises:
     UserError: there is no such checkpoint, or its model has another shape.
@@ -340,6 +343,8 @@ def initial_tokenizer(experiment: Experiment) -> Tokenizer | None:
   path = experiment.train.initial_checkpoint
   if not path:
     return None
+  if checkpoint_steps(os.path.join(workdir, _FOLDER)):
+    return Provenance.from_dict(saved_provenance(workdir)).tokenizer
   try:
     checkpoint, _ = _find(path)
   except UserError as error:

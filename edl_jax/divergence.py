@@ -347,14 +347,15 @@ def expert_divergence_loss(
   eps: float = 1e-8,
   divergence: str = "jensen_shannon",
   ground_cost_EE: jax.Array | None = None,
+  max_present: int | None = None,
 ) -> jax.Array:
   """Expert divergence loss of one layer (arXiv:2603.00054).
 
   L_ED = mean over unordered pairs j < k of present domains of
   -log(divergence(p_j, p_k) + eps); the paper's is Jensen-Shannon.
 
-  O(D^2 E) arithmetic, or more by ground costs. Memory O(D E) beyond a fixed
-  tile, with gradients too.
+  O(min(D, max_present)^2 E) arithmetic, or more by ground costs. Memory O(D E)
+  beyond a fixed tile, with gradients too.
 
   Args:
     p_DE: mean router probabilities of each domain over the *global* batch.
@@ -364,6 +365,8 @@ def expert_divergence_loss(
       route exactly alike have an infinite loss.
     divergence: one of `DIVERGENCES`; see the function of that name.
     ground_cost_EE: only for "wasserstein"; see there.
+    max_present: how many domains can be present at most, such as the rows of
+      the batch: more than so many are left out. All, by default.
 
   Returns:
     A scalar in [-log(largest divergence + eps), -log(eps)]; 0 with a gradient
@@ -377,8 +380,11 @@ def expert_divergence_loss(
     raise ValueError(f"no divergence {divergence!r}: it must be one of {names}")
   if ground_cost_EE is not None and divergence != "wasserstein":
     raise ValueError(f"ground_cost_EE needs 'wasserstein', not {divergence!r}")
+  p_DE, present_D = _as_float(p_DE), jnp.asarray(present_D) > 0
+  if max_present is not None and max_present < len(p_DE):
+    first = jnp.argsort(~present_D, stable=True)[:max_present]
+    p_DE, present_D = p_DE[first], present_D[first]
   num_domains, num_experts = p_DE.shape
-  p_DE = _as_float(p_DE)
   if num_domains < 2 or num_experts < 2:
     return jnp.zeros((), p_DE.dtype)
   costs = () if ground_cost_EE is None else (ground_cost_EE,)
@@ -388,7 +394,7 @@ def expert_divergence_loss(
   # Tiles of equal size, with absent domains for padding.
   tile = -(-num_domains // num_tiles)
   padding = num_tiles * tile - num_domains
-  present_D = jnp.pad(jnp.asarray(present_D) > 0, (0, padding))
+  present_D = jnp.pad(present_D, (0, padding))
   p_DE = jnp.pad(p_DE, ((0, padding), (0, 0)))
   p_DE = jnp.where(present_D[:, None], p_DE, 1 / num_experts)
   p_NRE = p_DE.reshape(num_tiles, tile, num_experts)
@@ -421,6 +427,7 @@ def hierarchical_divergence_loss(
   eps: float = 1e-8,
   divergence: str = "jensen_shannon",
   ground_cost_EE: jax.Array | None = None,
+  max_present: int | None = None,
 ) -> jax.Array:
   """Weighted sum of the expert divergence losses of two levels of labels.
 
@@ -431,12 +438,18 @@ def hierarchical_divergence_loss(
     p_DE, count_D: of the fine domains, as from `domain_routing`.
     parent_D: the coarse domain of each fine domain, from 0.
     coarse_weight: in [0, 1]; with 0 or 1 the other level costs nothing.
-    eps, divergence, ground_cost_EE: as in `expert_divergence_loss`.
+    eps, divergence, ground_cost_EE, max_present: as in
+      `expert_divergence_loss`.
 
   Raises:
     ValueError: parents that do not fit; see also `expert_divergence_loss`.
   """
-  options = dict(eps=eps, divergence=divergence, ground_cost_EE=ground_cost_EE)
+  options = dict(
+    eps=eps,
+    divergence=divergence,
+    ground_cost_EE=ground_cost_EE,
+    max_present=max_present,
+  )
   fine = 0.0
   if coarse_weight < 1:
     fine = expert_divergence_loss(p_DE, count_D, **options)

@@ -11,7 +11,7 @@ import io
 import itertools
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grain
 import numpy as np
@@ -74,70 +74,18 @@ class PackedRows:
     return Batch(*arrays, domain_B=np.int32(self.domain))
 
 
-def train_dataset(
-  corpus: Corpus | PreparedCorpus,
-  tokenizer: Tokenizer,
-  experiment: Experiment,
-) -> grain.MapDataset[Batch]:
-  """Returns the endless sequence of training rows, without the axis B.
-
-  Each domain is reshuffled every epoch of its own. With `data.granularity`
-  "shuffled" the label of row i, if it has one, is a random fine one that
-  depends on i and the seed alone.
-
-  Raises:
-    UserError: a domain that fills no row, or rows longer than any document.
-  """
-  tokens = _tokenize(corpus, "train", tokenizer)
-  phases = _phases(corpus, tokens, experiment)
-  _check_lengths(corpus.taxonomy.sources, phases.in_use, tokens, experiment)
-  datasets = []
-  for domain, label in enumerate(corpus.taxonomy.labels):
-    documents = tokens[domain]
-    seed = _seed(experiment, f"documents {domain}")
-    order = np.random.default_rng(seed).permutation(len(documents))
-    rows = PackedRows(
-      stream=TokenStream(documents[order], tokenizer.document_start_id),
-      sequence_length=experiment.train.sequence_length,
-      document_start_id=tokenizer.document_start_id,
-      domain=label,
-    )
-    # Not MapDataset.source(rows): that measures every array it reads, which
-    # takes longer than making the row.
-    dataset = grain.MapDataset.range(len(rows))
-    dataset = dataset.shuffle(_seed(experiment, f"rows {domain}"))
-    datasets.append(dataset.repeat().map(rows.__getitem__))
-  mixture = mix_phases(datasets, phases)
-  if experiment.data.granularity == "shuffled":
-    count = len(corpus.taxonomy.fine)
-
-    def relabel(row: Batch, rng: np.random.Generator) -> Batch:
-      label = np.int32(rng.integers(count))
-      return row if row.domain_B < 0 else row._replace(domain_B=label)
-
-    mixture = mixture.random_map(relabel, seed=_seed(experiment, "labels"))
-  return mixture
-
-
 class EpochCounter:
   """How often each source's text was read, exactly, after any number of rows.
 
   A source that runs out is read again in a new order.
+
+  Args:
+    phases: how sources are mixed.
+    rows: in one epoch of each source, by name.
   """
 
-  def __init__(
-    self,
-    corpus: Corpus | PreparedCorpus,
-    tokenizer: Tokenizer,
-    experiment: Experiment,
-  ):
-    tokens = _tokenize(corpus, "train", tokenizer)
-    self._phases = _phases(corpus, tokens, experiment)
-    self._rows = {
-      name: documents.token_count // experiment.train.sequence_length
-      for name, documents in zip(corpus.taxonomy.sources, tokens)
-    }
-    self._last: dict[str, float] = {}
+  def __init__(self, phases: Phases, rows: Mapping[str, int]):
+    self._phases, self._rows = phases, rows
 
   def at(self, rows: int) -> dict[str, float]:
     """Returns the epochs of each source after `rows` rows, fractions too."""
@@ -164,6 +112,57 @@ class EpochCounter:
       f"{', '.join(names)}: read {epoch - 1} time(s), now again in a new order"
       for epoch, names in sorted(begun.items())
     ]
+
+
+def train_dataset(
+  corpus: Corpus | PreparedCorpus,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+) -> tuple[grain.MapDataset[Batch], EpochCounter]:
+  """Returns the endless sequence of training rows, and what counts its epochs.
+
+  Rows lack the axis B.
+
+  Each domain is reshuffled every epoch of its own. With `data.granularity`
+  "shuffled" the label of row i, if it has one, is a random fine one that
+  depends on i and the seed alone.
+
+  Raises:
+    UserError: a domain that fills no row, or rows longer than any document.
+  """
+  tokens = _tokenize(corpus, "train", tokenizer)
+  phases = _phases(corpus, tokens, experiment)
+  _check_lengths(corpus.taxonomy.sources, phases.in_use, tokens, experiment)
+  datasets, rows_of = [], {}
+  taxonomy = corpus.taxonomy
+  for domain, (name, label) in enumerate(
+    zip(taxonomy.sources, taxonomy.labels)
+  ):
+    documents = tokens[domain]
+    seed = _seed(experiment, f"documents {domain}")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    rows = PackedRows(
+      stream=TokenStream(documents[order], tokenizer.document_start_id),
+      sequence_length=experiment.train.sequence_length,
+      document_start_id=tokenizer.document_start_id,
+      domain=label,
+    )
+    rows_of[name] = len(rows)
+    # Not MapDataset.source(rows): that measures every array it reads, which
+    # takes longer than making the row.
+    dataset = grain.MapDataset.range(len(rows))
+    dataset = dataset.shuffle(_seed(experiment, f"rows {domain}"))
+    datasets.append(dataset.repeat().map(rows.__getitem__))
+  mixture = mix_phases(datasets, phases)
+  if experiment.data.granularity == "shuffled":
+    count = len(taxonomy.fine)
+
+    def relabel(row: Batch, rng: np.random.Generator) -> Batch:
+      label = np.int32(rng.integers(count))
+      return row if row.domain_B < 0 else row._replace(domain_B=label)
+
+    mixture = mixture.random_map(relabel, seed=_seed(experiment, "labels"))
+  return mixture, EpochCounter(phases, rows_of)
 
 
 def train_iterator(

@@ -194,6 +194,7 @@ def divergence_loss(
   config: LossesConfig,
   parent_D: tuple[int, ...] = (),
   coarse_weight: float = 0.0,
+  max_present: int | None = None,
 ) -> jax.Array:
   """L_ED of every layer, (L,); see `divergence.hierarchical_divergence_loss`.
 
@@ -203,6 +204,7 @@ def divergence_loss(
     config: which divergence, and its epsilon.
     parent_D: coarse label of each fine domain, where `coarse_weight` > 0.
     coarse_weight: share of the coarse level, in [0, 1].
+    max_present: rows of the global batch, in which no more domains can be.
   """
   p_LDE, _ = routing.domain_probabilities(stats)
   loss = functools.partial(
@@ -211,10 +213,12 @@ def divergence_loss(
     coarse_weight=coarse_weight,
     eps=config.divergence_epsilon,
     divergence=config.divergence,
+    max_present=max_present,
   )
   num_layers, num_domains, num_experts = p_LDE.shape
   # Layers side by side as long as they are small together.
-  pairs = num_domains * num_domains * num_experts
+  compared = min(num_domains, max_present or num_domains)
+  pairs = compared * compared * num_experts
   return jax.lax.map(
     lambda layer: loss(*layer),
     (p_LDE, stats.sequences_LD),
@@ -286,6 +290,7 @@ def objective(
   parent_D: tuple[int, ...] = (),
   coarse_weight: float = 0.0,
   kept_weights: Mapping[str, jax.Array] | None = None,
+  max_present: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The training objective, L = L_LM + alpha L_LB + beta L_ED + zeta L_z.
 
@@ -294,7 +299,7 @@ def objective(
   Args:
     sums: of the global batch.
     config: weights and forms.
-    parent_D, coarse_weight: see `divergence_loss`.
+    parent_D, coarse_weight, max_present: see `divergence_loss`.
     kept_weights: weights "auto:TARGET" as the first batch set them, from
       `auto_weights` before it.
 
@@ -310,7 +315,7 @@ def objective(
     "lm_loss": sums.nats / jnp.maximum(sums.tokens, 1),
     "balance_loss": load_balance_loss(stats, config.balance_scope).mean(),
     "divergence_loss": divergence_loss(
-      stats, config, parent_D, coarse_weight
+      stats, config, parent_D, coarse_weight, max_present
     ).mean(),
     "z_loss": router_z_loss(stats).mean(),
     "variance_loss": variance_loss(stats, config.specialization_form).mean(),

@@ -92,7 +92,7 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
     raise UserError(
       f"--workdir={workdir} has no checkpoint to evaluate; train first"
     )
-  tokenizer = initial_tokenizer(experiment)
+  tokenizer = initial_tokenizer(experiment, workdir)
   if experiment.data.prepared:
     corpus = load_prepared(experiment)
     if tokenizer and tokenizer.to_json() != corpus.tokenizer.to_json():
@@ -104,9 +104,9 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
   else:
     corpus = load_corpus(experiment.data)
     tokenizer = tokenizer or load_tokenizer(experiment, corpus)
-  rows = None
+  rows = epochs = None
   if mode == "train":
-    rows = train_dataset(corpus, tokenizer, experiment)
+    rows, epochs = train_dataset(corpus, tokenizer, experiment)
   provenance = Provenance(
     experiment, corpus.taxonomy, tokenizer, corpus.content_hash
   )
@@ -127,7 +127,7 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
     evaluate_checkpoint(corpus, provenance, mesh, workdir)
     return
   try:
-    train(corpus, rows, provenance, mesh, workdir)
+    train(corpus, rows, epochs, provenance, mesh, workdir)
   except NonFiniteError as error:
     _fail(error, 1)
   except Preempted as error:

@@ -122,6 +122,7 @@ def loss_and_gradient(
       taxonomy.parent,
       _coarse_weight(experiment),
       kept_weights,
+      max_present=len(batch.domain_B),
     )
 
   def forward(model: Model, batch: Batch) -> losses.BatchSums:
@@ -324,6 +325,7 @@ class _Loop:
     self,
     corpus: Corpus | PreparedCorpus,
     rows: grain.MapDataset[Batch],
+    epochs: EpochCounter,
     provenance: Provenance,
     mesh: Mesh,
     workdir: str,
@@ -350,7 +352,7 @@ class _Loop:
       *process,
       unlabelled=corpus.taxonomy.unlabelled,
     )
-    self._epochs = EpochCounter(corpus, provenance.tokenizer, experiment)
+    self._epochs = epochs
     self._checkpointer = Checkpointer(
       workdir, experiment.train.keep_checkpoints
     )
@@ -533,6 +535,7 @@ class _Loop:
 def train(
   corpus: Corpus | PreparedCorpus,
   rows: grain.MapDataset[Batch],
+  epochs: EpochCounter,
   provenance: Provenance,
   mesh: Mesh,
   workdir: str,
@@ -545,7 +548,7 @@ def train(
 
   Args:
     corpus: with the text that the provenance describes.
-    rows: its training rows, from `input_pipeline.train_dataset`.
+    rows, epochs: its training rows, from `input_pipeline.train_dataset`.
     provenance: saved in every checkpoint.
     mesh: over all devices.
     workdir: the run's folder, checked by `checkpoint.check_workdir`.
@@ -556,7 +559,7 @@ def train(
   """
   settings = provenance.experiment.train
   with _noted_signals() as preempted, jax.set_mesh(mesh):
-    loop = _Loop(corpus, rows, provenance, mesh, workdir)
+    loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir)
     try:
       if loop.first_step:
         loop.progress.print(

@@ -193,13 +193,17 @@ def test_tokenizer_of_the_checkpoint_to_start_from(workdir, tmp_path):
       train=TrainConfig(initial_checkpoint=str(path)),
     )
 
-  assert initial_tokenizer(EXPERIMENT) is None
-  found = initial_tokenizer(starting_from(workdir, dtype="bfloat16"))
+  new = str(tmp_path / "new")
+  assert initial_tokenizer(EXPERIMENT, new) is None
+  found = initial_tokenizer(starting_from(workdir, dtype="bfloat16"), new)
   assert found.to_json() == PROVENANCE.tokenizer.to_json()
   with pytest.raises(UserError, match=r"initial_checkpoint: no checkpoint"):
-    initial_tokenizer(starting_from(tmp_path))
+    initial_tokenizer(starting_from(tmp_path), new)
   with pytest.raises(UserError, match=r"num_experts: 4 -> 8; set"):
-    initial_tokenizer(starting_from(workdir, num_experts=8))
+    initial_tokenizer(starting_from(workdir, num_experts=8), new)
+  # What a run with a checkpoint of its own once started from may be gone.
+  found = initial_tokenizer(starting_from(tmp_path), workdir)
+  assert found.to_json() == PROVENANCE.tokenizer.to_json()
 
 
 def test_keeps_the_newest(tmp_path):

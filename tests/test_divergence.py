@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -516,6 +517,31 @@ def test_memory_does_not_grow_with_pairs(monkeypatch):
   assert (
     512 * 64 <= largest_array(program(512, 64).jaxpr.jaxpr) < 512 * 512 // 4
   )
+
+
+@pytest.mark.parametrize("max_present", [3, 9])
+def test_only_as_many_as_can_be_present_are_compared(max_present):
+  """Of fine and of coarse domains, whose parents merge two of the present."""
+  p_DE = np.random.default_rng(5).dirichlet(np.ones(5), 8).astype(np.float32)
+  parent = (0, 1, 2, 3, 1, 4, 5, 6)
+
+  def loss(p, count_D, limit):
+    return hierarchical_divergence_loss(
+      p, count_D, parent, coarse_weight=0.3, max_present=limit
+    )
+
+  gathered, full = (
+    jax.jit(jax.value_and_grad(functools.partial(loss, limit=limit)))
+    for limit in (max_present, None)
+  )
+  for present in ([], [6], [6, 1], [6, 1, 4], [4, 1]):
+    count_D = np.zeros(8, np.float32)
+    count_D[present] = (2, 1, 3)[: len(present)]
+    value, gradient = gathered(p_DE, count_D)
+    want, want_gradient = full(p_DE, count_D)
+    assert float(value) == pytest.approx(float(want), rel=1e-6)
+    np.testing.assert_allclose(gradient, want_gradient, rtol=1e-5, atol=1e-7)
+    assert np.any(gradient) == (len(present) > 1)
 
 
 @pytest.mark.parametrize("present", [[0] * 5, [0, 1, 0, 0, 0]])

@@ -15,7 +15,6 @@ from edl_jax.config import (
   UserError,
 )
 from edl_jax.input_pipeline import (
-  EpochCounter,
   PackedRows,
   eval_batches,
   train_dataset,
@@ -143,7 +142,7 @@ def test_packing_leaves_the_stream_alone():
 
 def iterate(experiment, *process):
   return train_iterator(
-    train_dataset(CORPUS, TOKENIZER, experiment),
+    train_dataset(CORPUS, TOKENIZER, experiment)[0],
     experiment,
     len(CORPUS.taxonomy.fine),
     *process,
@@ -161,7 +160,7 @@ def test_batches_have_the_declared_shapes_and_types():
 
 
 def test_rows_hold_text_of_their_own_domain():
-  dataset = train_dataset(CORPUS, TOKENIZER, make_experiment())
+  dataset, _ = train_dataset(CORPUS, TOKENIZER, make_experiment())
   for i in range(100):
     row = dataset[i]
     letters = {chr(t) for t in row.tokens_BT if t < START} & set("abcABC")
@@ -170,7 +169,7 @@ def test_rows_hold_text_of_their_own_domain():
 
 def test_mixture_weights_are_met_in_every_window():
   experiment = make_experiment(weights=(1.0, 0.0, 3.0))
-  dataset = train_dataset(CORPUS, TOKENIZER, experiment)
+  dataset, _ = train_dataset(CORPUS, TOKENIZER, experiment)
   labels = [int(dataset[i].domain_B) for i in range(400)]
   for start in range(0, 400, 4):
     counts = collections.Counter(labels[start : start + 4])
@@ -179,7 +178,7 @@ def test_mixture_weights_are_met_in_every_window():
 
 def test_every_epoch_has_every_row_once_in_a_new_order():
   experiment = make_experiment(weights=(0.0, 1.0, 0.0))
-  dataset = train_dataset(CORPUS, TOKENIZER, experiment)
+  dataset, _ = train_dataset(CORPUS, TOKENIZER, experiment)
   length = sum(len(text) + 1 for text in texts("b", 25)) // 16
   epochs = [
     [tuple(dataset[epoch * length + i].tokens_BT) for i in range(length)]
@@ -194,7 +193,7 @@ def test_every_epoch_has_every_row_once_in_a_new_order():
 
 def test_rows_of_an_epoch_are_the_documents_in_some_order():
   experiment = make_experiment(weights=(0.0, 1.0, 0.0))
-  dataset = train_dataset(CORPUS, TOKENIZER, experiment)
+  dataset, _ = train_dataset(CORPUS, TOKENIZER, experiment)
   own = texts("b", 25)
   length = sum(len(text) + 1 for text in own) // 16
   seen = collections.Counter(
@@ -210,7 +209,7 @@ def test_rows_of_an_epoch_are_the_documents_in_some_order():
 
 def test_order_depends_on_the_seed():
   def rows(seed):
-    dataset = train_dataset(CORPUS, TOKENIZER, make_experiment(seed))
+    dataset, _ = train_dataset(CORPUS, TOKENIZER, make_experiment(seed))
     return [tuple(dataset[i].tokens_BT) for i in range(30)]
 
   assert rows(1) == rows(1)
@@ -255,8 +254,8 @@ def test_processes_share_each_global_batch(process_count):
 
 def test_shuffled_labels_are_uniform_and_deterministic():
   shuffled = make_experiment(granularity="shuffled")
-  dataset = train_dataset(CORPUS, TOKENIZER, shuffled)
-  truth = train_dataset(CORPUS, TOKENIZER, make_experiment())
+  dataset, _ = train_dataset(CORPUS, TOKENIZER, shuffled)
+  truth, _ = train_dataset(CORPUS, TOKENIZER, make_experiment())
   count = 900
   rows = [(dataset[i], truth[i]) for i in range(count)]
   for row, true in rows[:50]:
@@ -270,21 +269,21 @@ def test_shuffled_labels_are_uniform_and_deterministic():
     for true_label in range(3):
       assert abs(pairs[label, true_label] - count / 9) < 50
   labels = [int(row.domain_B) for row, _ in rows]
-  again = train_dataset(CORPUS, TOKENIZER, shuffled)
+  again, _ = train_dataset(CORPUS, TOKENIZER, shuffled)
   # By index, in any order.
   for i in (899, 5, 300):
     assert again[i].domain_B == labels[i]
-  other = train_dataset(
+  other, _ = train_dataset(
     CORPUS, TOKENIZER, make_experiment(seed=1, granularity="shuffled")
   )
   assert [int(other[i].domain_B) for i in range(50)] != labels[:50]
 
 
 def test_coarse_granularity_keeps_fine_labels():
-  coarse = train_dataset(
+  coarse, _ = train_dataset(
     CORPUS, TOKENIZER, make_experiment(granularity="coarse")
   )
-  fine = train_dataset(CORPUS, TOKENIZER, make_experiment())
+  fine, _ = train_dataset(CORPUS, TOKENIZER, make_experiment())
   assert_equal([coarse[i] for i in range(9)], [fine[i] for i in range(9)])
 
 
@@ -312,8 +311,8 @@ def test_resume_is_exact_across_a_change_of_weights():
 
 
 def test_no_row_is_lost_or_repeated_where_weights_change():
-  changed = train_dataset(CORPUS, TOKENIZER, TWO_PHASES)
-  alone = train_dataset(
+  changed, _ = train_dataset(CORPUS, TOKENIZER, TWO_PHASES)
+  alone, _ = train_dataset(
     CORPUS, TOKENIZER, make_experiment(weights=(1.0, 0.0, 0.0))
   )
   rows = [changed[i] for i in range(100)]
@@ -330,7 +329,7 @@ def test_mixing_by_size():
   }
   for mixing, total in totals.items():
     experiment = make_experiment(data={"mixing": mixing})
-    dataset = train_dataset(CORPUS, TOKENIZER, experiment)
+    dataset, _ = train_dataset(CORPUS, TOKENIZER, experiment)
     counts = collections.Counter(int(dataset[i].domain_B) for i in range(3000))
     for domain, size in enumerate(total):
       assert counts[domain] / 3000 == pytest.approx(
@@ -351,8 +350,8 @@ def test_rows_without_a_domain_train_and_are_not_evaluated(granularity):
     ),
   )
   experiment = make_experiment(granularity=granularity, eval_rows=-1)
-  rows = train_dataset(corpus, TOKENIZER, experiment)
-  true = train_dataset(CORPUS, TOKENIZER, make_experiment())
+  rows, _ = train_dataset(corpus, TOKENIZER, experiment)
+  true, _ = train_dataset(CORPUS, TOKENIZER, make_experiment())
   for i in range(60):
     assert (rows[i].domain_B == -1) == (true[i].domain_B == 2)
     assert_equal([rows[i]._replace(domain_B=0)], [true[i]._replace(domain_B=0)])
@@ -367,8 +366,7 @@ def test_rows_without_a_domain_train_and_are_not_evaluated(granularity):
 
 
 def test_epochs_are_counted():
-  dataset = train_dataset(CORPUS, TOKENIZER, TWO_PHASES)
-  counter = EpochCounter(CORPUS, TOKENIZER, TWO_PHASES)
+  dataset, counter = train_dataset(CORPUS, TOKENIZER, TWO_PHASES)
   lengths = [
     sum(len(document.text) + 1 for document in group) // 16
     for group in CORPUS.train
@@ -394,7 +392,7 @@ def test_epochs_are_counted():
     said += lines
   assert len(said) > 2
   # Together, in one line each.
-  both = EpochCounter(CORPUS, TOKENIZER, make_experiment(weights=(1, 0, 1)))
+  _, both = train_dataset(CORPUS, TOKENIZER, make_experiment(weights=(1, 0, 1)))
   assert both.repeats(0, 2 * max(lengths) + 2)[-1].startswith("a, c: read 1 ")
 
 
@@ -407,7 +405,7 @@ def test_a_thousand_sources_share_one_thread():
   experiment = make_experiment()
   before = threading.active_count()
   iterator = train_iterator(
-    train_dataset(corpus, TOKENIZER, experiment), experiment, 1000
+    train_dataset(corpus, TOKENIZER, experiment)[0], experiment, 1000
   )
   labels = [label for batch in take(iterator, 250) for label in batch.domain_B]
   assert sorted(labels) == list(range(1000))
@@ -489,9 +487,8 @@ def test_evaluation_is_shared_by_processes():
 @pytest.mark.parametrize("label", [-1, 3])
 def test_label_outside_the_taxonomy_is_an_error(label):
   experiment = make_experiment()
-  rows = train_dataset(CORPUS, TOKENIZER, experiment).map(
-    lambda row: row._replace(domain_B=np.int32(label))
-  )
+  rows, _ = train_dataset(CORPUS, TOKENIZER, experiment)
+  rows = rows.map(lambda row: row._replace(domain_B=np.int32(label)))
   assert len(CORPUS.taxonomy.fine) == 3
   with pytest.raises(UserError, match=rf"domain label {label} .* \[0, 3\)"):
     next(train_iterator(rows, experiment, 3))
@@ -508,9 +505,11 @@ def test_domain_that_fills_no_row_is_named():
   longer = make_corpus(
     {"a": ["x" * 99], "b": ["y" * 15]}, {"a": ["x"], "b": ["y"]}
   )
-  assert train_dataset(longer, TOKENIZER, experiment)[1].domain_B == 1
+  rows, _ = train_dataset(longer, TOKENIZER, experiment)
+  assert rows[1].domain_B == 1
   unused = make_experiment(weights=(1.0, 0.0))
-  assert train_dataset(corpus, TOKENIZER, unused)[1].domain_B == 0
+  rows, _ = train_dataset(corpus, TOKENIZER, unused)
+  assert rows[1].domain_B == 0
 
 
 def test_rows_longer_than_every_document_are_refused():
@@ -544,9 +543,9 @@ class CountingTokenizer(Tokenizer):
 def test_tokens_are_cached_by_text_and_tokenizer(cache):
   tokenizer = CountingTokenizer.from_json(TOKENIZER.to_json())
   experiment = make_experiment()
-  first = train_dataset(CORPUS, tokenizer, experiment)
+  first, _ = train_dataset(CORPUS, tokenizer, experiment)
   assert tokenizer.encoded == 125
-  again = train_dataset(CORPUS, tokenizer, experiment)
+  again, _ = train_dataset(CORPUS, tokenizer, experiment)
   assert tokenizer.encoded == 125
   assert_equal([first[i] for i in range(20)], [again[i] for i in range(20)])
   # Damage is noticed and mended.
@@ -554,7 +553,7 @@ def test_tokens_are_cached_by_text_and_tokenizer(cache):
   content = bytearray(path.read_bytes())
   content[len(content) // 3] ^= 1
   path.write_bytes(content)
-  mended = train_dataset(CORPUS, tokenizer, experiment)
+  mended, _ = train_dataset(CORPUS, tokenizer, experiment)
   assert tokenizer.encoded == 250
   assert_equal([first[i] for i in range(20)], [mended[i] for i in range(20)])
   # Other documents are other tokens, whatever the corpus calls itself.

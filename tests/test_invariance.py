@@ -7,8 +7,10 @@ number of processes.
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -297,6 +299,20 @@ def test_per_micro_batch_is_the_mean_of_its_parts(on_one_device, mesh_sizes):
   found = differences(got, on_one_device)
   assert found["terms/divergence_loss"] > 0.01
   assert found["gradient/blocks/moe/router_ME/value"] > 0.1
+
+
+def test_domains_that_the_rows_cannot_hold_are_not_compared():
+  """No array is as large as all pairs of domains."""
+  taxonomy = Taxonomy.from_names([f"x{d}/y{d}" for d in range(512)])
+  experiment = Experiment(
+    model=MODEL, losses=LOSSES, data=DataConfig(granularity="hierarchical")
+  )
+  program = jax.make_jaxpr(train.loss_and_gradient, static_argnums=(2, 3))(
+    random_model(), random_batch(), experiment, taxonomy
+  )
+  shapes = re.findall(r"f32\[([\d,]+)\]", str(program))
+  largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+  assert 512 * 8 <= largest < 512 * 512
 
 
 # One of two processes, each with half of the devices and of the rows.

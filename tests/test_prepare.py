@@ -24,7 +24,6 @@ from edl_jax.config import (
   UserError,
 )
 from edl_jax.input_pipeline import (
-  EpochCounter,
   eval_batches,
   train_dataset,
   train_iterator,
@@ -146,10 +145,10 @@ def test_rows_are_those_of_the_files_themselves(
   assert prepared.train_bytes() == corpus.train_bytes()
 
   ways = [(corpus, own, read), (prepared, prepared.tokenizer, mapped)]
-  expected, got = (train_dataset(*way) for way in ways)
+  (expected, epochs), (got, got_epochs) = (train_dataset(*way) for way in ways)
   # Across the change of weights, and beyond an epoch.
-  assert EpochCounter(*ways[1]).at(1200) == EpochCounter(*ways[0]).at(1200)
-  assert max(EpochCounter(*ways[1]).at(1200).values()) > 1
+  assert got_epochs.at(1200) == epochs.at(1200)
+  assert max(epochs.at(1200).values()) > 1
   assert rows_of(got, 1200) == rows_of(expected, 1200)
   for batch, other in zip(*(eval_batches(*way) for way in ways), strict=True):
     for array, expected_array in zip(batch, other):
@@ -163,7 +162,7 @@ def test_resume_from_prepared_text_is_exact(texts, tmp_path):
 
   def iterate():
     corpus = load_prepared(experiment)
-    rows = train_dataset(corpus, corpus.tokenizer, experiment)
+    rows, _ = train_dataset(corpus, corpus.tokenizer, experiment)
     return train_iterator(rows, experiment, 3, unlabelled=True)
 
   iterator, resumed = iterate(), iterate()
@@ -192,7 +191,8 @@ def test_processes_and_chunks_do_not_change_the_tokens(texts, tmp_path):
   for made in (one, whole):
     corpus = load_prepared(experiment_for(prepared=made.out))
     experiment = experiment_for(prepared=made.out)
-    datasets.append(train_dataset(corpus, corpus.tokenizer, experiment))
+    dataset, _ = train_dataset(corpus, corpus.tokenizer, experiment)
+    datasets.append(dataset)
   assert rows_of(datasets[0]) == rows_of(datasets[1])
 
 
@@ -211,7 +211,7 @@ def test_many_sources_open_no_threads(tmp_path):
   experiment = experiment_for(prepared=made.out)
   before = threading.active_count()
   corpus = load_prepared(experiment)
-  rows = train_dataset(corpus, corpus.tokenizer, experiment)
+  rows, _ = train_dataset(corpus, corpus.tokenizer, experiment)
   iterator = train_iterator(rows, experiment, 1000)
   labels = [label for _ in range(250) for label in next(iterator).domain_B]
   assert sorted(labels) == list(range(1000))

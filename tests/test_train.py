@@ -3,6 +3,7 @@
 Runs are real processes that share compiled programs: compiling takes longest.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -12,16 +13,20 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import edl_jax
 from data.prepare import Options, prepare
-from edl_jax import sharding, train
-from edl_jax.checkpoint import Checkpointer, checkpoint_steps
+from edl_jax import config, input_pipeline, sharding, train
+from edl_jax.checkpoint import Checkpointer, Provenance, checkpoint_steps
 from edl_jax.config import MeshConfig
+from edl_jax.input_pipeline import train_dataset
 from edl_jax.metrics import read_metrics
+from edl_jax.mixture import load_corpus
 from edl_jax.optim import make_optimizer
+from edl_jax.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -220,6 +225,65 @@ def test_prepared_text_trains_and_repeats_are_told(runs):
   assert said.endswith("low: read 1 time(s), now again in a new order")
 
 
+def small_run(runs):
+  """Returns the arguments of `train.train`, but for mesh and folder."""
+  experiment = config.load(TINY, {"data.files": str(runs.files)})
+  corpus = load_corpus(experiment.data)
+  tokenizer = load_tokenizer(experiment, corpus)
+  return (
+    corpus,
+    *train_dataset(corpus, tokenizer, experiment),
+    Provenance(experiment, corpus.taxonomy, tokenizer, corpus.content_hash),
+  )
+
+
+def test_training_text_is_encoded_once(runs, monkeypatch, tmp_path):
+  arguments = small_run(runs)
+  read = []
+  tokenize = input_pipeline._tokenize
+  monkeypatch.setattr(
+    input_pipeline,
+    "_tokenize",
+    lambda corpus, split, tokenizer: (
+      read.append(split) or tokenize(corpus, split, tokenizer)
+    ),
+  )
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    train._Loop(*arguments, mesh, str(tmp_path)).close()
+  assert read == ["held_out"]
+
+
+@pytest.mark.parametrize("guarded", ["step", "evaluate"])
+def test_no_step_moves_data_unnoticed(runs, monkeypatch, tmp_path, guarded):
+  class Loop:
+    first_step, evaluation, progress = 0, None, None
+
+    def __init__(self, *_):
+      self.done = []
+      loops.append(self)
+
+    def __getattr__(self, name):
+      def note(*_, **__):
+        self.done.append(name)
+        if name == guarded:
+          jnp.ones(3) + np.ones(3)  # to the device, without device_put
+
+      return note
+
+  loops = []
+  monkeypatch.setattr(train, "_Loop", Loop)
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  run = functools.partial(train.train, *small_run(runs), mesh, str(tmp_path))
+  if guarded == "step":
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+      run()
+    assert loops[0].done == ["step", "close"]
+  else:
+    run()
+    assert loops[0].done.count("step") == 20
+
+
 KILL, TERMINATE = int(signal.SIGKILL), int(signal.SIGTERM)
 
 
@@ -313,8 +377,10 @@ def test_evaluation_of_a_run(runs, uninterrupted):
 def test_post_training_starts_from_a_checkpoint_and_survives(
   runs, uninterrupted
 ):
+  start = runs.folder / "start"
+  shutil.copytree(uninterrupted, start)
   arguments = (
-    f"--experiment.train.initial_checkpoint={uninterrupted}",
+    f"--experiment.train.initial_checkpoint={start}",
     "--experiment.losses.orthogonality_weight=auto:1e-4",
     "--experiment.losses.variance_weight=auto:1e-3",
   )
@@ -329,4 +395,5 @@ def test_post_training_starts_from_a_checkpoint_and_survives(
   killed = runs("special_killed", *arguments, strike=("written", 8, KILL))
   assert killed.returncode == -KILL, killed.stderr
   assert steps(runs.folder / "special_killed") == [5]
+  shutil.rmtree(start)  # it has served its turn
   assert_bitwise_equal(runs.finish("special_killed", *arguments), whole)
