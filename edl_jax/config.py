@@ -659,6 +659,27 @@ def check_override_keys(arguments: Iterable[str]) -> None:
       check_key(key)
 
 
+def split_overrides(
+  arguments: Iterable[str],
+) -> tuple[list[str], dict[str, str]]:
+  """Splits `--experiment.KEY=VALUE` off; returns the rest and the overrides.
+
+  Raises:
+    UserError: a key does not exist, or has no value.
+  """
+  rest, overrides = [], {}
+  for argument in arguments:
+    if not re.match("--?experiment[.]", argument):
+      rest.append(argument)
+      continue
+    check_override_keys([argument])
+    name, equals, text = argument.lstrip("-").partition("=")
+    if not equals:
+      raise UserError(f"{argument} needs a value: write {argument}=VALUE")
+    overrides[name.removeprefix("experiment.")] = text
+  return rest, overrides
+
+
 @contextlib.contextmanager
 def one_line_flag_errors(path: str | None = None) -> Iterator[None]:
   """Turns what goes wrong while flags are parsed into a UserError of one line.

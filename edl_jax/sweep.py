@@ -312,25 +312,8 @@ def _help(values: flags.FlagValues) -> str:
   return "\n".join([__doc__.strip(), "", "Flags:", *lines])
 
 
-def _split_overrides(
-  arguments: Sequence[str],
-) -> tuple[list[str], dict[str, str]]:
-  """Splits `--experiment.KEY=VALUE` off; returns the rest and the overrides."""
-  rest, overrides = [], {}
-  for argument in arguments:
-    if not re.match("--?experiment[.]", argument):
-      rest.append(argument)
-      continue
-    config.check_override_keys([argument])
-    name, equals, text = argument.lstrip("-").partition("=")
-    if not equals:
-      raise UserError(f"{argument} needs a value: write {argument}=VALUE")
-    overrides[name.removeprefix("experiment.")] = text
-  return rest, overrides
-
-
 def _run(arguments: Sequence[str]) -> int:
-  rest, common = _split_overrides(arguments)
+  rest, common = config.split_overrides(arguments)
   values = _define_flags()
   with config.one_line_flag_errors():
     positional = values(rest)[1:]

@@ -8,9 +8,10 @@ PACKAGE = ROOT / "edl_jax"
 
 # From the top: a module may import from its own row, and from rows below.
 ROWS = (
-  ("main", "sweep"),
+  ("main", "sweep", "aot"),
   ("train", "evaluate", "sweep_report"),
   (
+    "bounds",
     "report",
     "checkpoint",
     "input_pipeline",
@@ -24,7 +25,14 @@ ROWS = (
   ("grouped_matmul", "routing", "mixture"),
   ("sources", "batch"),
   ("taxonomy", "readers", "token_stream"),
-  ("divergence", "sharding", "arithmetic", "tokenizer_files"),
+  (
+    "divergence",
+    "sharding",
+    "arithmetic",
+    "tokenizer_files",
+    "topologies",
+    "hlo",
+  ),
   ("config",),
 )
 ROW_OF = {module: row for row, names in enumerate(ROWS) for module in names}

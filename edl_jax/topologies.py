@@ -1,0 +1,159 @@
+"""TPU slices that programs are compiled for: what chips can do, and shapes.
+
+Nothing here needs a TPU: the compiler in the package `libtpu` knows every
+slice. Peaks are those that Google Cloud publishes for each chip.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from edl_jax.config import UserError
+
+LIBTPU = "libtpu==0.0.42.1"
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """Published peaks of one chip."""
+
+  # bfloat16 FLOP/s of matrix products.
+  flops: float
+  # High-bandwidth memory: bytes, and bytes per second.
+  hbm_bytes: float
+  hbm_bandwidth: float
+  # Bytes per second that one link to a neighbour carries, each way.
+  link_bandwidth: float
+  # Chips in a ring: dimensions of a slice that are multiples of it wrap around.
+  ring: int
+  # Common slices.
+  slices: tuple[str, ...]
+  source: str
+
+
+_PAGES = "https://docs.cloud.google.com/tpu/docs"
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = (
+  "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8",
+  "8x8x16", "8x16x16", "16x16x16",
+)  # fmt: skip
+
+# Bandwidth of the interconnect is published per chip, in both directions and
+# over all its links: four in two dimensions, six in three. v4 and tpu7x, which
+# the compiler knows too, are two devices a chip to JAX and not offered here.
+CHIPS = {
+  "v5e": Chip(
+    flops=197e12,
+    hbm_bytes=16 * _GIB,
+    hbm_bandwidth=819e9,
+    link_bandwidth=400e9 / 2 / 4,
+    ring=16,
+    slices=_FLAT,
+    source=f"{_PAGES}/v5e",
+  ),
+  "v5p": Chip(
+    flops=459e12,
+    hbm_bytes=95 * _GIB,
+    hbm_bandwidth=2765e9,
+    link_bandwidth=1200e9 / 2 / 6,
+    ring=4,
+    slices=_CUBES,
+    source=f"{_PAGES}/v5p",
+  ),
+  "v6e": Chip(
+    flops=918e12,
+    hbm_bytes=32 * _GIB,
+    hbm_bandwidth=1640e9,
+    link_bandwidth=800e9 / 2 / 4,
+    ring=16,
+    slices=_FLAT,
+    source=f"{_PAGES}/v6e",
+  ),
+}
+
+
+class Topology(NamedTuple):
+  """A slice of chips, as the compiler sees it."""
+
+  name: str
+  chip: Chip
+  # Chips along each dimension of the mesh or torus.
+  shape: tuple[int, ...]
+  # Abstract devices: programs are compiled for them, but nothing runs.
+  devices: Sequence[Any]
+
+  def links(self) -> tuple[int, ...]:
+    """Links of a corner chip along each dimension.
+
+    Dimensions that are whole rings wrap around; in others the first and the
+    last chip have one neighbour. Corner chips take part in every collective, so
+    they bound its time.
+    """
+    return tuple(
+      0 if size == 1 else 2 if size % self.chip.ring == 0 else 1
+      for size in self.shape
+    )
+
+
+def prepare_environment() -> None:
+  """Lets this process compile for TPUs; before JAX is imported.
+
+  Arrays and eager operations stay on the CPU, the TPU library asks no metadata
+  server what machine this is, and several processes may load it.
+  """
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+  # Its log repeats what is reported here: keep fatal messages.
+  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+
+
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+  """Returns the chip and the shape of a slice such as "v5p:4x4x4".
+
+  Raises:
+    UserError: there is no such chip, or its slices have other dimensions.
+  """
+  kind, _, sizes = name.partition(":")
+  known = ", ".join(
+    f"{chip}:{shape}" for chip in CHIPS for shape in CHIPS[chip].slices
+  )
+  chip = CHIPS.get(kind)
+  if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+    raise UserError(f"--topology={name}: unknown; known are {known}")
+  shape = tuple(int(size) for size in sizes.split("x"))
+  dimensions = chip.slices[0].count("x") + 1
+  if len(shape) != dimensions or shape[0] % 2 or shape[1] % 2:
+    raise UserError(
+      f"--topology={name}: slices of {kind} have {dimensions} dimensions, the"
+      f" first two of them even; known are {known}"
+    )
+  return chip, shape
+
+
+def load(name: str) -> Topology:
+  """Returns the slice called `name`, such as "v5p:4x4x4".
+
+  Raises:
+    UserError: the slice is unknown, or the compiler is not installed.
+  """
+  chip, shape = parse(name)
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(f"the TPU compiler is not installed; pip install {LIBTPU}")
+  # Takes JAX, which a wrong name should not wait for.
+  from jax.experimental import topologies
+
+  try:
+    found = topologies.get_topology_desc(name, platform="tpu")
+  except RuntimeError as error:
+    reason = " ".join(str(error).split())
+    raise UserError(f"--topology={name}: {reason}") from error
+  assert len(found.devices) == math.prod(shape)
+  return Topology(name, chip, shape, found.devices)
