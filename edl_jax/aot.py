@@ -66,27 +66,9 @@ def make_mesh(experiment: Experiment, topology: Topology) -> Any:
   Raises:
     UserError: the mesh does not fit the slice, the model or the batch.
   """
-  from jax.experimental import mesh_utils
-  from jax.sharding import AxisType, Mesh
-
   from edl_jax import sharding
 
-  devices = topology.devices
-  try:
-    mesh = sharding.make_mesh(experiment.mesh, devices)
-  except NotImplementedError:
-    # An axis of the mesh is a part of one of the torus.
-    sizes = [getattr(experiment.mesh, axis) for axis in sharding.MESH_AXES]
-    left = len(devices) // abs(math.prod(sizes))
-    mesh = Mesh(
-      mesh_utils.create_device_mesh(
-        [left if size == -1 else size for size in sizes],
-        devices=devices,
-        allow_split_physical_axes=True,
-      ),
-      sharding.MESH_AXES,
-      axis_types=(AxisType.Auto,) * len(sizes),
-    )
+  mesh = sharding.make_mesh(experiment.mesh, topology.devices)
   sharding.check_divisible(experiment, mesh)
   return mesh
 
@@ -129,6 +111,7 @@ def compile_step(
   from edl_jax import sharding
   from edl_jax.batch import Batch
   from edl_jax.optim import make_optimizer
+  from edl_jax.runtime import compiler_options
   from edl_jax.train import abstract_state, make_train_step
 
   mesh = make_mesh(experiment, topology)
@@ -157,7 +140,7 @@ def compile_step(
   with jax.set_mesh(mesh):
     lowered = step.lower(state, batch)
     try:
-      compiled = lowered.compile()
+      compiled = lowered.compile(compiler_options(topology.devices[0]))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from edl_jax.config import Experiment, MeshConfig, UserError
@@ -59,7 +60,9 @@ def make_mesh(
 ) -> Mesh:
   """Lays `devices` (default: all) out on the four axes.
 
-  Axis types are Auto throughout the program.
+  Neighbours along an axis are neighbours in the torus of a TPU slice; several
+  slices lie along `data`, whose gradients alone cross the slower network
+  between them. Axis types are Auto throughout the program.
 
   Raises:
     UserError: the axis sizes do not multiply to the number of devices.
@@ -78,12 +81,26 @@ def make_mesh(
     raise UserError(
       f"{shown}: takes {known} of {len(devices)} devices; set one axis to -1"
     )
-  return jax.make_mesh(
-    tuple(sizes[axis] for axis in MESH_AXES),
-    MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
-  )
+  shape = [sizes[axis] for axis in MESH_AXES]
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if sizes["data"] % slices:
+    raise UserError(
+      f"{shown}: {slices} slices need mesh.data to be a multiple of {slices};"
+      " between slices only gradients should travel"
+    )
+  # A mesh axis may be a part of an axis of the torus.
+  if slices > 1:
+    laid_out = mesh_utils.create_hybrid_device_mesh(
+      [shape[0] // slices, *shape[1:]],
+      [slices, *[1] * len(shape[1:])],
+      devices,
+      allow_split_physical_axes=True,
+    )
+  else:
+    laid_out = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
