@@ -140,6 +140,9 @@ class OptimizerConfig:
   beta1: float = 0.9
   beta2: float = 0.95
   clip_norm: float = 1.0
+  # Keeps both moments in the memory of the host, two thirds of what a device
+  # stores between steps; each step fetches them and sends them back.
+  offload: bool = False
 
 
 @_config
@@ -245,6 +248,7 @@ RESUMABLE_KEYS = frozenset(
     "model.remat",
     "model.scan_unroll",
     "model.logits_elements",
+    "optimizer.offload",
     "train.log_every",
     "train.eval_every",
     "train.eval_rows",

@@ -186,6 +186,7 @@ def make_train_step(
   """Returns the jitted step; the state's buffers are donated."""
   everywhere = NamedSharding(mesh, PartitionSpec())
   shardings = state_shardings(experiment, optimizer, mesh)
+  on_device = jax.tree.map(lambda x: x.with_memory_kind("device"), shardings)
   schedule = make_schedule(experiment.optimizer, experiment.train.num_steps)
 
   @functools.partial(
@@ -196,8 +197,11 @@ def make_train_step(
       state.model, batch, experiment, taxonomy, state.auto_weights
     )
     with jax.named_scope("optimizer"):
+      moments = state.optimizer
+      if experiment.optimizer.offload:
+        moments = jax.device_put(moments, on_device.optimizer)
       updates, optimizer_state = optimizer.update(
-        gradient, state.optimizer, state.model
+        gradient, moments, state.model
       )
       model = optax.apply_updates(state.model, updates)
     scalars = {
@@ -229,7 +233,8 @@ def state_shardings(
 ) -> TrainState:
   """Returns the sharding of every leaf of the state.
 
-  Moments lie where their parameters lie, all else everywhere.
+  Moments lie where their parameters lie, or beside that in the memory of the
+  host (`optimizer.offload`), all else everywhere.
   """
   abstract = jax.eval_shape(lambda: _new_state(experiment, optimizer))
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -239,7 +244,11 @@ def state_shardings(
     model=by_parameter,
     optimizer=optax.tree.map_params(
       optimizer,
-      lambda _, spec: spec,
+      lambda _, placed: (
+        placed.with_memory_kind("pinned_host")
+        if experiment.optimizer.offload
+        else placed
+      ),
       abstract.optimizer,
       by_parameter,
       transform_non_params=lambda _: everywhere,

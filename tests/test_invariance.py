@@ -28,10 +28,12 @@ from edl_jax.config import (
   LossesConfig,
   MeshConfig,
   ModelConfig,
+  OptimizerConfig,
   TrainConfig,
 )
 from edl_jax.mixture import Taxonomy
 from edl_jax.model import abstract_model
+from edl_jax.optim import make_optimizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -368,3 +370,25 @@ def test_two_processes(on_one_device, tmp_path):
   assert codes == [0, 0], log.read_text()
   with np.load(path) as numbers:
     assert_same(dict(numbers), on_one_device)
+
+
+@pytest.mark.slow
+def test_moments_in_the_memory_of_the_host_change_nothing():
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
+  states = []
+  for offload in (False, True):
+    experiment = Experiment(
+      model=MODEL,
+      optimizer=OptimizerConfig(offload=offload),
+      train=TrainConfig(batch_size=ROWS),
+    )
+    optimizer = make_optimizer(experiment.optimizer, 10)
+    with jax.set_mesh(mesh):
+      state = train.init_state(experiment, optimizer, mesh)
+      step = train.make_train_step(experiment, optimizer, TAXONOMY, mesh)
+      for _ in range(2):
+        state, _ = step(state, sharding.put_batch(random_batch(), mesh))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer)}
+    assert ("pinned_host" in kinds) == offload
+    states.append(jax.device_get(state))
+  jax.tree.map(np.testing.assert_array_equal, *states)
