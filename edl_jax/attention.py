@@ -1,10 +1,14 @@
 """Grouped-query attention with rotary positions and normalised queries, keys."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from edl_jax import sharding
+from edl_jax import sharding, splash
 from edl_jax.config import ModelConfig
 
 
@@ -119,7 +123,7 @@ def _attend_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
     v_BKSH,
     preferred_element_type=jnp.float32,
   )
-  y_BKGTH = (y_BKGTH / sum_BKGT1).astype(dtype)
+  y_BKGTH = checkpoint_name((y_BKGTH / sum_BKGT1).astype(dtype), "attention")
   return y_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, exp_BKGTS, sum_BKGT1, y_BKGTH)
 
 
@@ -145,28 +149,11 @@ def _attend_backward(residuals, dy_BKGTH):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def causal_attention(
-  q_BTNH: jax.Array,
-  k_BSKH: jax.Array,
-  v_BSKH: jax.Array,
-  segments_BT: jax.Array,
-) -> jax.Array:
-  """Scaled dot-product attention to earlier tokens of the same segment.
-
-  Vaswani et al., arXiv:1706.03762; query head n reads key head n K // N
-  (Ainslie et al., arXiv:2305.13245). Logits and softmax are float32.
-
-  Args:
-    q_BTNH: queries.
-    k_BSKH, v_BSKH: keys and values, S = T; K divides N.
-    segments_BT: int32 document of each token.
-
-  Returns:
-    y_BTNH, in the dtype of `q_BTNH`.
-  """
+def _dense_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT):
+  """All logits of a block of queries at once, by XLA."""
   rows, length, heads, width = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]
-  q_BTKGH = (q_BTNH * width**-0.5).reshape(rows, length, kv_heads, -1, width)
+  q_BTKGH = q_BTNH.reshape(rows, length, kv_heads, -1, width)
   q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   count = _QUERY_BLOCKS
@@ -188,6 +175,51 @@ def causal_attention(
     )
   y_BKGTH = jnp.concatenate(blocks, axis=3)
   return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+
+
+# The implementation for each platform; "default" is for all others.
+BACKENDS = {"tpu": splash.attention, "default": _dense_attention}
+
+
+def _backend(length: int) -> Callable[..., jax.Array]:
+  """Chooses for the platform that the program is compiled for.
+
+  That is the mesh's, or else becomes known after tracing: then both are traced.
+  """
+  if not splash.fits(length):
+    return BACKENDS["default"]
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return functools.partial(jax.lax.platform_dependent, **BACKENDS)
+  return BACKENDS.get(device.platform, BACKENDS["default"])
+
+
+def causal_attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array,
+  backend: str | None = None,
+) -> jax.Array:
+  """Scaled dot-product attention to earlier tokens of the same segment.
+
+  Vaswani et al., arXiv:1706.03762; query head n reads key head n K // N
+  (Ainslie et al., arXiv:2305.13245). Logits and softmax are float32. Its output
+  is named "attention" for policies of rematerialisation.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH, v_BSKH: keys and values, S = T; K divides N.
+    segments_BT: int32 document of each token.
+    backend: a name of `BACKENDS`. By default that of the platform which the
+      program is compiled for, where the length allows it.
+
+  Returns:
+    y_BTNH, in the dtype of `q_BTNH`.
+  """
+  length, width = q_BTNH.shape[1], q_BTNH.shape[3]
+  attend = BACKENDS[backend] if backend else _backend(length)
+  return attend(q_BTNH * width**-0.5, k_BSKH, v_BSKH, segments_BT)
 
 
 class Attention(nnx.Module):

@@ -1,11 +1,16 @@
 """Attention and normalisation, with their own derivatives, against loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from edl_jax.attention import RMSNorm, causal_attention
+from edl_jax import splash
+from edl_jax.attention import BACKENDS, RMSNorm, causal_attention
 
 
 def naive_attention(q, k, v, segments):
@@ -88,6 +93,106 @@ def test_bfloat16_keeps_its_dtype_and_float32_softmax():
   exact = naive_attention(*(np.asarray(x, np.float32) for x in low), segments)
   # A weight and an output are rounded to 8 bits.
   np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.02)
+
+
+@pytest.fixture
+def small_kernels(monkeypatch):
+  """The kernels of the TPU in Pallas's interpreter, on blocks of 128."""
+  interpreted = functools.partial(splash.attention, interpret=True)
+  monkeypatch.setitem(BACKENDS, "tpu", interpreted)
+  monkeypatch.setattr(splash, "_LARGEST_BLOCK", 128)
+
+
+@pytest.mark.parametrize(
+  ("heads", "key_heads", "gradient_parts"), [(4, 1, 2), (4, 2, 1), (2, 2, 2)]
+)
+def test_kernels_against_a_loop_and_autodiff(
+  small_kernels, monkeypatch, heads, key_heads, gradient_parts
+):
+  # With one part for two blocks of keys the backward pass is two kernels.
+  monkeypatch.setattr(splash, "_MOST_GRADIENT_PARTS", gradient_parts)
+  q, k, v, dy, segments = inputs(256, heads, key_heads, width=16)
+  assert 0 in segments
+  y, gradients = differentiated(
+    lambda *x: causal_attention(*x, segments, backend="tpu"), (q, k, v), dy
+  )
+  np.testing.assert_allclose(
+    y, naive_attention(q, k, v, segments), rtol=1e-5, atol=2e-6
+  )
+  _, wanted = differentiated(
+    lambda *x: library_attention(*x, segments), (q, k, v), dy
+  )
+  for got, want in zip(gradients, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=5e-6)
+
+
+def count(jaxpr, primitive):
+  """How often a primitive occurs outside of kernels, in what is of use."""
+  found = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == primitive:
+      found += 1
+    elif equation.primitive.name != "pallas_call" and equation.outvars:
+      for inner in jaxprs_in_params(equation.params):
+        found += count(inner, primitive)
+  return found
+
+
+def traced(length, function=causal_attention):
+  q, k, v, _, segments = inputs(length, width=16)
+  return jax.make_jaxpr(function)(q, k, v, segments).jaxpr
+
+
+@pytest.mark.parametrize(
+  ("length", "platform", "kernels"),
+  [
+    (256, "tpu", 1),
+    (256, "cpu", 0),
+    (256, "cuda", 0),
+    (200, "tpu", 0),
+    # Known only after tracing, which goes both ways.
+    (256, None, 1),
+    (200, None, 0),
+  ],
+)
+def test_platform_and_length_choose_the_kernels(length, platform, kernels):
+  device = platform and AbstractDevice("some", num_cores=1, platform=platform)
+  mesh = AbstractMesh((1,), ("data",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jaxpr = traced(length)
+  assert count(jaxpr, "pallas_call") == kernels
+  both = platform is None and kernels
+  assert bool(count(jaxpr, "dot_general")) == (both or not kernels)
+
+
+@pytest.mark.parametrize(
+  ("backend", "primitive"), [("tpu", "pallas_call"), ("default", "dot_general")]
+)
+def test_its_output_can_be_saved_by_name(backend, primitive):
+  def gradient(policy):
+    def loss(*x):
+      return causal_attention(*x, backend=backend).sum()
+
+    rematerialized = jax.checkpoint(loss, policy=policy)
+    jaxpr = traced(256, jax.grad(rematerialized, (0, 1, 2)))
+    return count(jaxpr, primitive)
+
+  names = jax.checkpoint_policies.save_only_these_names
+  # The kernel's whole forward pass; of XLA's the last product in four blocks.
+  spared = gradient(names()) - gradient(names("attention"))
+  assert spared == {"tpu": 1, "default": 4}[backend]
+
+
+@pytest.mark.parametrize("length", [128, 384, 1152, 4096, 16384])
+def test_flops_count_blocks_that_the_mask_does_not_empty(length):
+  block = splash._block(length)
+  start = np.arange(0, length, block)
+  # A block has a pair if its last query comes no earlier than its first key.
+  met = (start[:, None] + block - 1 >= start).sum()
+  pairs = met * block**2 * 3 * 5
+  forward, backward = splash.flops(3, length, heads=5, width=64)
+  assert forward == 4 * 64 * pairs
+  assert backward == (10 if length < 16384 else 14) * 64 * pairs
 
 
 def test_norm_against_autodiff_of_its_formula():

@@ -22,7 +22,7 @@ ROWS = (
   ),
   ("prepared",),
   ("attention", "moe", "losses", "tokenizer"),
-  ("grouped_matmul", "routing", "mixture"),
+  ("grouped_matmul", "routing", "mixture", "splash"),
   ("sources", "batch"),
   ("taxonomy", "readers", "token_stream"),
   (
