@@ -4,7 +4,8 @@
 
 Each series starts from `experiments/bench.py` and changes one thing: the number
 of experts, of which as many as before are active, so that a token costs the
-same; the number of domains; tokens in a row; rows in the batch. The steps of a
+same, in batches of 8 rows and, "experts_32_rows", of 32; the number of domains;
+tokens in a row; rows in the batch. The steps of a
 series take turns; the ratio is tokens per second over those of its first line.
 
 "peak MiB" is the growth of resident memory in a process of its own that takes
@@ -33,7 +34,9 @@ from edl_jax.config import Experiment, MeshConfig
 
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns that each one takes.", 1)
 _SERIES = flags.DEFINE_list(
-  "series", ["experts", "domains", "length", "batch"], "Series to measure."
+  "series",
+  ["experts", "experts_32_rows", "domains", "length", "batch"],
+  "Series to measure.",
 )
 _JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
 _MEMORY_OF = flags.DEFINE_string(
@@ -42,6 +45,7 @@ _MEMORY_OF = flags.DEFINE_string(
 
 VALUES = {
   "experts": (8, 16, 32, 64),
+  "experts_32_rows": (8, 16, 32, 64),
   "domains": (2, 49, 1024),
   "length": (256, 512, 1024, 2048),
   "batch": (4, 8, 16, 32, 64),
@@ -53,9 +57,12 @@ def point(series: str, value: int) -> tuple[Experiment, int]:
   base = config.load("experiments/bench.py")
   if series == "domains":
     return base, value
-  if series == "experts":
+  if series.startswith("experts"):
     model = dataclasses.replace(base.model, num_experts=value)
-    return dataclasses.replace(base, model=model), 49
+    base = dataclasses.replace(base, model=model)
+    if series == "experts":
+      return base, 49
+    series, value = "batch", 32
   name = {"length": "sequence_length", "batch": "batch_size"}[series]
   settings = dataclasses.replace(base.train, **{name: value})
   return dataclasses.replace(base, train=settings), 49
