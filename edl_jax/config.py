@@ -497,7 +497,8 @@ def _is_tuple_of(value: Any, element: Any) -> bool:
 def _is_a(value: Any, wanted: type) -> bool:
   accepted = (int, float) if wanted is float else wanted
   # bool is an int to Python, but never meant as a number here.
-  return isinstance(value, accepted) and not isinstance(value, bool)
+  is_bool = isinstance(value, bool)
+  return isinstance(value, accepted) and is_bool == (wanted is bool)
 
 
 def _validate_model(model: ModelConfig) -> None:

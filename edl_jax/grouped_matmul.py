@@ -19,7 +19,8 @@ class Backend(NamedTuple):
   # of its group. Transposed: the rows are (R, F) and the result is (R, M).
   rows_product: Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
   # (x_RM, dy_RF, group_sizes_E) -> dw_EMF: the sum over the rows of each group
-  # of their outer products, accumulated in float32; zero for empty groups.
+  # of their outer products, added up in float32 and returned in the dtype of
+  # the rows; zero for empty groups.
   weights_product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -104,7 +105,7 @@ def _ragged_weights_product(x_RM, dy_RF, group_sizes_E):
       rhs_group_dimensions=[],
     ),
     preferred_element_type=jnp.float32,
-  )
+  ).astype(x_RM.dtype)
 
 
 # --- TPU: Pallas kernels -----------------------------------------------------
@@ -166,7 +167,8 @@ def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
     _padded(x_RM, row_tile).T,
     _padded(dy_RF, row_tile),
     group_sizes_E,
-    preferred_element_type=jnp.float32,
+    # Adds up in float32 all the same.
+    preferred_element_type=x_RM.dtype,
     tiling=(row_tile, _tile(x_RM.shape[1], 1024), _tile(dy_RF.shape[1], 1024)),
   )
 
@@ -264,7 +266,8 @@ def _block_weights_product(x_RM, dy_RF, group_sizes_E):
     return _over_blocks(num_rows, start_E[e], end_E[e], block, dw_EMF)
 
   dw_EMF = jnp.zeros((num_groups, x_RM.shape[1], dy_RF.shape[1]), jnp.float32)
-  return jax.lax.fori_loop(0, num_groups, group, dw_EMF)
+  dw_EMF = jax.lax.fori_loop(0, num_groups, group, dw_EMF)
+  return dw_EMF.astype(x_RM.dtype)
 
 
 BACKENDS = {
