@@ -228,7 +228,7 @@ def eval_batches(
     UserError: a batch that the processes cannot share evenly.
   """
   local_rows = _local_batch_size(experiment, process_count)
-  rows = []
+  places: list[tuple[PackedRows, int] | None] = []
   held_out = _tokenize(corpus, "held_out", tokenizer)
   for domain, documents in enumerate(held_out[: len(corpus.taxonomy.fine)]):
     packed = PackedRows(
@@ -241,10 +241,18 @@ def eval_batches(
     count = len(packed)
     if experiment.train.eval_rows != -1:
       count = min(count, experiment.train.eval_rows)
-    rows += [packed[i * len(packed) // count] for i in range(count)]
-  padding = Batch(*(np.zeros_like(array) for array in rows[0]))
-  rows += [padding] * (-len(rows) % experiment.train.batch_size)
-  rows = rows[process_index::process_count]
+    places += [(packed, i * len(packed) // count) for i in range(count)]
+  length = experiment.train.sequence_length
+  padding = Batch(
+    *(np.zeros(length, np.int32) for _ in range(4)),
+    weights_BT=np.zeros(length, np.float32),
+    domain_B=np.int32(0),
+  )
+  places += [None] * (-len(places) % experiment.train.batch_size)
+  rows = [
+    padding if place is None else place[0][place[1]]
+    for place in places[process_index::process_count]
+  ]
   return [
     _stack(rows[start : start + local_rows])
     for start in range(0, len(rows), local_rows)

@@ -10,16 +10,22 @@ The same command goes on from the newest checkpoint in --workdir. With
 --mode=eval it evaluates that checkpoint instead of training.
 """
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from edl_jax import config
 from edl_jax.config import Experiment, UserError
+
+if TYPE_CHECKING:
+  from edl_jax.checkpoint import Provenance
 
 _EXPERIMENT = config_flags.DEFINE_config_file(
   "experiment", None, "Experiment file; a variant may follow after a colon."
@@ -33,7 +39,8 @@ _MODE = flags.DEFINE_enum(
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
-  "Join the other processes of a pod with jax.distributed.initialize().",
+  "Join the other processes of a TPU pod or of a Slurm job, or those that"
+  " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell of.",
 )
 
 
@@ -59,6 +66,34 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
 def _fail(error: Exception, code: int) -> NoReturn:
   print(f"error: {error}", file=sys.stderr)
   sys.exit(code)
+
+
+def _join_processes(provenance: "Provenance") -> None:
+  """Joins the run's other processes, which must have the same of everything."""
+  import jax
+  from jax.experimental import multihost_utils
+
+  # JAX itself reads the address, and all that a cluster's launcher says.
+  count, index = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+  try:
+    jax.distributed.initialize(
+      num_processes=int(count) if count else None,
+      process_id=int(index) if index else None,
+    )
+  except (ValueError, RuntimeError) as error:
+    reason = str(error).partition("\n")[0]
+    raise UserError(
+      f"--distributed: {reason}; outside of TPU pods and Slurm every process"
+      " needs JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and, from 0,"
+      " JAX_PROCESS_ID"
+    ) from error
+  digest = hashlib.sha256(json.dumps(provenance.to_dict()).encode()).digest()
+  own = np.frombuffer(digest, np.uint8)
+  if (multihost_utils.process_allgather(own) != own).any():
+    raise UserError(
+      "--distributed: the processes differ in experiment or text; give all the"
+      " same command and files"
+    )
 
 
 def _run(experiment: Experiment, workdir: str, mode: str) -> None:
@@ -118,7 +153,7 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
   from edl_jax import sharding
 
   if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+    _join_processes(provenance)
   mesh = sharding.make_mesh(experiment.mesh)
   sharding.check_divisible(experiment, mesh)
   if jax.process_index() == 0:

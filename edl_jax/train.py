@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from edl_jax import losses, report, routing, sharding
@@ -400,7 +401,10 @@ class _Loop:
   def step(self, step: int) -> None:
     """Dispatches step number `step` (from 1), then reads the one before."""
     started = time.monotonic()
-    batch = sharding.put_batch(next(self._iterator), self._mesh)
+    rows = next(self._iterator)
+    # Meant, though of several processes JAX counts it as a slip.
+    with jax.transfer_guard_host_to_device("allow"):
+      batch = sharding.put_batch(rows, self._mesh)
     self._clock.wait(time.monotonic() - started)
     if step == self.first_step + 1:
       # Compiled ahead, so that the first step's time is like the others'.
@@ -567,7 +571,7 @@ def train(
     Preempted: SIGTERM or SIGINT arrived; the state was saved first.
   """
   settings = provenance.experiment.train
-  with _noted_signals() as preempted, jax.set_mesh(mesh):
+  with _noted_signals() as asked_to_end, jax.set_mesh(mesh):
     loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir)
     try:
       if loop.first_step:
@@ -579,19 +583,19 @@ def train(
         # step before or the next one.
         with jax.transfer_guard("disallow"):
           loop.step(step)
-        last = step == settings.num_steps
+        last, number = step == settings.num_steps, asked_to_end(step)
         # Evaluated before it is saved: whoever goes on from a checkpoint finds
         # all figures up to its step.
         if last or step % settings.eval_every == 0:
           loop.evaluate(step)
-        if last or preempted or step % settings.checkpoint_every == 0:
+        if last or number or step % settings.checkpoint_every == 0:
           loop.save(step)
-        if preempted and not last:
-          name = signal.Signals(preempted[0]).name
+        if number and not last:
+          name = signal.Signals(number).name
           raise Preempted(
             f"ended by {name}; the checkpoint of step {step} is written and"
             " the same command goes on from it",
-            preempted[0],
+            number,
           )
       if loop.evaluation is None:
         # Killed between the last checkpoint and the report.
@@ -602,12 +606,23 @@ def train(
 
 
 @contextlib.contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-  """Collects SIGTERM and SIGINT; a second one of a kind ends the process.
+def _noted_signals() -> Iterator[Callable[[int], int | None]]:
+  """Notes requests to end, to be asked for by each step in turn.
 
-  With several processes each would stop at a step of its own, and wait for
-  the others forever: there signals keep their meaning.
+  Yields:
+    A function of the step just taken, which returns the signal's number if it
+    is the last one. SIGTERM and SIGINT count, and a second one of a kind ends
+    the process at once. Of several processes SIGTERM to any one ends all: JAX
+    notes it, and agrees on a step that none has passed.
   """
+  if jax.process_count() > 1:
+
+    def agreed(step: int) -> int | None:
+      reached = multihost_utils.reached_preemption_sync_point(step)
+      return signal.SIGTERM if reached else None
+
+    yield agreed
+    return
   noted: list[int] = []
   previous = {}
 
@@ -616,12 +631,11 @@ def _noted_signals() -> Iterator[list[int]]:
     noted.append(number)
     signal.signal(number, previous[number])
 
-  if jax.process_count() == 1:
-    for number in (signal.SIGTERM, signal.SIGINT):
-      previous[number] = signal.getsignal(number)
-      signal.signal(number, note)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    previous[number] = signal.getsignal(number)
+    signal.signal(number, note)
   try:
-    yield noted
+    yield lambda step: noted[0] if noted else None
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)

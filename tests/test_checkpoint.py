@@ -119,6 +119,27 @@ def test_restores_on_another_mesh(workdir, config, devices):
     assert leaf.dtype == wanted.dtype
 
 
+def test_fewer_devices_and_smaller_expert_axes_one_after_another(tmp_path):
+  """Bit for bit, moments and position in the data too, each time written anew.
+
+  From eight devices, four along `expert`, to four and to two, two of them.
+  """
+  meshes = ((MeshConfig(1, 2, 4, 1), 8), (MeshConfig(1, 2, 2, 1), 4))
+  saved = jax.device_put(
+    state(), jax.tree.map(lambda leaf: leaf.sharding, abstract(*meshes[0]))
+  )
+  for number, mesh in enumerate((*meshes[1:], (MeshConfig(1, 1, 2, 1), 2))):
+    checkpointer = Checkpointer(str(tmp_path / str(number)), keep=1)
+    checkpointer.save(4, saved, DATA_STATE, PROVENANCE)
+    checkpointer.wait()
+    saved, data_state = checkpointer.restore(4, abstract(*mesh))
+    checkpointer.close()
+    assert data_state == DATA_STATE
+    assert_equal(saved, state())
+    placed = saved.model.blocks.moe.gate_up_EM2F[...].sharding
+    assert placed.mesh.size == mesh[1] and placed.mesh.shape["expert"] == 2
+
+
 @pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/4"])
 def test_load_from_any_of_the_folders(workdir, below):
   loaded = edl_jax.load(os.path.join(workdir, below))

@@ -471,10 +471,22 @@ def test_evaluation_rows_are_spread_and_do_not_depend_on_the_seed():
     assert max(np.diff([*places, len(whole)])) <= -(-len(whole) // len(part))
 
 
-def test_evaluation_is_shared_by_processes():
+def test_evaluation_is_shared_by_processes(monkeypatch):
   experiment = make_experiment(eval_rows=5)
+  read = []
+  read_row = PackedRows.__getitem__
+  monkeypatch.setattr(
+    PackedRows,
+    "__getitem__",
+    lambda rows, i: read.append((rows.domain, i)) or read_row(rows, i),
+  )
   whole = eval_batches(CORPUS, TOKENIZER, experiment)
-  parts = [eval_batches(CORPUS, TOKENIZER, experiment, p, 2) for p in range(2)]
+  every = read.copy()
+  parts = []
+  for p in range(2):
+    read.clear()
+    parts.append(eval_batches(CORPUS, TOKENIZER, experiment, p, 2))
+    assert read == every[p::2]
   assert len(parts[0]) == len(parts[1]) == len(whole)
   for p, part in enumerate(parts):
     rows = [Batch(*(array[p::2] for array in batch)) for batch in whole]
