@@ -1,12 +1,14 @@
-# make demo   a small sweep on this machine's CPU: results in runs/demo
-# make test   lint and the test suite (slow tests: make test-all)
-# make clean  removes .venv and what the tests left; runs/ stays
+# make demo        a small sweep on this machine's CPU: results in runs/demo
+# make test        lint and the test suite (slow tests: make test-all)
+# make test-tpu    tests that need the TPU compiler, which it installs; no TPU
+# make update-tpu  writes the collectives that these find to tests/golden
+# make clean       removes .venv and what the tests left; runs/ stays
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all clean
+.PHONY: demo test test-all test-tpu update-tpu clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -30,6 +32,18 @@ test: $(VENV)/test
 
 test-all: test
 	$(RUN) -m pytest --quiet -m slow
+
+# Beside the environment, not in it: there JAX would look for a TPU.
+$(VENV)/tpu: $(VENV)/test requirements-tpu.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade \
+	  --target=$@ -r requirements-tpu.txt
+	@touch $@
+
+test-tpu: $(VENV)/tpu
+	PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/test_aot.py
+
+update-tpu: $(VENV)/tpu
+	UPDATE_GOLDEN=1 PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/test_aot.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from edl_jax import sharding
 from edl_jax.config import Experiment
-from edl_jax.hlo import Collective
+from edl_jax.hlo_costs import Collective
 from edl_jax.topologies import Topology
 
 # Gathered to the rows that use them. What is spread over `tensor` stays so.

@@ -122,20 +122,23 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     UserError: there is no such chip, or its slices have other dimensions.
   """
   kind, _, sizes = name.partition(":")
-  known = ", ".join(
-    f"{chip}:{shape}" for chip in CHIPS for shape in CHIPS[chip].slices
-  )
-  chip = CHIPS.get(kind)
-  if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-    raise UserError(f"--topology={name}: unknown; known are {known}")
-  shape = tuple(int(size) for size in sizes.split("x"))
+  if kind not in CHIPS or not sizes:
+    known = "; ".join(
+      f"{kind}: {', '.join(chip.slices)}" for kind, chip in CHIPS.items()
+    )
+    raise UserError(
+      f"--topology={name}: unknown; write CHIP:SHAPE. Known are {known}"
+    )
+  chip = CHIPS[kind]
   dimensions = chip.slices[0].count("x") + 1
-  if len(shape) != dimensions or shape[0] % 2 or shape[1] % 2:
+  found = re.fullmatch("x".join([r"([1-9]\d*)"] * dimensions), sizes)
+  # Hosts have two by two chips.
+  if not found or int(found[1]) % 2 or int(found[2]) % 2:
     raise UserError(
       f"--topology={name}: slices of {kind} have {dimensions} dimensions, the"
-      f" first two of them even; known are {known}"
+      f" first two of them even, such as {', '.join(chip.slices)}"
     )
-  return chip, shape
+  return chip, tuple(int(size) for size in found.groups())
 
 
 def load(name: str) -> Topology:
@@ -146,7 +149,9 @@ def load(name: str) -> Topology:
   """
   chip, shape = parse(name)
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError(f"the TPU compiler is not installed; pip install {LIBTPU}")
+    raise UserError(
+      f"the TPU compiler is not installed: python -m pip install {LIBTPU}"
+    )
   # Takes JAX, which a wrong name should not wait for.
   from jax.experimental import topologies
 

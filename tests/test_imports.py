@@ -9,6 +9,8 @@ PACKAGE = ROOT / "edl_jax"
 # From the top: a module may import from its own row, and from rows below.
 ROWS = (
   ("main", "sweep", "aot"),
+  ("aot_report",),
+  ("aot_compile",),
   ("train", "evaluate", "sweep_report"),
   (
     "bounds",
@@ -32,6 +34,7 @@ ROWS = (
     "tokenizer_files",
     "topologies",
     "hlo",
+    "hlo_costs",
   ),
   ("config",),
 )
