@@ -1,7 +1,6 @@
 """Grouped-query attention with rotary positions and normalised queries, keys."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -149,27 +148,35 @@ def _attend_backward(residuals, dy_BKGTH):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _dense_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT):
+def _dense_attention(
+  q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, sequence_axis
+):
   """All logits of a block of queries at once, by XLA."""
   rows, length, heads, width = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]
   q_BTKGH = q_BTNH.reshape(rows, length, kv_heads, -1, width)
   q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  positions_T = jnp.arange(length)
   count = _QUERY_BLOCKS
   if length % count or length // count < _SHORTEST_QUERY_BLOCK:
+    count = 1
+  if sequence_axis is not None:
+    positions_T += jax.lax.axis_index(sequence_axis) * length
+    # Which keys none of the queries sees differs from device to device.
     count = 1
   size = length // count
   blocks = []
   for start in range(0, length, size):
     end = start + size
-    mask_BTS = segments_BT[:, start:end, None] == segments_BT[:, None, :end]
-    mask_BTS &= jnp.arange(start, end)[:, None] >= jnp.arange(end)
+    seen = end if sequence_axis is None else k_BKSH.shape[2]
+    mask_BTS = segments_BT[:, start:end, None] == segments_BS[:, None, :seen]
+    mask_BTS &= positions_T[start:end, None] >= jnp.arange(seen)
     blocks.append(
       _attend(
         q_BKGTH[:, :, :, start:end],
-        k_BKSH[:, :, :end],
-        v_BKSH[:, :, :end],
+        k_BKSH[:, :, :seen],
+        v_BKSH[:, :, :seen],
         mask_BTS,
       )
     )
@@ -181,24 +188,12 @@ def _dense_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT):
 BACKENDS = {"tpu": splash.attention, "default": _dense_attention}
 
 
-def _backend(length: int) -> Callable[..., jax.Array]:
-  """Chooses for the platform that the program is compiled for.
-
-  That is the mesh's, or else becomes known after tracing: then both are traced.
-  """
-  if not splash.fits(length):
-    return BACKENDS["default"]
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None:
-    return functools.partial(jax.lax.platform_dependent, **BACKENDS)
-  return BACKENDS.get(device.platform, BACKENDS["default"])
-
-
 def causal_attention(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   segments_BT: jax.Array,
+  sequence_axis: str | None = None,
   backend: str | None = None,
 ) -> jax.Array:
   """Scaled dot-product attention to earlier tokens of the same segment.
@@ -211,6 +206,9 @@ def causal_attention(
     q_BTNH: queries.
     k_BSKH, v_BSKH: keys and values, S = T; K divides N.
     segments_BT: int32 document of each token.
+    sequence_axis: a manual mesh axis over which the tokens of a row are spread
+      in order, if any. T and S are then a shard's; keys, values and segments
+      are gathered.
     backend: a name of `BACKENDS`. By default that of the platform which the
       program is compiled for, where the length allows it.
 
@@ -218,8 +216,28 @@ def causal_attention(
     y_BTNH, in the dtype of `q_BTNH`.
   """
   length, width = q_BTNH.shape[1], q_BTNH.shape[3]
-  attend = BACKENDS[backend] if backend else _backend(length)
-  return attend(q_BTNH * width**-0.5, k_BSKH, v_BSKH, segments_BT)
+  shards, segments_BS = 1, segments_BT
+  if sequence_axis is not None:
+    shards = jax.lax.axis_size(sequence_axis)
+    k_BSKH, v_BSKH, segments_BS = (
+      jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True)
+      for x in (k_BSKH, v_BSKH, segments_BT)
+    )
+  arrays = (q_BTNH * width**-0.5, k_BSKH, v_BSKH, segments_BT, segments_BS)
+  attend = {
+    name: functools.partial(function, sequence_axis=sequence_axis)
+    for name, function in BACKENDS.items()
+  }
+  if backend is not None:
+    return attend[backend](*arrays)
+  if not splash.fits(shards * length, shards):
+    return attend["default"](*arrays)
+  # What the program is compiled for is known now if there is a mesh. If not,
+  # both ways are traced.
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.lax.platform_dependent(*arrays, **attend)
+  return attend.get(device.platform, attend["default"])(*arrays)
 
 
 class Attention(nnx.Module):

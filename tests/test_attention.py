@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  AxisType,
+  PartitionSpec,
+)
 
 from edl_jax import splash
 from edl_jax.attention import BACKENDS, RMSNorm, causal_attention
@@ -183,9 +188,34 @@ def test_its_output_can_be_saved_by_name(backend, primitive):
   assert spared == {"tpu": 1, "default": 4}[backend]
 
 
+@pytest.mark.parametrize(
+  ("shards", "length", "backend"),
+  [(2, 10, "default"), (8, 64, "default"), (2, 512, "tpu"), (1, 128, "tpu")],
+)
+def test_a_spread_sequence_is_attended_as_a_whole_one(
+  small_kernels, shards, length, backend
+):
+  q, k, v, dy, segments = inputs(length, heads=2, key_heads=1, width=8)
+  rows = PartitionSpec(None, "sequence")
+  spread = jax.shard_map(
+    lambda *x: causal_attention(*x, "sequence", backend),
+    mesh=jax.make_mesh((shards,), ("sequence",), (AxisType.Auto,)),
+    in_specs=(rows,) * 4,
+    out_specs=rows,
+    check_vma=False,
+  )
+  y, gradients = differentiated(lambda *x: spread(*x, segments), (q, k, v), dy)
+  whole, wanted = differentiated(
+    lambda *x: library_attention(*x, segments), (q, k, v), dy
+  )
+  np.testing.assert_allclose(y, whole, rtol=1e-5, atol=2e-6)
+  for got, want in zip(gradients, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=5e-6)
+
+
 @pytest.mark.parametrize("length", [128, 384, 1152, 4096, 16384])
 def test_flops_count_blocks_that_the_mask_does_not_empty(length):
-  block = splash._block(length)
+  block = splash._block(length, shards=1)
   start = np.arange(0, length, block)
   # A block has a pair if its last query comes no earlier than its first key.
   met = (start[:, None] + block - 1 >= start).sum()
@@ -193,6 +223,28 @@ def test_flops_count_blocks_that_the_mask_does_not_empty(length):
   forward, backward = splash.flops(3, length, heads=5, width=64)
   assert forward == 4 * 64 * pairs
   assert backward == (10 if length < 16384 else 14) * 64 * pairs
+
+
+def test_devices_share_the_queries_evenly():
+  def shares(positions_BT):
+    return splash._to_even_shares(positions_BT, "sequence")
+
+  rows = PartitionSpec(None, "sequence")
+  position = np.arange(64)
+  share = jax.shard_map(
+    shares,
+    mesh=jax.make_mesh((8,), ("sequence",), (AxisType.Auto,)),
+    in_specs=rows,
+    out_specs=rows,
+  )(position[None])
+  np.testing.assert_array_equal(np.sort(share[0]), position)
+  # A query at position t meets t + 1 keys.
+  met = (share.reshape(8, 8) + 1).sum(1)
+  assert set(met.tolist()) == {64 * 65 // 2 // 8}
+  whole = splash.flops(1, 16384, heads=2, width=64)
+  spread = splash.flops(1, 16384, heads=2, width=64, shards=8)
+  # Blocks have the same size, as it divides a sixteenth of the row.
+  assert spread == tuple(count // 8 for count in whole)
 
 
 def test_norm_against_autodiff_of_its_formula():
