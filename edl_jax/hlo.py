@@ -65,7 +65,8 @@ def parse(text: str) -> Module:
   """
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = None, None
-  for line in text.splitlines():
+  # What kernels say of themselves goes on over several lines.
+  for line in re.sub(r'\n(?="|\}\})', "", text).splitlines():
     if current is not None and (found := _INSTRUCTION.match(line)):
       instruction = _parse_instruction(found[1], found[2])
       current[instruction.name] = instruction

@@ -219,6 +219,9 @@ _COLLECTIVES = (
   "collective-broadcast",
 )
 
+# Other work goes on beside what these call; the latter on SparseCores.
+_STARTS = ("async-start", "call-start")
+
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
   """Devices of the first group, in any way in which XLA writes groups."""
@@ -304,7 +307,7 @@ class _Counter:
       callee: (name, instruction)
       for name, computation in module.computations.items()
       for instruction in computation.values()
-      if instruction.opcode in ("fusion", "async-start")
+      if instruction.opcode in ("fusion", *_STARTS)
       for callee, _ in hlo.calls(module, instruction)
     }
 
@@ -372,7 +375,7 @@ class _Counter:
         "async_collective_fusion"
       ):
         return None
-      if caller.opcode == "async-start" or caller.name.startswith(
+      if caller.opcode in _STARTS or caller.name.startswith(
         "async-collective-start"
       ):
         start = caller
