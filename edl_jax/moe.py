@@ -1,4 +1,4 @@
-"""Router, dispatch, experts, combine: the mixture-of-experts layer."""
+"""The mixture-of-experts layer: router, routed experts, shared expert."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from edl_jax import sharding
 from edl_jax.attention import fan_in_normal
 from edl_jax.config import ModelConfig
-from edl_jax.grouped_matmul import grouped_matmul
+from edl_jax.expert_parallel import combine, expert_outputs, swiglu
 from edl_jax.routing import OutputStats, output_stats, row_routing
 
 
@@ -36,119 +36,6 @@ class SwiGLU(nnx.Module):
     return jnp.einsum(
       "BTF,FM->BTM", swiglu(both_BT2F), self.down_FM[...].astype(dtype)
     )
-
-
-@jax.custom_vjp
-def swiglu(both: jax.Array) -> jax.Array:
-  """Multiplies `up` by the SiLU of `gate` (Shazeer, arXiv:2002.05202).
-
-  Keeps its argument and nothing else for the backward pass.
-
-  Args:
-    both: gate and up, (..., 2, F).
-
-  Returns:
-    The hidden activations (..., F).
-  """
-  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
-
-
-def _swiglu_forward(both):
-  return swiglu(both), both
-
-
-def _swiglu_backward(both, dy):
-  gate, up = both[..., 0, :], both[..., 1, :]
-  sigmoid = jax.nn.sigmoid(gate)
-  dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-  return (jnp.stack([dgate, dy * gate * sigmoid], axis=-2),)
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
-@jax.custom_vjp
-def _repeat_sorted(x_PM, order_R, place_R):
-  """Returns row order_R // A of `x_PM`, (R, M), with R = P A.
-
-  `order_R` is a permutation and `place_R` its inverse, so both directions are
-  gathers: deterministic, and faster than the scatter that autodiff would use.
-  """
-  del place_R
-  return x_PM[order_R // (order_R.shape[0] // x_PM.shape[0])]
-
-
-def _repeat_sorted_forward(x_PM, order_R, place_R):
-  return _repeat_sorted(x_PM, order_R, place_R), (x_PM.shape, place_R)
-
-
-def _repeat_sorted_backward(residuals, dx_RM):
-  (tokens, width), place_R = residuals
-  return dx_RM[place_R].reshape(tokens, -1, width).sum(1), None, None
-
-
-_repeat_sorted.defvjp(_repeat_sorted_forward, _repeat_sorted_backward)
-
-
-@jax.custom_vjp
-def _unsort(y_RM, order_R, place_R):
-  """Undoes the sort: row r of the result is row place_R[r] of `y_RM`."""
-  del order_R
-  return y_RM[place_R]
-
-
-def _unsort_forward(y_RM, order_R, place_R):
-  return y_RM[place_R], order_R
-
-
-def _unsort_backward(order_R, dy_RM):
-  return dy_RM[order_R], None, None
-
-
-_unsort.defvjp(_unsort_forward, _unsort_backward)
-
-
-@jax.named_scope("dispatch")
-def expert_outputs(
-  x_PM: jax.Array,
-  expert_PA: jax.Array,
-  gate_up_EM2F: jax.Array,
-  down_EFM: jax.Array,
-) -> jax.Array:
-  """Sends each token through its active experts.
-
-  Dropless: whatever the routing, every token meets all its experts.
-
-  Args:
-    x_PM: tokens.
-    expert_PA: int32 active experts of each token.
-    gate_up_EM2F, down_EFM: expert weights, in the dtype of `x_PM`.
-
-  Returns:
-    y_PAM, what each active expert returns, in the dtype of `x_PM`.
-  """
-  tokens, width = x_PM.shape
-  num_experts, _, _, hidden = gate_up_EM2F.shape
-  expert_R = expert_PA.reshape(-1)
-  order_R = jnp.argsort(expert_R, stable=True)
-  place_R = jnp.argsort(order_R)
-  sizes_E = (expert_R[:, None] == jnp.arange(num_experts)).sum(0, jnp.int32)
-
-  x_RM = _repeat_sorted(x_PM, order_R, place_R)
-  with jax.named_scope("experts"):
-    # Gate and up projection are one product.
-    both_RG = grouped_matmul(
-      x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
-    )
-    hidden_RF = swiglu(both_RG.reshape(-1, 2, hidden))
-    y_RM = grouped_matmul(hidden_RF, down_EFM, sizes_E)
-  return _unsort(y_RM, order_R, place_R).reshape(tokens, -1, width)
-
-
-@jax.named_scope("dispatch")
-def combine(y_PAM: jax.Array, gate_PA: jax.Array) -> jax.Array:
-  """Adds active experts' outputs by their float32 routing weights, (P, M)."""
-  return jnp.einsum("PAM,PA->PM", y_PAM, gate_PA.astype(y_PAM.dtype))
 
 
 class MoE(nnx.Module):

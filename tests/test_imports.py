@@ -21,6 +21,7 @@ ROWS = (
   ),
   ("prepared",),
   ("attention", "moe", "losses", "tokenizer"),
+  ("expert_parallel",),
   ("grouped_matmul", "routing", "mixture"),
   ("sources", "batch"),
   ("taxonomy", "readers", "token_stream"),
