@@ -7,7 +7,9 @@ Axis letters, used as suffixes of array names and in einsum strings:
   H head width          F expert hidden width   V vocabulary
   L layers              E experts               A active experts per token
   D domains             R rows of routed tokens (tokens x active experts)
-  C rows of a block       G blocks of rows
+  C rows of a block, or places of an expert
+  G blocks of rows        X devices along the mesh axis `expert`
+  S slots: places of all experts
   P tokens of a shard, rows and positions flattened
 """
 

@@ -80,8 +80,9 @@ class ModelConfig:
   # Compute type of activations and matrix products: "float32" or "bfloat16".
   # Parameters, router and statistics are float32 whatever is chosen.
   dtype: str = "float32"
-  # What the backward pass computes again, layer by layer: "none", "full" (all
-  # but the layer's input), or all but that and the output of "attention".
+  # What the backward pass computes again, layer by layer: "none"; "full", all
+  # but the layer's input; "attention", all but that and attention's output; or
+  # "experts", all but these and the experts' first product.
   remat: str = "none"
   # Elements of the largest array of logits that a device holds at a time. TPUs
   # want 2**27 and more where the vocabulary is large.
@@ -95,8 +96,15 @@ class ModelConfig:
 class MoEConfig:
   """How tokens meet their experts."""
 
-  # "gather": weights are gathered to the tokens, dispatch is local, dropless.
+  # "gather": all experts come to the tokens. "ragged_all_to_all" (TPU v5p,
+  # v6e) and "ring": tokens go to the experts, which mesh.expert spreads. These
+  # differ in speed and memory alone. "capacity": as an all-to-all of blocks of
+  # fixed size; tokens beyond an expert's capacity are dropped in training.
+  # Evaluation gathers always.
   dispatch: str = "gather"
+  # Places of an expert on each device, over the tokens that it would get if
+  # all experts got alike.
+  capacity_factor: float = 1.25
 
 
 @_config
@@ -259,8 +267,8 @@ RESUMABLE_KEYS = frozenset(
 
 _CHOICES = {
   "model.dtype": ("float32", "bfloat16"),
-  "model.remat": ("none", "full", "attention"),
-  "moe.dispatch": ("gather",),
+  "model.remat": ("none", "full", "attention", "experts"),
+  "moe.dispatch": ("gather", "ragged_all_to_all", "ring", "capacity"),
   "losses.balance_scope": ("global", "sequence"),
   "losses.divergence": (
     "jensen_shannon",
@@ -291,6 +299,7 @@ _POSITIVE = (
   "model.norm_epsilon",
   "model.scan_unroll",
   "model.logits_elements",
+  "moe.capacity_factor",
   "losses.divergence_epsilon",
   "optimizer.learning_rate",
   "optimizer.clip_norm",
@@ -531,6 +540,12 @@ def _validate_specialization(experiment: Experiment) -> None:
       f"losses.orthogonality_weight={losses.orthogonality_weight}: compares"
       " active experts, of which there is"
       f" model.num_active_experts={model.num_active_experts}"
+    )
+  if losses.orthogonality_weight and experiment.moe.dispatch == "ring":
+    raise UserError(
+      f"losses.orthogonality_weight={losses.orthogonality_weight}: needs each"
+      " expert's output of a token, which moe.dispatch='ring' adds up on the"
+      " way; choose another dispatch"
     )
   for key in ("orthogonality_weight", "variance_weight"):
     weight = getattr(losses, key)

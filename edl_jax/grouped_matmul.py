@@ -33,13 +33,15 @@ def grouped_matmul(
 ) -> jax.Array:
   """Multiplies each group of rows with the matrix of its group.
 
-  Differentiable in `x_RM` and `w_EMF`. Work and memory are those of R rows,
-  however they are spread over the groups, but for the reference on a CPU.
+  Differentiable in `x_RM` and `w_EMF`. Work is that of the rows in the groups,
+  memory that of R rows, however they are spread, but for the reference on a
+  CPU. Rows behind the last group are not computed: there the result and the
+  gradient of `x_RM` are arbitrary, even NaN. Nothing else depends on them.
 
   Args:
     x_RM: rows, sorted by group.
     w_EMF: one matrix per group, of the same dtype.
-    group_sizes_E: int32 rows in each group; must sum to R.
+    group_sizes_E: int32 rows in each group; at most R in all.
     backend: a name of `BACKENDS`. By default the one of the platform that the
       program is compiled for, which need not be the default platform.
 
@@ -162,7 +164,10 @@ def _pallas_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
 def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  row_tile = _row_tile(x_RM.shape[0], len(group_sizes_E))
+  # Larger tiles do not fit in the vector memory of a v5p, next to a tile of the
+  # result and its accumulator.
+  largest = 1024 // x_RM.dtype.itemsize
+  row_tile = min(_row_tile(x_RM.shape[0], len(group_sizes_E)), largest)
   return tgmm(
     _padded(x_RM, row_tile).T,
     _padded(dy_RF, row_tile),
@@ -240,7 +245,7 @@ def _block_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
 
     return _over_blocks(num_rows, start_E[e], end_E[e], block, y_RF)
 
-  # Every row is written.
+  # Every row of a group is written.
   y_RF = jax.lax.empty((num_rows, w_EMF.shape[result]), x_RM.dtype)
   return jax.lax.fori_loop(0, w_EMF.shape[0], group, y_RF)
 
@@ -252,12 +257,15 @@ def _block_weights_product(x_RM, dy_RF, group_sizes_E):
 
   def group(e, dw_EMF):
     def block(dw_EMF, start, size, inside_C):
-      x_CM = _rows(x_RM, start, size)
+      x_CM, dy_CF = _rows(x_RM, start, size), _rows(dy_RF, start, size)
       if inside_C is not None:
-        x_CM = jnp.where(inside_C[:, None], x_CM, 0)
+        # Both: zero times what is in a row behind the groups may be NaN.
+        x_CM, dy_CF = (
+          jnp.where(inside_C[:, None], rows, 0) for rows in (x_CM, dy_CF)
+        )
       dw_MF = jax.lax.dot_general(
         x_CM,
-        _rows(dy_RF, start, size),
+        dy_CF,
         (((0,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
       )

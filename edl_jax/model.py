@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from edl_jax import losses, routing, sharding
 from edl_jax.attention import Attention, RMSNorm, fan_in_normal
 from edl_jax.batch import Batch
-from edl_jax.config import ModelConfig
+from edl_jax.config import ModelConfig, MoEConfig
 from edl_jax.moe import MoE, SwiGLU
 
 # What each layer keeps for the backward pass, beside its input; the rest is
@@ -20,6 +20,9 @@ from edl_jax.moe import MoE, SwiGLU
 _REMAT_POLICIES = {
   "full": None,
   "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "experts": jax.checkpoint_policies.save_only_these_names(
+    "attention", "experts"
+  ),
 }
 
 
@@ -44,6 +47,7 @@ class Block(nnx.Module):
     weights_BT: jax.Array,
     summarize: Callable[..., Any],
     outputs_form: str | None,
+    config: MoEConfig,
   ) -> tuple[jax.Array, Any]:
     """Returns the residual stream and, of experts, `MoE`'s two summaries."""
     with jax.named_scope("attention"):
@@ -54,7 +58,9 @@ class Block(nnx.Module):
     if hasattr(self, "mlp"):
       with jax.named_scope("experts"):
         return x_BTM + self.mlp(h_BTM), None
-    y_BTM, *summaries = self.moe(h_BTM, weights_BT, summarize, outputs_form)
+    y_BTM, *summaries = self.moe(
+      h_BTM, weights_BT, summarize, outputs_form, config
+    )
     return x_BTM + y_BTM, tuple(summaries)
 
 
@@ -93,6 +99,7 @@ class Model(nnx.Module):
     weights_BT: jax.Array,
     summarize: Callable[..., Any] = routing.row_routing,
     outputs_form: str | None = None,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
   ) -> tuple[jax.Array, Any, routing.OutputStats | None]:
     """Runs all but the head, on a device's rows inside `per_shard`.
 
@@ -107,7 +114,13 @@ class Model(nnx.Module):
 
     def layer(x_BTM, block):
       return block(
-        x_BTM, segments_BT, positions_BT, weights_BT, summarize, outputs_form
+        x_BTM,
+        segments_BT,
+        positions_BT,
+        weights_BT,
+        summarize,
+        outputs_form,
+        moe,
       )
 
     if self.config.remat != "none":
@@ -147,7 +160,11 @@ class Model(nnx.Module):
     return tokens
 
   def batch_sums(
-    self, batch: Batch, num_domains: int, outputs_form: str | None = None
+    self,
+    batch: Batch,
+    num_domains: int,
+    outputs_form: str | None = None,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
   ) -> tuple[losses.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
 
@@ -156,6 +173,7 @@ class Model(nnx.Module):
       num_domains: D.
       outputs_form: sums the experts' outputs too, in this form of
         `routing.output_stats`.
+      moe: how tokens and experts come together.
 
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
@@ -171,6 +189,7 @@ class Model(nnx.Module):
         batch.positions_BT,
         batch.weights_BT,
         outputs_form=outputs_form,
+        moe=moe,
       )
       with jax.named_scope("head"):
         nats, nats_BT = losses.chunked_cross_entropy(

@@ -1,4 +1,4 @@
-"""Router, dispatch, experts, combine: the mixture-of-experts layer."""
+"""The mixture-of-experts layer: router, routed experts, shared expert."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +9,13 @@ from flax import nnx
 
 from edl_jax import sharding
 from edl_jax.attention import fan_in_normal
-from edl_jax.config import ModelConfig
-from edl_jax.grouped_matmul import grouped_matmul
+from edl_jax.config import ModelConfig, MoEConfig
+from edl_jax.expert_parallel import (
+  combine,
+  expert_outputs,
+  mixed_outputs,
+  swiglu,
+)
 from edl_jax.routing import OutputStats, output_stats, row_routing
 
 
@@ -36,119 +41,6 @@ class SwiGLU(nnx.Module):
     both_BT2F = jnp.einsum("BTM,MGF->BTGF", x_BTM, gate_up_M2F)
     y_BTM = jnp.einsum("BTF,FM->BTM", swiglu(both_BT2F), down_FM)
     return sharding.sum_over(y_BTM, ("tensor",))
-
-
-@jax.custom_vjp
-def swiglu(both: jax.Array) -> jax.Array:
-  """Multiplies `up` by the SiLU of `gate` (Shazeer, arXiv:2002.05202).
-
-  Keeps its argument and nothing else for the backward pass.
-
-  Args:
-    both: gate and up, (..., 2, F).
-
-  Returns:
-    The hidden activations (..., F).
-  """
-  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
-
-
-def _swiglu_forward(both):
-  return swiglu(both), both
-
-
-def _swiglu_backward(both, dy):
-  gate, up = both[..., 0, :], both[..., 1, :]
-  sigmoid = jax.nn.sigmoid(gate)
-  dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-  return (jnp.stack([dgate, dy * gate * sigmoid], axis=-2),)
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-
-
-@jax.custom_vjp
-def _repeat_sorted(x_PM, order_R, place_R):
-  """Returns row order_R // A of `x_PM`, (R, M), with R = P A.
-
-  `order_R` is a permutation and `place_R` its inverse, so both directions are
-  gathers: deterministic, and faster than the scatter that autodiff would use.
-  """
-  del place_R
-  return x_PM[order_R // (order_R.shape[0] // x_PM.shape[0])]
-
-
-def _repeat_sorted_forward(x_PM, order_R, place_R):
-  return _repeat_sorted(x_PM, order_R, place_R), (x_PM.shape, place_R)
-
-
-def _repeat_sorted_backward(residuals, dx_RM):
-  (tokens, width), place_R = residuals
-  return dx_RM[place_R].reshape(tokens, -1, width).sum(1), None, None
-
-
-_repeat_sorted.defvjp(_repeat_sorted_forward, _repeat_sorted_backward)
-
-
-@jax.custom_vjp
-def _unsort(y_RM, order_R, place_R):
-  """Undoes the sort: row r of the result is row place_R[r] of `y_RM`."""
-  del order_R
-  return y_RM[place_R]
-
-
-def _unsort_forward(y_RM, order_R, place_R):
-  return y_RM[place_R], order_R
-
-
-def _unsort_backward(order_R, dy_RM):
-  return dy_RM[order_R], None, None
-
-
-_unsort.defvjp(_unsort_forward, _unsort_backward)
-
-
-@jax.named_scope("dispatch")
-def expert_outputs(
-  x_PM: jax.Array,
-  expert_PA: jax.Array,
-  gate_up_EM2F: jax.Array,
-  down_EFM: jax.Array,
-) -> jax.Array:
-  """Sends each token through its active experts.
-
-  Dropless: whatever the routing, every token meets all its experts.
-
-  Args:
-    x_PM: tokens.
-    expert_PA: int32 active experts of each token.
-    gate_up_EM2F, down_EFM: expert weights, in the dtype of `x_PM`.
-
-  Returns:
-    y_PAM, what each active expert returns, in the dtype of `x_PM`.
-  """
-  tokens, width = x_PM.shape
-  num_experts, _, _, hidden = gate_up_EM2F.shape
-  expert_R = expert_PA.reshape(-1)
-  order_R = jnp.argsort(expert_R, stable=True)
-  place_R = jnp.argsort(order_R)
-  sizes_E = (expert_R[:, None] == jnp.arange(num_experts)).sum(0, jnp.int32)
-
-  x_RM = _repeat_sorted(x_PM, order_R, place_R)
-  with jax.named_scope("experts"):
-    # Gate and up projection are one product.
-    both_RG = grouped_matmul(
-      x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
-    )
-    hidden_RF = swiglu(both_RG.reshape(-1, 2, hidden))
-    y_RM = grouped_matmul(hidden_RF, down_EFM, sizes_E)
-  return _unsort(y_RM, order_R, place_R).reshape(tokens, -1, width)
-
-
-@jax.named_scope("dispatch")
-def combine(y_PAM: jax.Array, gate_PA: jax.Array) -> jax.Array:
-  """Adds active experts' outputs by their float32 routing weights, (P, M)."""
-  return jnp.einsum("PAM,PA->PM", y_PAM, gate_PA.astype(y_PAM.dtype))
 
 
 class MoE(nnx.Module):
@@ -197,6 +89,7 @@ class MoE(nnx.Module):
     weights_BT: jax.Array,
     summarize: Callable[..., Any] = row_routing,
     outputs_form: str | None = None,
+    config: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
   ) -> tuple[jax.Array, Any, OutputStats | None]:
     """Runs the layer.
 
@@ -207,14 +100,15 @@ class MoE(nnx.Module):
         in for the routing by row.
       outputs_form: sums the experts' outputs too, in this form of
         `routing.output_stats`.
+      config: how tokens and experts come together.
 
     Returns:
       The layer's output (B, T, M), its routing by row, and the sums of the
       experts' outputs over these rows if these were asked for.
     """
     logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(x_BTM)
-    y_BTM, outputs = self._gather_dispatch(
-      x_BTM, expert_BTA, gate_BTA, weights_BT, outputs_form
+    y_BTM, outputs = self._dispatch(
+      x_BTM, expert_BTA, gate_BTA, weights_BT, outputs_form, config
     )
     if self.shared is not None:
       with jax.named_scope("experts"):
@@ -223,31 +117,34 @@ class MoE(nnx.Module):
       rows = summarize(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT)
     return y_BTM, rows, outputs
 
-  def _gather_dispatch(
-    self, x_BTM, expert_BTA, gate_BTA, weights_BT, outputs_form
+  def _dispatch(
+    self, x_BTM, expert_BTA, gate_BTA, weights_BT, outputs_form, config
   ):
-    """Gathers the weights to the tokens: dispatch is local to each device.
+    """Brings weights and tokens together.
 
     The hidden width stays spread over `tensor`, whose partial outputs add.
     """
     width, active = x_BTM.shape[-1], expert_BTA.shape[-1]
+    x_PM = x_BTM.reshape(-1, width)
     expert_PA = expert_BTA.reshape(-1, active)
     gate_PA = gate_BTA.reshape(-1, active)
     gate_up_EMG = self.gate_up_EM2F[...].astype(x_BTM.dtype)
     # Side by side before they are sent: then the whole is not copied.
     gate_up_EMG = gate_up_EMG.reshape(*gate_up_EMG.shape[:2], -1)
+    # Other forms leave experts where they are.
+    axes = sharding.STORAGE_AXES if config.dispatch == "gather" else ("fsdp",)
+    gate_up_EMG = sharding.gather("gate_up_EM2F", gate_up_EMG, axes)
+    gate_up_EM2F = gate_up_EMG.reshape(*gate_up_EMG.shape[:2], 2, -1)
     down_EFM = self.down_EFM[...].astype(x_BTM.dtype)
-    y_PAM = expert_outputs(
-      x_BTM.reshape(-1, width),
-      expert_PA,
-      sharding.gather("gate_up_EM2F", gate_up_EMG).reshape(
-        self._num_experts, width, 2, -1
-      ),
-      sharding.gather("down_EFM", down_EFM),
-    )
+    down_EFM = sharding.gather("down_EFM", down_EFM, axes)
+    form = (config.dispatch, config.capacity_factor)
     if outputs_form is None:
-      y_PM = sharding.sum_over(combine(y_PAM, gate_PA), ("tensor",))
+      y_PM = mixed_outputs(
+        x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM, *form
+      )
+      y_PM = sharding.sum_over(y_PM, ("tensor",))
       return y_PM.reshape(x_BTM.shape), None
+    y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, *form)
     # Products of outputs need them whole.
     y_PAM = sharding.sum_over(y_PAM, ("tensor",))
     outputs = output_stats(

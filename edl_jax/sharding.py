@@ -34,6 +34,9 @@ STORAGE_AXES = ("expert", "fsdp")
 
 _STORAGE = ("fsdp", "expert")
 
+# Devices whose compiler has a ragged all-to-all: TPU v5p and v6e.
+_RAGGED_KINDS = ("TPU v5", "TPU v5p", "TPU v6 lite")
+
 # What each dimension of a parameter is spread over, by the parameter's name,
 # whose axis letters say the dimensions. Layers (a leading dimension that
 # scanned blocks have) are never spread. Of the large ones no minor dimension
@@ -106,7 +109,8 @@ def make_mesh(
 def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
   """Raises UserError unless the mesh divides the model and the batch.
 
-  Nor may several processes share a row: each reads rows of its own.
+  Nor may several processes share a row, as each reads rows of its own, or
+  `moe.dispatch` be one that the devices cannot run.
   """
   model, train, size = experiment.model, experiment.train, mesh.shape
   rows = train.batch_size // train.accumulation_steps
@@ -116,6 +120,16 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
       f"train.batch_size={train.batch_size} in train.accumulation_steps="
       f"{train.accumulation_steps}: {rows} rows do not divide over"
       f" {row_shards} shards (mesh.data x mesh.fsdp x mesh.expert)"
+    )
+  kind = mesh.devices.flat[0].device_kind
+  if (
+    experiment.moe.dispatch == "ragged_all_to_all"
+    and size["expert"] > 1
+    and kind not in _RAGGED_KINDS
+  ):
+    raise UserError(
+      f"moe.dispatch='ragged_all_to_all': {kind} devices have no such exchange;"
+      " choose 'ring' or 'gather'"
     )
   owners = collections.defaultdict(set)
   shards = row_sharding(mesh).devices_indices_map((row_shards,))

@@ -127,7 +127,9 @@ def loss_and_gradient(
     )
 
   def forward(model: Model, batch: Batch) -> losses.BatchSums:
-    sums, _ = model.batch_sums(batch, len(taxonomy.fine), outputs_form)
+    sums, _ = model.batch_sums(
+      batch, len(taxonomy.fine), outputs_form, experiment.moe
+    )
     return sums
 
   def whole(model: Model, batch: Batch):

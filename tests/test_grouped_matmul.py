@@ -37,21 +37,24 @@ def differentiated(x, w, sizes, dy, backend=None):
   return all_three(x, w, sizes, dy)
 
 
-def check(sizes, width, hidden, backend):
-  """Values and both gradients."""
+def check(sizes, width, hidden, backend, more_rows=0):
+  """Values and both gradients; `more_rows` of NaN are in no group."""
   random = np.random.default_rng(len(sizes))
   rows = sum(sizes)
   x = random.standard_normal((rows, width), np.float32)
   w = random.standard_normal((len(sizes), width, hidden), np.float32)
   dy = random.standard_normal((rows, hidden), np.float32)
+  x, dy = (
+    np.pad(a, ((0, more_rows), (0, 0)), constant_values=np.nan) for a in (x, dy)
+  )
   # The kernels of the TPU run in Pallas's interpreter.
   with contextlib.ExitStack() as stack:
     if backend == "tpu":
       stack.enter_context(tpu.force_tpu_interpret_mode())
     y, dx, dw = differentiated(x, w, jnp.array(sizes, jnp.int32), dy, backend)
-  np.testing.assert_allclose(y, naive(x, w, sizes), rtol=1e-5, atol=1e-4)
+  np.testing.assert_allclose(y[:rows], naive(x, w, sizes), rtol=1e-5, atol=1e-4)
   np.testing.assert_allclose(
-    dx, naive(dy, w.swapaxes(1, 2), sizes), rtol=1e-5, atol=1e-4
+    dx[:rows], naive(dy, w.swapaxes(1, 2), sizes), rtol=1e-5, atol=1e-4
   )
   ends = np.cumsum(sizes)
   for e, (size, end) in enumerate(zip(sizes, ends)):
@@ -74,6 +77,12 @@ def check(sizes, width, hidden, backend):
 )
 def test_values_and_gradients_against_a_loop(sizes, backend):
   check(sizes, 24, 10, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [[1, 128, 0, 42], [0, 0, 5, 0], [0, 0]])
+def test_rows_behind_the_groups_do_not_matter(sizes, backend):
+  check(sizes, 24, 10, backend, more_rows=150)
 
 
 def test_tpu_kernels_of_several_tiles():

@@ -24,6 +24,7 @@ ROWS = (
   ),
   ("prepared",),
   ("attention", "moe", "losses", "tokenizer"),
+  ("expert_parallel",),
   ("grouped_matmul", "routing", "mixture", "splash"),
   ("sources", "batch"),
   ("taxonomy", "readers", "token_stream"),

@@ -28,6 +28,7 @@ from edl_jax.config import (
   LossesConfig,
   MeshConfig,
   ModelConfig,
+  MoEConfig,
   OptimizerConfig,
   TrainConfig,
 )
@@ -146,6 +147,7 @@ def compute(
   accumulation_steps=1,
   accumulation="exact",
   losses=LOSSES,
+  moe=MoEConfig(),  # noqa: B008
 ):
   """Returns every number of a step on the mesh of these sizes, by name.
 
@@ -158,6 +160,7 @@ def compute(
   experiment = Experiment(
     model=MODEL,
     losses=losses,
+    moe=moe,
     train=TrainConfig(
       batch_size=len(batch.domain_B) * jax.process_count(),
       accumulation_steps=accumulation_steps,
@@ -238,6 +241,19 @@ def test_same_numbers_on_any_mesh_in_micro_batches(
 ):
   batch = shuffled(random_batch())
   assert_same(compute(batch, mesh_sizes, accumulation_steps), on_one_device)
+
+
+# The ring returns no expert's outputs by themselves.
+@pytest.mark.parametrize(
+  "form", ["ring", pytest.param("capacity", marks=pytest.mark.slow)]
+)
+def test_same_numbers_wherever_experts_are(form):
+  losses = dataclasses.replace(LOSSES, orthogonality_weight=0.0)
+  want = compute(random_batch(), losses=losses)
+  # Room for every token.
+  moe = MoEConfig(form, capacity_factor=8.0)
+  got = compute(random_batch(), (1, 2, 4, 1), 2, losses=losses, moe=moe)
+  assert_same(got, want)
 
 
 def test_padding_rows_left_out(on_one_device):

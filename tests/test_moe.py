@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from edl_jax.config import ModelConfig
-from edl_jax.moe import MoE, combine, expert_outputs
+from edl_jax.expert_parallel import combine, expert_outputs
+from edl_jax.moe import MoE
 
 CONFIG = ModelConfig(
   width=16, num_experts=5, num_active_experts=2, expert_width=12, num_layers=2
