@@ -20,14 +20,17 @@ from edl_jax.train import abstract_state, make_train_step
 # Of the paper's finer taxonomy; for experiments that leave domains to the data.
 NUM_DOMAINS = 49
 
+# Arrays that are named where a step does not fit.
+_NUM_LARGEST = 5
 
-class Buffer(NamedTuple):
-  """Memory that the compiler meant to take."""
 
-  bytes: float
-  # As XLA writes it, such as "bf16[64,2048]".
-  shape: str
-  # What of the source program it comes from.
+class Array(NamedTuple):
+  """A value that a chip holds."""
+
+  bytes: int
+  # Of a chip's part, such as "bfloat16[64,2048]".
+  type: str
+  # The argument, or the part of the program that makes it.
   source: str
 
 
@@ -36,50 +39,79 @@ class DoesNotFit(Exception):
 
   Attributes:
     needed, available: bytes.
-    buffers: the largest first; empty if the compiler named none.
+    largest: arguments and intermediate values, the largest first.
   """
 
-  def __init__(self, needed: float, available: float, buffers: list[Buffer]):
+  def __init__(self, needed: float, available: float, largest: list[Array]):
     super().__init__(needed, available)
     self.needed = needed
     self.available = available
-    self.buffers = buffers
+    self.largest = largest
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = r"([\d.]+)([KMGT]?)"
 
 
-def _bytes(number: str, unit: str) -> float:
-  return float(number) * _UNITS[unit]
-
-
-def parse_overflow(message: str) -> DoesNotFit | None:
-  """Reads the compiler's error; None if it is not about a chip's memory.
+def parse_overflow(message: str) -> tuple[float, float] | None:
+  """Returns the bytes that a step needs and that a chip has.
 
   Args:
-    message: of a JaxRuntimeError. The compiler says either what temporaries
-      alone need, or what all needs and then lists the largest buffers.
+    message: of the compiler. None comes back if it is about anything else.
   """
+  size = r"([\d.]+)([KMGT]?)"
   found = re.search(
-    rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)", message
-  ) or re.search(rf"memory space hbm\. Used {_SIZE} of {_SIZE} hbm", message)
+    rf"required for HLO temporaries \({size}\) exceeds available HBM"
+    rf" \({size}\)",
+    message,
+  ) or re.search(rf"memory space hbm\. Used {size} of {size} hbm", message)
   if not found:
     return None
-  number, unit, other, other_unit = found.groups()
-  buffers = []
-  for entry in re.split(r"\n\s*\d+\. (?=Size: )", message)[1:]:
-    size = re.match(rf"Size: {_SIZE}", entry)
-    shape = re.search(r"Shape: (\S+?\])", entry)
-    source = re.search(r'op_name="([^"]*)"', entry)
-    buffers.append(
-      Buffer(
-        _bytes(*size.groups()),
-        shape[1] if shape else "",
-        source[1] if source else "",
-      )
-    )
-  return DoesNotFit(_bytes(number, unit), _bytes(other, other_unit), buffers)
+  needed, unit, available, available_unit = found.groups()
+  return (
+    float(needed) * _UNITS[unit],
+    float(available) * _UNITS[available_unit],
+  )
+
+
+def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
+  """Returns what takes most memory of a chip if nothing is fused away.
+
+  The compiler does not say. Counts arguments, and values inside of `shard_map`,
+  whose shapes are a chip's own.
+
+  Args:
+    arguments: `ShapeDtypeStruct`s with shardings.
+    jaxpr: the traced step.
+    count: how many.
+  """
+  found = set()
+
+  def add(shape: tuple[int, ...], dtype: Any, source: str) -> None:
+    size = math.prod(shape) * dtype.itemsize
+    found.add(Array(size, f"{dtype}[{','.join(map(str, shape))}]", source))
+
+  for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
+    name = sharding.path_name(path)
+    add(leaf.sharding.shard_shape(leaf.shape), leaf.dtype, name)
+
+  def visit(jaxpr: Any, source: str, is_local: bool) -> None:
+    for equation in jaxpr.eqns:
+      stack = str(equation.source_info.name_stack)
+      place = "/".join(filter(None, (source, stack)))
+      for value in equation.outvars if is_local else ():
+        if hasattr(value.aval, "shape"):
+          name = f"{place}/{equation.primitive.name}"
+          add(value.aval.shape, value.aval.dtype, name)
+      inside = is_local or equation.primitive.name == "shard_map"
+      for parameter in equation.params.values():
+        several = isinstance(parameter, (tuple, list))
+        for item in parameter if several else (parameter,):
+          inner = getattr(item, "jaxpr", item)
+          if hasattr(inner, "eqns"):
+            visit(inner, place, inside)
+
+  visit(jaxpr.jaxpr, "", False)
+  return sorted(found, reverse=True)[:count]
 
 
 class Step(NamedTuple):
@@ -162,14 +194,16 @@ def compile_step(
   )
   start = time.monotonic()
   with jax.set_mesh(mesh):
-    lowered = step.lower(state, batch)
+    traced = step.trace(state, batch)
+    lowered = traced.lower()
     try:
       compiled = lowered.compile(compiler_options(topology.devices[0]))
     except jax.errors.JaxRuntimeError as error:
       overflow = parse_overflow(str(error))
       if overflow is None:
         raise
-      raise overflow from error
+      largest = largest_arrays((state, batch), traced.jaxpr, _NUM_LARGEST)
+      raise DoesNotFit(*overflow, largest) from error
   return Step(
     state.model,
     mesh,

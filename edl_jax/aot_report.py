@@ -193,10 +193,6 @@ def describe(
   return lines
 
 
-# Buffers that are named where a step does not fit.
-_NUM_BUFFERS = 5
-
-
 def describe_overflow(
   experiment: Experiment, topology: Topology, overflow: DoesNotFit
 ) -> list[str]:
@@ -207,15 +203,10 @@ def describe_overflow(
     f" {_gib(overflow.needed)} and has {_gib(overflow.available)},"
     f" {_gib(short)} too little"
   ]
-  if overflow.buffers:
-    lines.append("the largest buffers:")
-    lines += _table(
-      [
-        [buffer.source, buffer.shape, _gib(buffer.bytes)]
-        for buffer in overflow.buffers[:_NUM_BUFFERS]
-      ]
-    )
-  return lines
+  rows = [
+    [array.source, array.type, _gib(array.bytes)] for array in overflow.largest
+  ]
+  return [*lines, "its largest arrays, if nothing is fused:", *_table(rows)]
 
 
 def describe_parameters(parameters: Any) -> list[str]:

@@ -110,6 +110,8 @@ def prepare_environment() -> None:
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+  # What is compiled for another machine cannot be read back from the cache.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   # Its log repeats what is reported here: keep fatal messages.
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")

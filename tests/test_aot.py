@@ -200,40 +200,56 @@ TEMPORARIES = (
   "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for"
   " HLO temporaries (30.86G) exceeds available HBM (15.75G)."
 )
-ALLOCATIONS = """\
-RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.
-
-  Largest program allocations in hbm:
-
-  1. Size: 8.00G
-     Operator: op_name="jit(train_step)/head/dot_general" source_file="x.py"
-     Shape: bf16[64,2048]{1,0:T(8,128)(2,1)}
-     Allocation type: HLO temp
-     ==========================
-
-  2. Size: 512.0M
-     Shape: f32[8]{0}
-     Allocation type: HLO temp
-"""
+TOTAL = (
+  "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in"
+  " memory space hbm. Used 20.50G of 512.00M hbm. Exceeded hbm capacity by ..."
+)
 
 
-def test_overflow_names_shortfall_and_buffers():
-  topology = topologies.Topology("v5e:2x4", *topologies.parse("v5e:2x4"), [])
-  experiment = config.load(TINY)
-  (line,) = aot_report.describe_overflow(
-    experiment, topology, aot_compile.parse_overflow(TEMPORARIES)
-  )
-  assert "30.86 GiB and has 15.75 GiB, 15.11 GiB too little" in line
-  first, _, *buffers = aot_report.describe_overflow(
-    experiment, topology, aot_compile.parse_overflow(ALLOCATIONS)
-  )
-  assert "4.75 GiB too little" in first
-  assert [line.split() for line in buffers] == [
-    ["jit(train_step)/head/dot_general", "bf16[64,2048]", "8.00", "GiB"],
-    ["f32[8]", "0.50", "GiB"],
-  ]
+def test_overflow_is_read_from_the_compilers_messages():
+  parse = aot_compile.parse_overflow
+  assert parse(TEMPORARIES) == (30.86 * 2**30, 15.75 * 2**30)
+  assert parse(TOTAL) == (20.5 * 2**30, 2**29)
   other = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 1M"
-  assert aot_compile.parse_overflow(other) is None
+  assert parse(other) is None
+
+
+def test_largest_arrays_are_those_of_a_chip():
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+  spec = PartitionSpec("a", "b")
+
+  @jax.named_scope("widen")
+  def local(x):
+    return jax.lax.scan(lambda x, _: (x, x), x, length=32)[1].sum(0)
+
+  def step(state):
+    whole = jax.numpy.tile(state["x"], (100, 100))
+    part = jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
+    return part(state["x"]) + whole.sum()
+
+  x = jax.ShapeDtypeStruct(
+    (64, 64), np.float32, sharding=NamedSharding(mesh, spec)
+  )
+  jaxpr = jax.jit(step).trace({"x": x}).jaxpr
+  (stacked,) = aot_compile.largest_arrays({"x": x}, jaxpr, 1)
+  size = 32 * 16 * 4
+  assert stacked[:2] == (32 * size, "float32[32,32,16]")
+  assert "widen" in stacked.source and stacked.source.endswith("scan")
+  assert (size, "float32[32,16]", "x") in aot_compile.largest_arrays(
+    {"x": x}, jaxpr, 99
+  )
+
+
+def test_overflow_names_shortfall_and_arrays():
+  topology = topologies.Topology("v5e:2x4", *topologies.parse("v5e:2x4"), [])
+  largest = [aot_compile.Array(3 * 2**30, "float32[3]", "head/dot_general")]
+  first, _, array = aot_report.describe_overflow(
+    config.load(TINY),
+    topology,
+    aot_compile.DoesNotFit(20 * 2**30, 15.75 * 2**30, largest),
+  )
+  assert "needs 20.00 GiB and has 15.75 GiB, 4.25 GiB too little" in first
+  assert array.split() == ["head/dot_general", "float32[3]", "3.00", "GiB"]
 
 
 def test_parameter_table_has_every_byte_of_a_chip():
