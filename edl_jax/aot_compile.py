@@ -1,5 +1,6 @@
 """Compiles a training step for a slice of TPUs, without a TPU."""
 
+import math
 import re
 import time
 from typing import Any, NamedTuple

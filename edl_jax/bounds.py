@@ -18,9 +18,6 @@ from edl_jax.config import Experiment
 from edl_jax.hlo_costs import Collective
 from edl_jax.topologies import Topology
 
-# Gathered to the rows that use them. What is spread over `tensor` stays so.
-_GATHERED_AXES = ("fsdp", "expert")
-
 
 class StepBound(NamedTuple):
   """Seconds that each resource needs at the least, if it never waits."""
@@ -65,7 +62,7 @@ def _weights(
   compute = jax.numpy.dtype(experiment.model.dtype).itemsize
   forward, backward = _passes(experiment)
   rematerialised = experiment.model.remat != "none"
-  rows = math.prod(mesh.shape[axis] for axis in sharding.ROW_AXES)
+  gathers_experts = experiment.moe.dispatch == "gather"
   for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
     name = sharding.path_name(path)
     axes = [
@@ -73,8 +70,16 @@ def _weights(
       for entry in leaf.sharding.spec
       for axis in ((entry,) if isinstance(entry, str) else entry or ())
     ]
-    shards = math.prod(mesh.shape[a] for a in axes if a in _GATHERED_AXES)
-    split = math.prod(mesh.shape[a] for a in axes if a == "tensor")
+    # What is spread over `tensor` stays so, and experts unless they come to the
+    # tokens.
+    stays = set() if name == "embedding_VM" else {"tensor"}
+    if name.rsplit("_")[-1].startswith("E") and not gathers_experts:
+      stays.add("expert")
+    shards = math.prod(mesh.shape[a] for a in axes if a not in stays)
+    split = math.prod(mesh.shape[a] for a in axes if a in stays)
+    rows = math.prod(
+      mesh.shape[axis] for axis in sharding.ROW_AXES if axis not in stays
+    )
     in_layer = "blocks/" in name
     is_float32 = "router" in name or name.endswith("norm/scale")
     yield _Weight(
@@ -97,7 +102,7 @@ def _residual_bytes(experiment: Experiment, mesh: Mesh) -> float:
 def collective_bytes(
   experiment: Experiment, parameters: Any, mesh: Mesh
 ) -> float:
-  """Bytes that a chip must send in one step of the strategy "gather".
+  """Bytes that a chip must send in one step, by `moe.dispatch`.
 
   A weight of S bytes that is spread over n chips (of `fsdp` and `expert`; what
   `tensor` spreads stays spread) needs (n - 1) / n S for each gather: once in a
@@ -109,14 +114,20 @@ def collective_bytes(
 
   With t = `tensor` > 1 a layer adds the partial outputs of attention and of
   experts, forward and backward, and rematerialisation those of attention
-  again; the embedding's and the head's are added once: each an all-reduce of
-  the residual stream, 2 (t - 1) / t of its bytes.
+  again: each an all-reduce of the residual stream, 2 (t - 1) / t of its bytes.
+  The embedding is gathered over `tensor` too.
+
+  Experts are gathered over `expert` by the form "gather" only. For the others,
+  of X = `expert` devices, P tokens a device and A active experts, a layer sends
+  there and back, forward and backward, and with rematerialisation forward
+  again: "ragged_all_to_all" 2 (X - 1) / X P A rows of M numbers at uniform
+  routing, "capacity" `moe.capacity_factor` times that, "ring" 2 (X - 1) P.
 
   With accumulation each micro-batch has passes of its own; gradients are added
   up before they are reduced.
 
   Args:
-    experiment: with moe.dispatch=gather.
+    experiment: whose mesh is not looked at.
     parameters: the model's, as `ShapeDtypeStruct`s with shardings.
     mesh: whose axis sizes count.
   """
@@ -129,11 +140,22 @@ def collective_bytes(
   tensor = mesh.shape["tensor"]
   forward, backward = _passes(experiment)
   layers = experiment.model.num_layers
-  sums = (forward + backward) * (2 * layers + 1)
+  sums = (forward + backward) * 2 * layers
   if experiment.model.remat != "none":
     sums += backward * layers
   residual = _residual_bytes(experiment, mesh)
-  return total + sums * 2 * (tensor - 1) / tensor * residual
+  total += sums * 2 * (tensor - 1) / tensor * residual
+  model, moe = experiment.model, experiment.moe
+  devices = mesh.shape["expert"]
+  ways = forward + backward * (1 if model.remat == "none" else 2)
+  copies = {
+    "gather": 0.0,
+    "ragged_all_to_all": model.num_active_experts / devices,
+    "capacity": moe.capacity_factor * model.num_active_experts / devices,
+    "ring": 1.0,
+  }[moe.dispatch]
+  moe_layers = model.num_layers - model.num_dense_layers
+  return total + ways * moe_layers * 2 * (devices - 1) * copies * residual
 
 
 def memory_bytes(

@@ -182,8 +182,42 @@ def test_tensor_parallel_layers_add_partial_outputs():
   mesh = AbstractMesh((1, 1, 1, 2), MESH_AXES)
   found = bounds.collective_bytes(experiment, {}, mesh)
   stream = 8 * 64 * 32 * 4
-  # Two layers: twice forward, twice backward, once again; two at the ends.
-  assert found == (2 * 5 + 2) * 2 * stream / 2
+  # Two layers: twice forward, twice backward, once again.
+  assert found == 2 * 5 * 2 * stream / 2
+
+
+@pytest.mark.parametrize(
+  ("form", "sent"),
+  # Rows of 32 float32 numbers, of 8 x 64 tokens over 4 devices of one row each
+  # way: to the 3 / 4 of 2 active experts that are elsewhere, or past 3 others.
+  [
+    ("gather", 0),
+    ("ragged_all_to_all", 2 * 3 / 4),
+    ("capacity", 1.5 * 2 * 3 / 4),
+    ("ring", 3),
+  ],
+)
+def test_forms_of_dispatch_send_tokens_or_experts(form, sent):
+  experiment = config.load(
+    TINY, {"moe.dispatch": form, "moe.capacity_factor": 1.5}
+  )
+  assert experiment.model.num_active_experts == 2
+  mesh = AbstractMesh((1, 1, 4, 1), MESH_AXES)
+  sharded = NamedSharding(mesh, PartitionSpec(None, "expert"))
+  experts = {
+    "blocks": {
+      "down_EFM": jax.ShapeDtypeStruct(
+        (2, 8, 4, 4), "float32", sharding=sharded
+      )
+    }
+  }
+  found = bounds.collective_bytes(experiment, experts, mesh)
+  if form == "gather":
+    # Once forward, and the gradient back.
+    assert found == 2 * 3 / 4 * 2 * 8 * 4 * 4 * 4
+  else:
+    # Two layers; there and back, forward and backward.
+    assert found == 2 * 4 * sent * (8 * 64 // 4) * 32 * 4
 
 
 def test_memory_moves_state_and_gathered_weights():
