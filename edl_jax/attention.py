@@ -276,6 +276,10 @@ class Attention(nnx.Module):
     v_BSKH = project("value_MKH")
     q_BTNH = rotary_embedding(q_BTNH, positions_BT, self._theta)
     k_BSKH = rotary_embedding(k_BSKH, positions_BT, self._theta)
-    y_BTNH = causal_attention(q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    is_spread = sharding.spread_axes(("sequence",))
+    y_BTNH = causal_attention(
+      *(q_BTNH, k_BSKH, v_BSKH, segments_BT),
+      sequence_axis="sequence" if is_spread else None,
+    )
     y_BTM = jnp.einsum("BTNH,NHM->BTM", y_BTNH, gathered("out_NHM"))
     return sharding.sum_over(y_BTM, ("tensor",))

@@ -18,6 +18,9 @@ from edl_jax.config import Experiment
 from edl_jax.hlo_costs import Collective
 from edl_jax.topologies import Topology
 
+# The axes over which tokens of the global batch are spread.
+_TOKEN_AXES = (*sharding.ROW_AXES, "sequence")
+
 
 class StepBound(NamedTuple):
   """Seconds that each resource needs at the least, if it never waits."""
@@ -77,15 +80,15 @@ def _weights(
       stays.add("expert")
     shards = math.prod(mesh.shape[a] for a in axes if a not in stays)
     split = math.prod(mesh.shape[a] for a in axes if a in stays)
-    rows = math.prod(
-      mesh.shape[axis] for axis in sharding.ROW_AXES if axis not in stays
+    token_shards = math.prod(
+      mesh.shape[axis] for axis in _TOKEN_AXES if axis not in stays
     )
     in_layer = "blocks/" in name
     is_float32 = "router" in name or name.endswith("norm/scale")
     yield _Weight(
       leaf.size / split * (4 if is_float32 else compute),
       shards,
-      rows // shards,
+      token_shards // shards,
       forward + (backward if in_layer and rematerialised else 0),
     )
 
@@ -93,8 +96,8 @@ def _weights(
 def _residual_bytes(experiment: Experiment, mesh: Mesh) -> float:
   """One layer's residual stream, (B, T, M) of one pass on one chip."""
   train, model = experiment.train, experiment.model
-  rows = math.prod(mesh.shape[axis] for axis in sharding.ROW_AXES)
-  tokens = train.batch_size * train.sequence_length / rows
+  shards = math.prod(mesh.shape[axis] for axis in _TOKEN_AXES)
+  tokens = train.batch_size * train.sequence_length / shards
   itemsize = jax.numpy.dtype(model.dtype).itemsize
   return tokens / train.accumulation_steps * model.width * itemsize
 
@@ -123,6 +126,10 @@ def collective_bytes(
   again: "ragged_all_to_all" 2 (X - 1) / X P A rows of M numbers at uniform
   routing, "capacity" `moe.capacity_factor` times that, "ring" 2 (X - 1) P.
 
+  With s = `sequence` > 1 every layer gathers the keys and values of whole rows,
+  each K H numbers a token over t: (s - 1) times a chip's own of each; forward,
+  their gradients backward, and with rematerialisation forward again.
+
   With accumulation each micro-batch has passes of its own; gradients are added
   up before they are reduced.
 
@@ -146,8 +153,10 @@ def collective_bytes(
   residual = _residual_bytes(experiment, mesh)
   total += sums * 2 * (tensor - 1) / tensor * residual
   model, moe = experiment.model, experiment.moe
-  devices = mesh.shape["expert"]
   ways = forward + backward * (1 if model.remat == "none" else 2)
+  keys = model.num_kv_heads * model.head_width / tensor / model.width * residual
+  total += ways * layers * 2 * (mesh.shape["sequence"] - 1) * keys
+  devices = mesh.shape["expert"]
   copies = {
     "gather": 0.0,
     "ragged_all_to_all": model.num_active_experts / devices,

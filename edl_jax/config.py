@@ -183,6 +183,8 @@ class MeshConfig:
   fsdp: int = 1
   expert: int = 1
   tensor: int = 1
+  # Spreads the tokens of each row, for sequences too long for one device.
+  sequence: int = 1
 
 
 @_config
@@ -253,6 +255,7 @@ RESUMABLE_KEYS = frozenset(
     "mesh.fsdp",
     "mesh.expert",
     "mesh.tensor",
+    "mesh.sequence",
     "model.remat",
     "model.scan_unroll",
     "model.logits_elements",

@@ -169,8 +169,11 @@ def kernel_flops(
   query, key = matrices[:2]
   query_block = query.shape[-2] // table.shape[1]
   key_block = key.shape[-2] // table.shape[2]
+  # Devices that share a row have even shares of its queries.
+  shards = key.shape[-2] // query.shape[-2]
   blocks = sum(
-    -(-(i + 1) * query_block // key_block) for i in range(table.shape[1])
+    -(-(i + 1) * query_block // key_block)
+    for i in range(shards * table.shape[1])
   )
   # Forward: logits, outputs. Backward: logits, their gradient's product with
   # the values, and one for each gradient. The fused kernel returns the queries'
@@ -178,7 +181,7 @@ def kernel_flops(
   is_fused = any(len(x.shape) > len(query.shape) for x in results)
   products = {"fwd": 2, "dq": 3, "dkv": 5 if is_fused else 4}[found[1]]
   heads = math.prod(query.shape[:-2])
-  pairs = blocks * query_block * key_block
+  pairs = blocks // shards * query_block * key_block
   return 2.0 * products * heads * pairs * query.shape[-1]
 
 

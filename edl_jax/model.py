@@ -178,9 +178,12 @@ class Model(nnx.Module):
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
     """
-    rows = PartitionSpec(sharding.ROW_AXES)
-    # Stacked over layers, then by row, or one sum of each device.
-    layers = PartitionSpec(None, sharding.ROW_AXES)
+    by_token = (sharding.ROW_AXES, "sequence")
+    batch_specs = jax.tree.map(
+      lambda x: PartitionSpec(*by_token[: x.ndim]), batch
+    )
+    # One sum of each device that has tokens of its own.
+    by_shard = (*sharding.ROW_AXES, "sequence")
 
     def of_shard(model: Model, batch: Batch):
       x_BTM, routing_LB, outputs_L = model.hidden(
@@ -204,8 +207,14 @@ class Model(nnx.Module):
 
     nats_S, nats_BT, routing_LB, outputs_LS = sharding.per_shard(
       of_shard,
-      (sharding.parameter_specs(self), rows),
-      (rows, rows, layers, layers),
+      (sharding.parameter_specs(self), batch_specs),
+      (
+        PartitionSpec(by_shard),
+        PartitionSpec(*by_token),
+        # Stacked over layers.
+        PartitionSpec(None, sharding.ROW_AXES),
+        PartitionSpec(None, by_shard),
+      ),
     )(self, batch)
     # The one place where rows meet: every sum is that of the global batch.
     sums = losses.BatchSums(

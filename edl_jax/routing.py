@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
 
+from edl_jax import sharding
 from edl_jax.divergence import LN_2, pairwise_jensen_shannon
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -103,6 +104,8 @@ def row_routing(
 ) -> RowRouting:
   """Sums one layer's routing over the positions of each row.
 
+  Where devices share rows, over the positions of all of them.
+
   Args:
     logits_BTE, probs_BTE: router logits and their softmax, float32.
     expert_BTA: the active experts of each token, int.
@@ -110,8 +113,6 @@ def row_routing(
     weights_BT: 1 where a token counts.
   """
   num_experts = probs_BTE.shape[-1]
-  tokens_B = weights_BT.sum(-1)
-  count_B = jnp.maximum(tokens_B, 1)
   # One comparison per active expert rather than a (B, T, A, E) one-hot.
   chosen = [
     expert_BTA[..., a, None] == jnp.arange(num_experts)
@@ -123,12 +124,11 @@ def row_routing(
     for a, chosen_BTE in enumerate(chosen)
   )
   logsumexp_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-  return RowRouting(
-    probability_BE=(counted_BT1 * probs_BTE).sum(1) / count_B[:, None],
+  sums = RowRouting(
+    probability_BE=(counted_BT1 * probs_BTE).sum(1),
     token_entropy_B=(
       entr(jax.lax.stop_gradient(probs_BTE)).sum(-1) * weights_BT
-    ).sum(-1)
-    / count_B,
+    ).sum(-1),
     assignments_BE=sum(
       jnp.where(chosen_BTE, counted_BT1, 0).sum(1) for chosen_BTE in chosen
     ),
@@ -136,7 +136,14 @@ def row_routing(
     squared_gate_BE=(jnp.square(gate_BTE) * counted_BT1).sum(1),
     squared_probability_B=(jnp.square(probs_BTE) * counted_BT1).sum((1, 2)),
     squared_logsumexp_B=(jnp.square(logsumexp_BT) * weights_BT).sum(-1),
-    tokens_B=tokens_B,
+    tokens_B=weights_BT.sum(-1),
+  )
+  # Before the division: a mean of parts' means would be another number.
+  sums = sharding.sum_over(sums, ("sequence",))
+  count_B = jnp.maximum(sums.tokens_B, 1)
+  return sums._replace(
+    probability_BE=sums.probability_BE / count_B[:, None],
+    token_entropy_B=sums.token_entropy_B / count_B,
   )
 
 

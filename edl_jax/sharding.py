@@ -1,8 +1,9 @@
 """Mesh axes, parameter rules, and what crosses devices.
 
-Four axes exist in every mesh: `data`, `fsdp`, `expert` and `tensor`. Rows of a
-batch are spread over the first three. Parameters are stored spread over
-`fsdp`, `expert` and `tensor`, and gathered where they are used.
+Five axes exist in every mesh: `data`, `fsdp`, `expert`, `tensor` and
+`sequence`. Rows of a batch are spread over the first three, and the positions
+of each row over the last. Parameters are stored spread over `fsdp`, `expert`
+and `tensor`, and gathered where they are used.
 
 A model runs inside one `per_shard`, in which every axis is manual: arrays are
 a device's own, and each collective is written down, here. XLA inserts none but
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from edl_jax.config import Experiment, MeshConfig, UserError
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 # The axes over which rows of the global batch are spread.
 ROW_AXES = ("data", "fsdp", "expert")
@@ -61,7 +62,7 @@ PARAMETER_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
 def make_mesh(
   config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """Lays `devices` (default: all) out on the four axes.
+  """Lays `devices` (default: all) out on the five axes.
 
   Neighbours along an axis are neighbours in the torus of a TPU slice; several
   slices lie along `data`, whose gradients alone cross the slower network
@@ -136,10 +137,14 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
   for device, (shard,) in shards.items():
     owners[shard.indices(row_shards)].add(device.process_index)
   if any(len(processes) > 1 for processes in owners.values()):
+    shown = " x ".join(
+      f"mesh.{axis}={size[axis]}"
+      for axis in ("tensor", "sequence")
+      if size[axis] > 1
+    )
     raise UserError(
-      f"mesh.tensor={size['tensor']} spreads the same rows over several"
-      " processes, each of which reads rows of its own; lower mesh.tensor to"
-      " the devices of one process"
+      f"{shown} spreads the same rows over several processes, each of which"
+      " reads rows of its own; lower it to the devices of one process"
     )
   for axes, name, value in (
     (("fsdp", "expert"), "model.width", model.width),
@@ -149,6 +154,7 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
     (("tensor", "fsdp"), "model.expert_width", model.expert_width),
     (("tensor", "fsdp"), "model.vocabulary_size", model.vocabulary_size),
     (("tensor", "expert"), "model.vocabulary_size", model.vocabulary_size),
+    (("sequence",), "train.sequence_length", train.sequence_length),
     *(
       [(("tensor",), "model.dense_width", model.dense_width)]
       if model.num_dense_layers

@@ -161,7 +161,7 @@ def test_least_bytes_of_gathered_weights(steps, accumulation, layers, once):
       "train.accumulation": accumulation,
     },
   )
-  mesh = AbstractMesh((2, 2, 2, 1), MESH_AXES)
+  mesh = AbstractMesh((2, 2, 2, 1, 1), MESH_AXES)
   # Four chips share the layers' 512 bytes, two the head's 256; gathers, then
   # the gradient's reduce-scatter, then the sum of its shard over copies.
   expected = 512 * 3 / 4 * (layers + 1) + 128 * 2 * 1 / 2
@@ -172,18 +172,31 @@ def test_least_bytes_of_gathered_weights(steps, accumulation, layers, once):
 
 
 def test_one_chip_sends_nothing():
-  mesh = AbstractMesh((1, 1, 1, 1), MESH_AXES)
+  mesh = AbstractMesh((1, 1, 1, 1, 1), MESH_AXES)
   experiment = config.load(TINY)
   assert bounds.collective_bytes(experiment, parameters(mesh), mesh) == 0
 
 
 def test_tensor_parallel_layers_add_partial_outputs():
   experiment = config.load(TINY, {"model.remat": "full"})
-  mesh = AbstractMesh((1, 1, 1, 2), MESH_AXES)
+  mesh = AbstractMesh((1, 1, 1, 2, 1), MESH_AXES)
   found = bounds.collective_bytes(experiment, {}, mesh)
   stream = 8 * 64 * 32 * 4
   # Two layers: twice forward, twice backward, once again.
   assert found == 2 * 5 * 2 * stream / 2
+
+
+@pytest.mark.parametrize(("remat", "ways"), [("none", 2), ("full", 3)])
+def test_spread_sequences_gather_keys_and_values(remat, ways):
+  experiment = config.load(TINY, {"model.remat": remat})
+  mesh = AbstractMesh((2, 1, 1, 1, 4), MESH_AXES)
+  found = bounds.collective_bytes(experiment, parameters(mesh), mesh)
+  # Two layers, keys and values of one head of 16 numbers, 4 rows, the 48
+  # positions of 64 that are elsewhere.
+  expected = ways * 2 * 2 * 16 * 4 * 48 * 4
+  # No weight is spread; eight chips agree on each gradient.
+  expected += (2 * 8 * 16 + 8 + 8 * 16) * 4 * 2 * 7 / 8
+  assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -202,7 +215,7 @@ def test_forms_of_dispatch_send_tokens_or_experts(form, sent):
     TINY, {"moe.dispatch": form, "moe.capacity_factor": 1.5}
   )
   assert experiment.model.num_active_experts == 2
-  mesh = AbstractMesh((1, 1, 4, 1), MESH_AXES)
+  mesh = AbstractMesh((1, 1, 4, 1, 1), MESH_AXES)
   sharded = NamedSharding(mesh, PartitionSpec(None, "expert"))
   experts = {
     "blocks": {
@@ -221,7 +234,7 @@ def test_forms_of_dispatch_send_tokens_or_experts(form, sent):
 
 
 def test_memory_moves_state_and_gathered_weights():
-  mesh = AbstractMesh((1, 2, 1, 1), MESH_AXES)
+  mesh = AbstractMesh((1, 2, 1, 1, 1), MESH_AXES)
   experiment = config.load(TINY, {"model.remat": "full"})
   found = bounds.memory_bytes(experiment, parameters(mesh), mesh, 1000, 500)
   layers = 2 * (2 + 1) * 2 * 8 * 16 * 4
@@ -287,7 +300,7 @@ def test_overflow_names_shortfall_and_arrays():
 
 
 def test_parameter_table_has_every_byte_of_a_chip():
-  mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2, 1), MESH_AXES)
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2, 1, 1), MESH_AXES)
   *_, last = aot_report.describe_parameters(parameters(mesh))
   assert last.split()[-1] == f"{4 * (256 / 4 + 8 + 128 / 2):.0f}"
 

@@ -243,6 +243,18 @@ def test_splash_counts_blocks_that_reach_the_diagonal(
   assert found == 2 * products * rows * heads * pairs * width
 
 
+def test_splash_counts_an_even_share_of_a_spread_row():
+  heads, length, width, block, shards = 3, 1024, 64, 128, 4
+  query = Array("bf16", (heads, length // shards, width))
+  key = Array("bf16", (heads, length, width))
+  table = Array("s32", (1, length // shards // block, length // block))
+  found = hlo_costs.kernel_flops(
+    "splash_mha_fwd", [table, query, key, key], [query], num_experts=1
+  )
+  # Of 8 x 8 blocks 36 are met, by four devices, in two products.
+  assert found == 2 * 2 * heads * 36 / shards * block**2 * width
+
+
 def test_grouped_products_have_the_flops_of_their_rows():
   x, w = Array("bf16", (64, 32)), Array("bf16", (8, 32, 48))
   dy, dw = Array("bf16", (64, 48)), Array("f32", (8, 32, 48))

@@ -163,6 +163,7 @@ def compute(
     moe=moe,
     train=TrainConfig(
       batch_size=len(batch.domain_B) * jax.process_count(),
+      sequence_length=LENGTH,
       accumulation_steps=accumulation_steps,
       accumulation=accumulation,
     ),
@@ -213,6 +214,12 @@ def test_all_terms_and_metrics_are_compared(on_one_device):
   assert count == {"terms": 7, "metrics": 9}
 
 
+def test_documents_cross_the_middle_of_rows_or_end_there():
+  before_B, after_B = random_batch().segments_BT[:, LENGTH // 2 - 1 :][:, :2].T
+  joined_B = (before_B == after_B)[after_B > 0]
+  assert joined_B.any() and not joined_B.all()
+
+
 def test_order_of_rows_does_not_matter(on_one_device):
   assert_same(compute(shuffled(random_batch())), on_one_device)
 
@@ -221,6 +228,7 @@ def test_order_of_rows_does_not_matter(on_one_device):
   ("mesh_sizes", "accumulation_steps"),
   [
     ((1, 2, 2, 2), 2),
+    ((1, 2, 1, 2, 2), 1),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
@@ -232,6 +240,8 @@ def test_order_of_rows_does_not_matter(on_one_device):
         ((1, 1, 1, 8), 1),
         ((2, 2, 2, 1), 2),
         ((1, 1, 4, 2), 4),
+        ((2, 1, 2, 1, 2), 2),
+        ((1, 1, 1, 1, 8), 1),
       )
     ),
   ],
@@ -252,7 +262,7 @@ def test_same_numbers_wherever_experts_are(form):
   want = compute(random_batch(), losses=losses)
   # Room for every token.
   moe = MoEConfig(form, capacity_factor=8.0)
-  got = compute(random_batch(), (1, 2, 4, 1), 2, losses=losses, moe=moe)
+  got = compute(random_batch(), (1, 2, 2, 1, 2), 2, losses=losses, moe=moe)
   assert_same(got, want)
 
 
@@ -346,12 +356,16 @@ import test_invariance as test
 from edl_jax import config
 # The rows that the input pipeline would give it.
 rows = test.take(test.random_batch(), slice(process, None, 2))
-try:
-  test.compute(rows, (1, 1, 1, 8))
-except config.UserError as error:
-  assert "mesh.tensor=8 spreads the same rows" in str(error), error
-else:
-  raise AssertionError("a row of two processes was accepted")
+for sizes, named in (
+  ((1, 1, 1, 8), "mesh.tensor=8"),
+  ((1, 1, 1, 2, 4), "mesh.tensor=2 x mesh.sequence=4"),
+):
+  try:
+    test.compute(rows, sizes)
+  except config.UserError as error:
+    assert str(error).startswith(f"{named} spreads the same rows"), error
+  else:
+    raise AssertionError("a row of two processes was accepted")
 numbers = test.compute(rows, (2, 2, 2, 1), accumulation_steps=2)
 if process == 0:
   np.savez(path, **numbers)

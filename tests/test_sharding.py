@@ -91,15 +91,16 @@ def test_gather_and_scatter_are_the_whole_and_its_transpose(name):
 @pytest.mark.parametrize(
   ("sizes", "shape"),
   [
-    ((-1, 1, 1, 1), (8, 1, 1, 1)),
-    ((1, -1, 1, 2), (1, 4, 1, 2)),
-    ((2, 2, 2, -1), (2, 2, 2, 1)),
-    ((1, 1, 4, 2), (1, 1, 4, 2)),
+    ((-1,), (8, 1, 1, 1, 1)),
+    ((1, -1, 1, 2), (1, 4, 1, 2, 1)),
+    ((2, 2, 2, -1), (2, 2, 2, 1, 1)),
+    ((1, 1, 4, 2), (1, 1, 4, 2, 1)),
+    ((1, 1, 2, 2, -1), (1, 1, 2, 2, 2)),
   ],
 )
 def test_mesh(sizes, shape):
   mesh = sharding.make_mesh(MeshConfig(*sizes))
-  assert dict(mesh.shape) == dict(zip(sharding.MESH_AXES, shape))
+  assert dict(mesh.shape) == dict(zip(sharding.MESH_AXES, shape, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1, -1), (2, 1, 1, 1), (16, 1, 1, 1)])
@@ -142,6 +143,17 @@ def test_mesh_that_does_not_divide_the_rows():
   sharding.check_divisible(Experiment(train=train), mesh)
   train = TrainConfig(batch_size=16, accumulation_steps=4)
   with pytest.raises(UserError, match="4 rows do not divide over 8 shards"):
+    sharding.check_divisible(Experiment(train=train), mesh)
+
+
+def test_mesh_that_does_not_divide_the_sequence():
+  mesh = sharding.make_mesh(MeshConfig(data=2, sequence=4))
+  train = TrainConfig(batch_size=2, sequence_length=36)
+  sharding.check_divisible(Experiment(train=train), mesh)
+  train = TrainConfig(batch_size=2, sequence_length=38)
+  with pytest.raises(
+    UserError, match=r"mesh.sequence=4 .* train.sequence_length=38"
+  ):
     sharding.check_divisible(Experiment(train=train), mesh)
 
 
