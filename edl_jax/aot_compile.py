@@ -78,18 +78,19 @@ def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
   """Returns what takes most memory of a chip if nothing is fused away.
 
   The compiler does not say. Counts arguments, and values inside of `shard_map`,
-  whose shapes are a chip's own.
+  whose shapes are a chip's own; one of each type.
 
   Args:
     arguments: `ShapeDtypeStruct`s with shardings.
     jaxpr: the traced step.
     count: how many.
   """
-  found = set()
+  found: dict[str, Array] = {}
 
   def add(shape: tuple[int, ...], dtype: Any, source: str) -> None:
     size = math.prod(shape) * dtype.itemsize
-    found.add(Array(size, f"{dtype}[{','.join(map(str, shape))}]", source))
+    name = f"{dtype}[{','.join(map(str, shape))}]"
+    found.setdefault(name, Array(size, name, source))
 
   for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
     name = sharding.path_name(path)
@@ -104,7 +105,16 @@ def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
           name = f"{place}/{equation.primitive.name}"
           add(value.aval.shape, value.aval.dtype, name)
       inside = is_local or equation.primitive.name == "shard_map"
-      for parameter in equation.params.values():
+      parameters = dict(equation.params)
+      if platforms := parameters.get("branches_platforms"):
+        # The one for TPUs, or the default, which has no names.
+        chosen = next(
+          i
+          for i, names in enumerate(platforms)
+          if names is None or "tpu" in names
+        )
+        parameters["branches"] = parameters["branches"][chosen]
+      for parameter in parameters.values():
         several = isinstance(parameter, (tuple, list))
         for item in parameter if several else (parameter,):
           inner = getattr(item, "jaxpr", item)
@@ -112,7 +122,7 @@ def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
             visit(inner, place, inside)
 
   visit(jaxpr.jaxpr, "", False)
-  return sorted(found, reverse=True)[:count]
+  return sorted(found.values(), reverse=True)[:count]
 
 
 class Step(NamedTuple):

@@ -111,6 +111,9 @@ class Runs:
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(
           "count=8", f"count={8 // processes}"
         ),
+        # XLA's threads: a collective holds one while it waits for the other
+        # process, and with one a device, as on two cores, runs may get stuck.
+        "NPROC": "32",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_PROCESS_ID": str(index),
