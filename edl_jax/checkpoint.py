@@ -7,6 +7,7 @@ hash of the corpus. `load` needs nothing else.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
-from edl_jax import config
+from edl_jax import config, storage
 from edl_jax.config import Experiment, UserError
 from edl_jax.mixture import Taxonomy
 from edl_jax.model import Model, abstract_model
@@ -93,7 +95,7 @@ def check_workdir(
   Changes nothing there.
 
   Args:
-    workdir: folder of the run; need not exist.
+    workdir: folder of the run; need not exist. A bucket has room enough.
     provenance: of the run about to start.
     checkpoint_bytes: size of one checkpoint.
 
@@ -104,34 +106,42 @@ def check_workdir(
   saved = saved_provenance(workdir)
   if saved is not None:
     provenance.check_continues(saved, f"--workdir={workdir}")
-  existing = os.path.abspath(workdir)
-  while not os.path.lexists(existing):
-    existing = os.path.dirname(existing)
-  keep = provenance.experiment.train.keep_checkpoints
-  # One more than is kept exists while it is being written.
-  needed = (keep + 1) * checkpoint_bytes
   try:
-    # Permissions tell little on read-only or special file systems: try it.
-    with tempfile.TemporaryFile(dir=existing) as file:
-      file.write(b"x")
-    present = _folder_bytes(os.path.join(workdir, _FOLDER))
-    free = shutil.disk_usage(existing).free
+    room = _room(workdir)
   except OSError as error:
     raise UserError(
       f"cannot write to --workdir={workdir}: {error.strerror}; choose another"
     ) from error
-  if free + present < needed:
+  keep = provenance.experiment.train.keep_checkpoints
+  # One more than is kept exists while it is being written.
+  needed = (keep + 1) * checkpoint_bytes
+  if room < needed:
     raise UserError(
-      f"--workdir={workdir} has room for {(free + present) / 2**20:.0f} MiB, but {keep} + 1"
+      f"--workdir={workdir} has room for {room / 2**20:.0f} MiB, but {keep} + 1"
       f" checkpoints take {needed / 2**20:.0f} MiB; make room or choose another"
     )
+
+
+def _room(workdir: str) -> float:
+  """Returns the bytes that checkpoints may take, after trying to write."""
+  if storage.in_bucket(workdir):
+    storage.check_writable(workdir)
+    return math.inf
+  existing = os.path.abspath(workdir)
+  while not os.path.lexists(existing):
+    existing = os.path.dirname(existing)
+  # Permissions tell little on read-only or special file systems: try it.
+  with tempfile.TemporaryFile(dir=existing) as file:
+    file.write(b"x")
+  present = _folder_bytes(os.path.join(workdir, _FOLDER))
+  return present + shutil.disk_usage(existing).free
 
 
 def describe_workdir(workdir: str, provenance: Provenance) -> None:
   """Says in `workdir`/run.json whose folder it is, before any checkpoint."""
   path = os.path.join(workdir, "run.json")
-  if not os.path.exists(path):
-    os.makedirs(workdir, exist_ok=True)
+  if not epath.Path(path).exists():
+    storage.make_folder(workdir)
     write_json(path, provenance.to_dict())
 
 
@@ -142,7 +152,7 @@ def saved_provenance(workdir: str) -> dict[str, Any] | None:
   if steps:
     return _read_provenance(os.path.join(folder, str(steps[-1])))
   path = os.path.join(workdir, "run.json")
-  return _read_json(path) if os.path.exists(path) else None
+  return _read_json(path) if epath.Path(path).exists() else None
 
 
 def _read_provenance(checkpoint: str) -> dict[str, Any]:
@@ -152,28 +162,27 @@ def _read_provenance(checkpoint: str) -> dict[str, Any]:
 
 def _read_json(path: str) -> dict[str, Any]:
   try:
-    with open(path, encoding="utf-8") as file:
-      return json.load(file)
+    return json.loads(epath.Path(path).read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{path} is damaged ({error}); remove it") from error
 
 
 def write_json(path: str, value: Any) -> None:
   """Writes a JSON file that is either complete or not there."""
-  temporary = f"{path}.tmp"
-  with open(temporary, "w", encoding="utf-8") as file:
-    json.dump(value, file)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  storage.write_bytes(path, json.dumps(value).encode())
 
 
 def checkpoint_steps(folder: str) -> list[int]:
   """Returns the steps of the complete checkpoints in `folder`, rising."""
-  if not os.path.isdir(folder):
+  if not epath.Path(folder).is_dir():
     return []
-  # Orbax writes under a temporary name and renames when complete.
-  return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+  # Orbax writes under a temporary name and renames when complete; in a bucket
+  # it adds an object that says so.
+  return sorted(
+    int(path.name)
+    for path in epath.Path(folder).iterdir()
+    if path.name.isdigit() and ocp.utils.is_checkpoint_finalized(path)
+  )
 
 
 class Checkpointer:
@@ -181,7 +190,7 @@ class Checkpointer:
 
   def __init__(self, workdir: str, keep: int):
     self._manager = ocp.CheckpointManager(
-      os.path.abspath(os.path.join(workdir, _FOLDER)),
+      storage.absolute(os.path.join(workdir, _FOLDER)),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
 
@@ -269,13 +278,14 @@ def load(
   """Loads a model from a checkpoint directory alone.
 
   Args:
-    path: a run's workdir, its `checkpoints` folder, or one step in it.
+    path: a run's workdir, its `checkpoints` folder, or one step in it, on
+      this machine or in a bucket (gs://...).
     step: which checkpoint; the newest by default.
     mesh: where the parameters go, whatever mesh wrote them; one device by
       default.
 
   Raises:
-    UserError: there is no such checkpoint.
+    UserError: there is no such checkpoint, or no access to its bucket.
   """
   checkpoint, step = _find(path, step)
   provenance = Provenance.from_dict(_read_provenance(checkpoint))
@@ -308,17 +318,18 @@ def load(
 
 def _find(path: str, step: int | None = None) -> tuple[str, int]:
   """Returns a checkpoint's folder and its step; see `load`."""
-  path = os.path.abspath(path)
-  if os.path.isdir(os.path.join(path, "parameters")):
+  storage.check_access(path)
+  path = storage.absolute(path)
+  if epath.Path(path, "parameters").is_dir():
     folder, name = os.path.split(path)
     if not name.isdigit():
       raise UserError(
         f"{path}: a checkpoint's folder must be named by its step"
       )
-    steps = [int(name)]
+    steps = [known for known in checkpoint_steps(folder) if str(known) == name]
   else:
     inner = os.path.join(path, _FOLDER)
-    folder = inner if os.path.isdir(inner) else path
+    folder = inner if epath.Path(inner).is_dir() else path
     steps = checkpoint_steps(folder)
   if not steps:
     raise UserError(f"no checkpoint in {path}")

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -31,7 +30,9 @@ _EXPERIMENT = config_flags.DEFINE_config_file(
   "experiment", None, "Experiment file; a variant may follow after a colon."
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run: metrics, checkpoints, pictures."
+  "workdir",
+  None,
+  "Folder of the run, or gs://BUCKET/FOLDER: metrics, checkpoints, pictures.",
 )
 _MODE = flags.DEFINE_enum(
   "mode", "train", ["train", "eval"], "What to do with the experiment."
@@ -71,6 +72,7 @@ def _fail(error: Exception, code: int) -> NoReturn:
 def _join_processes(provenance: "Provenance") -> None:
   """Joins the run's other processes, which must have the same of everything."""
   import jax
+  import numpy as np
   from jax.experimental import multihost_utils
 
   # JAX itself reads the address, and all that a cluster's launcher says.
@@ -99,7 +101,7 @@ def _join_processes(provenance: "Provenance") -> None:
 def _run(experiment: Experiment, workdir: str, mode: str) -> None:
   """Everything that can be refused is refused before a device is used."""
   # Imported here: wrong flags and --help answer without loading JAX.
-  from edl_jax import runtime
+  from edl_jax import runtime, storage
 
   runtime.configure()
   from edl_jax.checkpoint import (
@@ -121,6 +123,7 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
     train,
   )
 
+  storage.check_access(workdir, "--workdir=")
   if mode == "eval" and not checkpoint_steps(
     os.path.join(workdir, "checkpoints")
   ):

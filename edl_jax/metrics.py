@@ -8,10 +8,15 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any, Self
 
+from etils import epath
+
+from edl_jax import storage
 from edl_jax.config import UserError
 
 _METRICS_FILE = "metrics.jsonl"
@@ -35,10 +40,9 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 def _read_lines(workdir: str) -> list[tuple[bytes, dict[str, Any]]]:
   """Returns every complete line of metrics.jsonl, as it is and parsed."""
   path = os.path.join(workdir, _METRICS_FILE)
-  if not os.path.exists(path):
+  if not epath.Path(path).exists():
     return []
-  with open(path, "rb") as file:
-    lines = file.read().splitlines(keepends=True)
+  lines = epath.Path(path).read_bytes().splitlines(keepends=True)
   parsed = []
   for number, line in enumerate(lines, start=1):
     try:
@@ -62,6 +66,9 @@ class MetricsWriter:
   On construction everything after `first_step` is dropped, which a killed run
   may have written after its last checkpoint; so the file of a resumed run
   equals that of one that was never interrupted.
+
+  Objects in a bucket cannot be added to: there both files grow in a temporary
+  folder, and `sync` replaces the objects.
   """
 
   def __init__(self, workdir: str, *, first_step: int = 0):
@@ -74,15 +81,22 @@ class MetricsWriter:
     Raises:
       UserError: `workdir` cannot be written.
     """
-    self._workdir = workdir
+    self._workdir, folder = workdir, workdir
+    self._temporary = None
+    # Bytes of the files that the bucket has, by their names.
+    self._synced: dict[str, int] = {}
     try:
-      os.makedirs(workdir, exist_ok=True)
-      _drop_after(workdir, first_step)
-      path = os.path.join(workdir, _METRICS_FILE)
+      if storage.in_bucket(workdir):
+        self._temporary = tempfile.TemporaryDirectory()
+        folder = self._temporary.name
+      os.makedirs(folder, exist_ok=True)
+      path = os.path.join(folder, _METRICS_FILE)
+      _drop_after(workdir, first_step, path)
       self._file = open(path, "ab")  # noqa: SIM115
       self._tensorboard = _TensorBoard(
-        os.path.join(workdir, "tensorboard"), first_step
+        os.path.join(folder, "tensorboard"), first_step
       )
+      self.sync()
     except OSError as error:
       raise UserError(
         f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
@@ -111,13 +125,43 @@ class MetricsWriter:
         " and start again, the run goes on from its last checkpoint"
       ) from error
 
+  def sync(self) -> None:
+    """Writes to a bucket what is new; files of this machine have it already.
+
+    To be called before a checkpoint is written, so that whoever goes on from
+    it finds the figures up to its step.
+
+    Raises:
+      UserError: the bucket cannot be written.
+    """
+    if self._temporary is None:
+      return
+    for file in Path(self._temporary.name).rglob("*"):
+      name = str(file.relative_to(self._temporary.name))
+      if file.is_dir() or file.stat().st_size == self._synced.get(name):
+        continue
+      content = file.read_bytes()
+      try:
+        storage.write_bytes(f"{self._workdir}/{name}", content)
+      except OSError as error:
+        raise UserError(
+          f"cannot write metrics to {self._workdir}: {error.strerror}; once it"
+          " can, the same command goes on from the last checkpoint"
+        ) from error
+      self._synced[name] = len(content)
+
   def close(self) -> None:
     """Closes both files."""
     # Every write was flushed: all that can be left, and fail again, is a line
-    # whose failure `write` has reported.
+    # whose failure `write` has reported; or, in a bucket, what no checkpoint
+    # has either.
     for file in (self._file, self._tensorboard):
       with contextlib.suppress(OSError):
         file.close()
+    with contextlib.suppress(UserError):
+      self.sync()
+    if self._temporary is not None:
+      self._temporary.cleanup()
 
   def __enter__(self) -> Self:
     return self
@@ -165,22 +209,16 @@ class _TensorBoard:
     self._events.close()
 
 
-def _drop_after(workdir: str, first_step: int) -> None:
-  """Keeps the complete lines up to `first_step`, all or nothing."""
-  path = os.path.join(workdir, _METRICS_FILE)
+def _drop_after(workdir: str, first_step: int, path: str) -> None:
+  """Leaves at `path` the complete lines up to `first_step`, all or nothing."""
   kept = b"".join(
     line
     for line, values in _read_lines(workdir)
     if values["step"] <= first_step
   )
-  if not os.path.exists(path) or os.path.getsize(path) == len(kept):
-    return
-  temporary = f"{path}.tmp"
-  with open(temporary, "wb") as file:
-    file.write(kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  present = os.path.getsize(path) if os.path.exists(path) else 0
+  if present != len(kept):
+    storage.write_bytes(path, kept)
 
 
 class Progress:

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from edl_jax import metrics
+from edl_jax import metrics, storage
 
 # Okabe and Ito's palette without black, safe for the colour-blind: light and
 # dark alternate, so that neighbours differ in grey too.
@@ -49,16 +50,15 @@ def write_run_report(workdir: str) -> list[str]:
     UserError: metrics.jsonl is damaged.
   """
   folder = os.path.join(workdir, "report")
-  os.makedirs(folder, exist_ok=True)
+  storage.make_folder(folder)
   name = os.path.basename(os.path.abspath(workdir))
   figures = {}
   lines = metrics.read_metrics(workdir)
   if lines:
     figures["loss.png"] = _draw_loss(lines, name)
-  routing_file = os.path.join(workdir, "routing.json")
-  if os.path.exists(routing_file):
-    with open(routing_file) as file:
-      routing = json.load(file)
+  routing_file = epath.Path(workdir, "routing.json")
+  if routing_file.exists():
+    routing = json.loads(routing_file.read_text())
     figures["experts_by_domain.png"] = _draw_experts(routing, name)
     figures["domain_divergence.png"] = _draw_divergence(routing, name)
   paths = []
@@ -70,7 +70,8 @@ def write_run_report(workdir: str) -> list[str]:
 
 def save_figure(figure: Figure, path: str) -> None:
   """Writes a figure as PNG."""
-  figure.savefig(path, dpi=110)
+  with epath.Path(path).open("wb") as file:
+    figure.savefig(file, dpi=110)
 
 
 def line_style(index: int) -> dict[str, str]:

@@ -472,6 +472,10 @@ class _Loop:
     if self._writer is not None:
       self._writer.write(step, values)
 
+  def _sync(self) -> None:
+    if self._writer is not None:
+      self._writer.sync()
+
   def evaluate(self, step: int, *, record: bool = True) -> None:
     """Evaluates the current parameters."""
     self.read_pending()
@@ -491,6 +495,7 @@ class _Loop:
         self.evaluation.metrics()
         | {f"data/epochs/{name}": value for name, value in epochs},
       )
+      self._sync()
     self.progress.print(
       f"step {step}: held-out lm_loss"
       f" {self.evaluation.losses['lm_loss']:.4f} nats/token,"
@@ -503,6 +508,7 @@ class _Loop:
     """Starts a checkpoint, once this step is known to be finite."""
     self.read_pending()
     started = time.monotonic()
+    self._sync()
     self._checkpointer.save(
       step, self.state, self._iterator.get_state(), self._provenance
     )

@@ -37,6 +37,7 @@ ROWS = (
     "hlo",
     "hlo_costs",
   ),
+  ("storage",),
   ("config",),
 )
 ROW_OF = {module: row for row, names in enumerate(ROWS) for module in names}
