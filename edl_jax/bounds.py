@@ -153,7 +153,11 @@ def collective_bytes(
   residual = _residual_bytes(experiment, mesh)
   total += sums * 2 * (tensor - 1) / tensor * residual
   model, moe = experiment.model, experiment.moe
-  ways = forward + backward * (1 if model.remat == "none" else 2)
+  again = 0.0 if model.remat == "none" else backward
+  if moe.dispatch == "ring":
+    # Of what comes round once more the backward pass needs the tokens only.
+    again /= 2
+  ways = forward + backward + again
   keys = model.num_kv_heads * model.head_width / tensor / model.width * residual
   total += ways * layers * 2 * (mesh.shape["sequence"] - 1) * keys
   devices = mesh.shape["expert"]

@@ -7,6 +7,7 @@ Compiled for TPU slices (`python -m edl_jax.aot`; nothing has run on a TPU), row
 and figures of a chip:
 
   slice, settings                 rows  peak memory  a step takes at least
+  v6e:8x8  mesh.expert=8            16          43%  0.53 s (products)
 
 Settings are --experiment.KEY=VALUE.
 
