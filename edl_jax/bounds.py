@@ -208,6 +208,8 @@ def interconnect_seconds(
   links = topology.links()
   bytes_by_span: dict[frozenset[int], float] = {}
   for collective in collectives:
+    if not collective.wire_bytes:
+      continue  # A permutation may leave everything where it is.
     places = coordinates[list(collective.devices)]
     span = frozenset(np.flatnonzero(np.ptp(places, axis=0)).tolist())
     bytes_by_span[span] = bytes_by_span.get(span, 0.0) + collective.wire_bytes

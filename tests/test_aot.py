@@ -122,7 +122,14 @@ def test_interconnect_takes_the_busiest_set_of_links():
   mesh = types.SimpleNamespace(devices=np.array(devices).reshape(1, 16, 4, 1))
   line, plane = (0, 1, 2, 3), tuple(range(0, 64, 4))
   found = bounds.interconnect_seconds(
-    [collective(4e9, line), collective(16e9, plane)], topology, mesh
+    [
+      collective(4e9, line),
+      collective(16e9, plane),
+      # Leaves everything where it is.
+      Collective("collective-permute", 1, 1, (), 1e12, False, 0.0, ""),
+    ],
+    topology,
+    mesh,
   )
   # The plane's 15 GB on four links take longer than 18 GB on all six.
   assert found == pytest.approx(15e9 / (4 * 100e9))
