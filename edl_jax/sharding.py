@@ -163,7 +163,12 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
   ):
     if value % int(np.prod([size[axis] for axis in axes])):
       shown = " x ".join(f"mesh.{axis}={size[axis]}" for axis in axes)
-      raise UserError(f"{shown} does not divide {name}={value}")
+      more = (
+        "; it may be larger than the tokenizer's"
+        if name == "model.vocabulary_size"
+        else ""
+      )
+      raise UserError(f"{shown} does not divide {name}={value}{more}")
 
 
 def path_name(path: Sequence[Any]) -> str:

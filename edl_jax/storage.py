@@ -6,6 +6,7 @@ to, and its folders need no making.
 """
 
 import errno
+import logging
 import os
 import uuid
 
@@ -13,6 +14,10 @@ import fsspec
 from etils import epath
 
 from edl_jax.config import UserError
+
+# Orbax and other processes write to the same folders: a listing kept in memory
+# would hide their checkpoints. Set before epath makes its client.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def in_bucket(path: str) -> bool:
@@ -69,9 +74,8 @@ def check_access(path: str, setting: str = "") -> None:
   named = f"{setting}{path}"
   if scheme != "gs":
     raise UserError(f"{named}: of buckets only gs:// can be used")
-  # Orbax and other processes write there too: never answer from memory.
-  settings = fsspec.config.conf.setdefault("gcs", {})
-  settings.setdefault("use_listings_cache", False)
+  # It logs, with a traceback, what it raises.
+  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   bucket = f"gs://{rest.partition('/')[0]}"
   try:
     epath.Path(bucket).stat()

@@ -103,6 +103,8 @@ class Runs:
         *(f"--experiment={TINY}", f"--workdir={self.folder / name}"),
         f"--experiment.data.files={self._files}",
         *("--experiment.mesh.fsdp=2", "--experiment.mesh.expert=4"),
+        # A multiple of both.
+        "--experiment.model.vocabulary_size=264",
         *("--experiment.mesh.data=1", *more),
       ]
       if processes > 1:
