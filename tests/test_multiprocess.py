@@ -203,8 +203,10 @@ def test_two_processes_leave_what_one_leaves(runs, alone, pair):
   got, want = figures(pair), figures(alone)
   assert got.keys() == want.keys() and len(got) > 100
   for key, value in want.items():
-    # A ratio of small differences of entropies, in float32.
-    tolerance = 1e-3 if key[1].endswith("inter_fraction") else 1e-5
+    # A ratio of small differences of entropies, and small differences of
+    # squares, in float32 after some steps of training.
+    tolerance = 1e-4 if "variance" in key[1] else 1e-5
+    tolerance = 1e-3 if key[1].endswith("inter_fraction") else tolerance
     assert got[key] == pytest.approx(value, rel=tolerance), key
   assert {path.name for path in pair.iterdir()} == {
     path.name for path in alone.iterdir()
