@@ -6,8 +6,10 @@ of each row over the last. Parameters are stored spread over `fsdp`, `expert`
 and `tensor`, and gathered where they are used.
 
 A model runs inside one `per_shard`, in which every axis is manual: arrays are
-a device's own, and each collective is written down, here. XLA inserts none but
-the sums over rows behind it.
+a device's own, and what crosses devices is written down: parameters and sums
+here, tokens in `expert_parallel`, keys and values in `attention`. JAX adds the
+sums of gradients over axes that a parameter is not spread over, and XLA the sums
+over rows behind the model and that of the gradient's norm.
 """
 
 import collections
@@ -153,7 +155,6 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
     (("tensor",), "model.num_kv_heads", model.num_kv_heads),
     (("tensor", "fsdp"), "model.expert_width", model.expert_width),
     (("tensor", "fsdp"), "model.vocabulary_size", model.vocabulary_size),
-    (("tensor", "expert"), "model.vocabulary_size", model.vocabulary_size),
     (("sequence",), "train.sequence_length", train.sequence_length),
     *(
       [(("tensor",), "model.dense_width", model.dense_width)]

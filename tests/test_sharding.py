@@ -137,6 +137,20 @@ def test_mesh_that_does_not_divide_the_model(sizes, model, named):
     sharding.check_divisible(experiment, mesh)
 
 
+def test_only_what_is_spread_must_divide():
+  """A vocabulary over `tensor` and `fsdp`, but not over `expert`."""
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 4, 1))
+  model = ModelConfig(vocabulary_size=258)
+  sharding.check_divisible(Experiment(model=model), mesh)
+  parameters = abstract_model(model)
+  for leaf, placed in zip(
+    jax.tree.leaves(parameters),
+    jax.tree.leaves(sharding.parameter_shardings(parameters, mesh)),
+    strict=True,
+  ):
+    placed.shard_shape(leaf.shape)  # Raises where it does not divide.
+
+
 def test_mesh_that_does_not_divide_the_rows():
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
   train = TrainConfig(batch_size=16, accumulation_steps=2)
