@@ -326,6 +326,8 @@ def _run(arguments: Sequence[str]) -> int:
     )
   if not values.workdir:
     raise UserError("--workdir is missing: name the folder of the sweep")
+  if "://" in values.workdir:
+    raise UserError(f"--workdir={values.workdir}: sweeps need a local folder")
   if values.report:
     if values.grid or values.experiment or common or values.dry_run:
       raise UserError("--report takes --workdir alone: it runs nothing")

@@ -93,6 +93,7 @@ def test_names_are_single_folders():
     (["--grid=seed=1", "--report"], "--report takes --workdir alone"),
     (["--grid=seed=1", "--experiment=no.py"], "no.py: no such file"),
     (["--grid=seed=1", "--workdir="], "--workdir is missing"),
+    (["--grid=seed=1", "--workdir=gs://a/b"], "sweeps need a local folder"),
   ],
 )
 def test_bad_usage_is_one_line_and_creates_nothing(
