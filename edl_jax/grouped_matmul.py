@@ -181,12 +181,13 @@ def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
 # --- CPU: loops over blocks of rows ------------------------------------------
 # XLA's dense product runs near the machine's peak from a hundred rows on, but
 # needs shapes that are known when it is compiled. So each group is cut into
-# blocks of a few sizes, large ones first; only the last one, of the smallest
-# size, may reach beyond the group, where rows are masked. No row is copied into
-# a padded layout, the work is R M F plus at most a small block a group, and the
-# matrix of a group is read out once for all its blocks.
+# full blocks of the largest size and one more that holds the rest, of the
+# smallest size that does. No row is copied into a padded layout, the work is
+# R M F plus at most a part of a block a group, and the matrix of a group is
+# read out once for all its blocks. A block costs as much beside its product as
+# 25 to 70 rows do in it: hence few blocks, and of many sizes.
 
-_BLOCK_SIZES = (512, 128, 32)
+_BLOCK_SIZES = (512, 384, 256, 160, 128, 64, 32)
 
 
 def _over_blocks(
@@ -195,31 +196,56 @@ def _over_blocks(
   end: jax.Array,
   body: Callable[[Any, jax.Array, int, jax.Array | None], Any],
   carry: Any,
+  overrun: bool,
 ) -> Any:
   """Runs `body` on blocks that cover the rows [start, end) of `num_rows`.
 
   Args:
     body: takes the carry, the first row of a block, its size, and a mask (C,)
-      of the rows that are this group's and no other block's, None if all are.
+      of the rows that are this group's and no other block's, None if the block
+      needs none.
+    overrun: whether blocks without a mask may reach beyond `end`.
   """
-  *large, smallest = [n for n in _BLOCK_SIZES if n <= num_rows] or [num_rows]
-  for size in large:
+  sizes = [n for n in _BLOCK_SIZES if n <= num_rows] or [num_rows]
 
-    def full_block(i, carry, start=start, size=size):
-      return body(carry, start + i * size, size, None)
+  def masked_block(own, size, carry):
+    first = jnp.minimum(own, num_rows - size)
+    row_C = first + jnp.arange(size)
+    return body(carry, first, size, (row_C >= own) & (row_C < end))
 
-    count = (end - start) // size
-    carry = jax.lax.fori_loop(0, count, full_block, carry)
-    start += count * size
+  largest, smallest = sizes[0], sizes[-1]
+  count = (end - start) // largest
+  carry = jax.lax.fori_loop(
+    0,
+    count,
+    lambda i, carry, start=start: body(
+      carry, start + i * largest, largest, None
+    ),
+    carry,
+  )
+  start += count * largest
+  for size, smaller in zip(sizes, [*sizes[1:], 0]):
+    takes = end - start > smaller
+    if overrun:  # Not beyond the last row of all.
+      takes &= (start + size <= num_rows) | (start + size <= end)
 
-  def masked_block(i, carry):
-    own = start + i * smallest
-    first = jnp.minimum(own, num_rows - smallest)
-    row_C = first + jnp.arange(smallest)
-    return body(carry, first, smallest, (row_C >= own) & (row_C < end))
+    # A loop of no or one turn: conditionals copy the carry. The first row
+    # depends on the turn, or XLA would compute the block outside, always.
+    def block(i, carry, start=start, size=size):
+      if overrun:
+        return body(carry, start + i, size, None)
+      return masked_block(start + i, size, carry)
 
-  count = (end - start + smallest - 1) // smallest
-  return jax.lax.fori_loop(0, count, masked_block, carry)
+    carry = jax.lax.fori_loop(0, takes.astype(jnp.int32), block, carry)
+    start = jnp.where(takes, jnp.minimum(start + size, end), start)
+  if overrun:
+    carry = jax.lax.fori_loop(
+      0,
+      (end - start + smallest - 1) // smallest,
+      lambda i, carry: masked_block(start + i * smallest, smallest, carry),
+      carry,
+    )
+  return carry
 
 
 def _rows(x_RM: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -243,7 +269,10 @@ def _block_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
         y_CF = jnp.where(inside_C[:, None], y_CF, _rows(y_RF, start, size))
       return jax.lax.dynamic_update_slice_in_dim(y_RF, y_CF, start, 0)
 
-    return _over_blocks(num_rows, start_E[e], end_E[e], block, y_RF)
+    # Groups come in order: what a block writes beyond its own is overwritten.
+    return _over_blocks(
+      num_rows, start_E[e], end_E[e], block, y_RF, overrun=True
+    )
 
   # Every row of a group is written.
   y_RF = jax.lax.empty((num_rows, w_EMF.shape[result]), x_RM.dtype)
@@ -271,7 +300,9 @@ def _block_weights_product(x_RM, dy_RF, group_sizes_E):
       )
       return dw_EMF.at[e].add(dw_MF)
 
-    return _over_blocks(num_rows, start_E[e], end_E[e], block, dw_EMF)
+    return _over_blocks(
+      num_rows, start_E[e], end_E[e], block, dw_EMF, overrun=False
+    )
 
   dw_EMF = jnp.zeros((num_groups, x_RM.shape[1], dy_RF.shape[1]), jnp.float32)
   dw_EMF = jax.lax.fori_loop(0, num_groups, group, dw_EMF)
