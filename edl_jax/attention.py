@@ -93,56 +93,98 @@ _QUERY_BLOCKS = 4
 _SHORTEST_QUERY_BLOCK = 32
 
 
-@jax.custom_vjp
-def _attend(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+  q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+):
   """Softmax attention with one pass over (T, S) for each of its formulas.
 
-  G query heads share a key head. What autodiff would make of the softmax takes
-  twice the time on a CPU.
+  G query heads share a key head. What autodiff would make of it takes twice the
+  time on a CPU.
+
+  Args:
+    blocks: of queries: where each starts and ends, and how many keys it sees.
   """
-  return _attend_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)[0]
+  return _attend_forward(
+    q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+  )[0]
 
 
-def _attend_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS):
+def _attend_forward(
+  q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+):
   dtype = q_BKGTH.dtype
-  logits_BKGTS = jnp.einsum(
-    "BKGTH,BKSH->BKGTS",
-    q_BKGTH,
-    k_BKSH,
-    preferred_element_type=jnp.float32,
-  )
-  logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, -1e30)
-  exp_BKGTS = jnp.exp(logits_BKGTS - logits_BKGTS.max(-1, keepdims=True))
-  exp_BKGTS = exp_BKGTS.astype(dtype)
-  sum_BKGT1 = exp_BKGTS.sum(-1, keepdims=True, dtype=jnp.float32)
-  # Divided after the product, where it is H numbers a query and not S.
-  y_BKGTH = jnp.einsum(
-    "BKGTS,BKSH->BKGTH",
-    exp_BKGTS,
-    v_BKSH,
-    preferred_element_type=jnp.float32,
-  )
-  y_BKGTH = checkpoint_name((y_BKGTH / sum_BKGT1).astype(dtype), "attention")
-  return y_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, exp_BKGTS, sum_BKGT1, y_BKGTH)
+  positions_T = jnp.arange(segments_BT.shape[1])
+  if sequence_axis is not None:
+    positions_T += jax.lax.axis_index(sequence_axis) * len(positions_T)
+  results, softmax = [], []
+  for start, end, seen in blocks:
+    mask_BTS = segments_BT[:, start:end, None] == segments_BS[:, None, :seen]
+    mask_BTS &= positions_T[start:end, None] >= jnp.arange(seen)
+    logits_BKGTS = jnp.einsum(
+      "BKGTH,BKSH->BKGTS",
+      q_BKGTH[:, :, :, start:end],
+      k_BKSH[:, :, :seen],
+      preferred_element_type=jnp.float32,
+    )
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, -1e30)
+    exp_BKGTS = jnp.exp(logits_BKGTS - logits_BKGTS.max(-1, keepdims=True))
+    exp_BKGTS = exp_BKGTS.astype(dtype)
+    sum_BKGT1 = exp_BKGTS.sum(-1, keepdims=True, dtype=jnp.float32)
+    # Divided after the product, where it is H numbers a query and not S.
+    y_BKGTH = jnp.einsum(
+      "BKGTS,BKSH->BKGTH",
+      exp_BKGTS,
+      v_BKSH[:, :, :seen],
+      preferred_element_type=jnp.float32,
+    )
+    results.append((y_BKGTH / sum_BKGT1).astype(dtype))
+    softmax.append((exp_BKGTS, sum_BKGT1))
+  y_BKGTH = checkpoint_name(jnp.concatenate(results, axis=3), "attention")
+  return y_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, softmax, y_BKGTH)
 
 
-def _attend_backward(residuals, dy_BKGTH):
-  q_BKGTH, k_BKSH, v_BKSH, exp_BKGTS, sum_BKGT1, y_BKGTH = residuals
+def _attend_backward(blocks, sequence_axis, residuals, dy_BKGTH):
+  del sequence_axis
+  q_BKGTH, k_BKSH, v_BKSH, softmax, y_BKGTH = residuals
   dtype = q_BKGTH.dtype
   inner_BKGT1 = (dy_BKGTH * y_BKGTH).sum(-1, keepdims=True, dtype=jnp.float32)
-  dy_BKGTH = (dy_BKGTH / sum_BKGT1).astype(dtype)
-  dv_BKSH = jnp.einsum("BKGTS,BKGTH->BKSH", exp_BKGTS, dy_BKGTH)
-  dexp_BKGTS = jnp.einsum(
-    "BKGTH,BKSH->BKGTS",
-    dy_BKGTH,
-    v_BKSH,
-    preferred_element_type=jnp.float32,
-  )
-  dlogits_BKGTS = exp_BKGTS * (dexp_BKGTS - inner_BKGT1 / sum_BKGT1)
-  dlogits_BKGTS = dlogits_BKGTS.astype(dtype)
-  dq_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", dlogits_BKGTS, k_BKSH)
-  dk_BKSH = jnp.einsum("BKGTS,BKGTH->BKSH", dlogits_BKGTS, q_BKGTH)
-  return dq_BKGTH, dk_BKSH, dv_BKSH, None
+  dq = []
+  dk_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
+  dv_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
+  for (start, end, seen), (exp_BKGTS, sum_BKGT1) in zip(
+    blocks, softmax, strict=True
+  ):
+    dy_block = (dy_BKGTH[:, :, :, start:end] / sum_BKGT1).astype(dtype)
+    dv_BKSH = dv_BKSH.at[:, :, :seen].add(
+      jnp.einsum(
+        "BKGTS,BKGTH->BKSH",
+        exp_BKGTS,
+        dy_block,
+        preferred_element_type=jnp.float32,
+      )
+    )
+    dexp_BKGTS = jnp.einsum(
+      "BKGTH,BKSH->BKGTS",
+      dy_block,
+      v_BKSH[:, :, :seen],
+      preferred_element_type=jnp.float32,
+    )
+    inner_block = inner_BKGT1[:, :, :, start:end] / sum_BKGT1
+    dlogits_BKGTS = (exp_BKGTS * (dexp_BKGTS - inner_block)).astype(dtype)
+    dq.append(
+      jnp.einsum("BKGTS,BKSH->BKGTH", dlogits_BKGTS, k_BKSH[:, :, :seen])
+    )
+    dk_BKSH = dk_BKSH.at[:, :, :seen].add(
+      jnp.einsum(
+        "BKGTS,BKGTH->BKSH",
+        dlogits_BKGTS,
+        q_BKGTH[:, :, :, start:end],
+        preferred_element_type=jnp.float32,
+      )
+    )
+  dq_BKGTH = jnp.concatenate(dq, axis=3)
+  return dq_BKGTH, dk_BKSH.astype(dtype), dv_BKSH.astype(dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -155,32 +197,26 @@ def _dense_attention(
   rows, length, heads, width = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]
   q_BTKGH = q_BTNH.reshape(rows, length, kv_heads, -1, width)
-  q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
-  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-  positions_T = jnp.arange(length)
   count = _QUERY_BLOCKS
   if length % count or length // count < _SHORTEST_QUERY_BLOCK:
     count = 1
   if sequence_axis is not None:
-    positions_T += jax.lax.axis_index(sequence_axis) * length
     # Which keys none of the queries sees differs from device to device.
     count = 1
   size = length // count
-  blocks = []
-  for start in range(0, length, size):
-    end = start + size
-    seen = end if sequence_axis is None else k_BKSH.shape[2]
-    mask_BTS = segments_BT[:, start:end, None] == segments_BS[:, None, :seen]
-    mask_BTS &= positions_T[start:end, None] >= jnp.arange(seen)
-    blocks.append(
-      _attend(
-        q_BKGTH[:, :, :, start:end],
-        k_BKSH[:, :, :seen],
-        v_BKSH[:, :, :seen],
-        mask_BTS,
-      )
-    )
-  y_BKGTH = jnp.concatenate(blocks, axis=3)
+  blocks = tuple(
+    (end - size, end, end if sequence_axis is None else k_BSKH.shape[1])
+    for end in range(size, length + 1, size)
+  )
+  y_BKGTH = _attend(
+    q_BTKGH.transpose(0, 2, 3, 1, 4),
+    k_BSKH.swapaxes(1, 2),
+    v_BSKH.swapaxes(1, 2),
+    segments_BT,
+    segments_BS,
+    blocks,
+    sequence_axis,
+  )
   return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
