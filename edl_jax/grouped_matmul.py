@@ -190,103 +190,104 @@ def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
 _BLOCK_SIZES = (512, 384, 256, 160, 128, 64, 32)
 
 
-def _over_blocks(
+def _over_groups(
   num_rows: int,
-  start: jax.Array,
-  end: jax.Array,
-  body: Callable[[Any, jax.Array, int, jax.Array | None], Any],
+  group_sizes_E: jax.Array,
+  make_body: Callable[[jax.Array], Callable[..., Any]],
   carry: Any,
   overrun: bool,
 ) -> Any:
-  """Runs `body` on blocks that cover the rows [start, end) of `num_rows`.
+  """Goes through blocks of `num_rows` rows that cover every group in turn.
 
   Args:
-    body: takes the carry, the first row of a block, its size, and a mask (C,)
-      of the rows that are this group's and no other block's, None if the block
-      needs none.
-    overrun: whether blocks without a mask may reach beyond `end`.
+    num_rows: R.
+    group_sizes_E: rows in each group.
+    make_body: takes a group and returns what its blocks run: a function of the
+      carry, the first row of a block, its size, and a mask (C,) of the rows
+      that are this group's and no other block's, None if none is needed.
+    carry: what is carried from block to block, at first.
+    overrun: whether a block without a mask may reach beyond its group.
   """
   sizes = [n for n in _BLOCK_SIZES if n <= num_rows] or [num_rows]
-
-  def masked_block(own, size, carry):
-    first = jnp.minimum(own, num_rows - size)
-    row_C = first + jnp.arange(size)
-    return body(carry, first, size, (row_C >= own) & (row_C < end))
-
-  largest, smallest = sizes[0], sizes[-1]
-  count = (end - start) // largest
-  carry = jax.lax.fori_loop(
-    0,
-    count,
-    lambda i, carry, start=start: body(
-      carry, start + i * largest, largest, None
-    ),
-    carry,
-  )
-  start += count * largest
+  end_E = jnp.cumsum(group_sizes_E)
+  start_E = end_E - group_sizes_E
+  # Blocks come by size: which, whether they have masks, and for each group the
+  # row where they end, which is where they start if there are none.
+  row_E = start_E + group_sizes_E // sizes[0] * sizes[0]
+  stages = [(sizes[0], False, row_E)]
   for size, smaller in zip(sizes, [*sizes[1:], 0]):
-    takes = end - start > smaller
-    if overrun:  # Not beyond the last row of all.
-      takes &= (start + size <= num_rows) | (start + size <= end)
+    takes_E = end_E - row_E > smaller
+    if overrun:
+      takes_E &= row_E + size <= num_rows
+    row_E = jnp.where(takes_E, row_E + size, row_E)
+    stages.append((size, not overrun, row_E))
+  if overrun:  # What is left where a block would reach beyond the last row.
+    stages.append((sizes[-1], True, end_E))
+  stop_KE = jnp.stack([row_E for _, _, row_E in stages])
 
-    # A loop of no or one turn: conditionals copy the carry. The first row
-    # depends on the turn, or XLA would compute the block outside, always.
-    def block(i, carry, start=start, size=size):
-      if overrun:
-        return body(carry, start + i, size, None)
-      return masked_block(start + i, size, carry)
+  def group(e, carry):
+    body = make_body(e)
+    state = start_E[e], carry
+    for stage, (size, is_masked, _) in enumerate(stages):
+      # A loop also where it takes one turn at most: conditionals copy their
+      # results.
+      def turn(state, size=size, is_masked=is_masked):
+        row, carry = state
+        if not is_masked:
+          return row + size, body(carry, row, size, None)
+        first = jnp.minimum(row, num_rows - size)
+        row_C = first + jnp.arange(size)
+        inside_C = (row_C >= row) & (row_C < end_E[e])
+        return row + size, body(carry, first, size, inside_C)
 
-    carry = jax.lax.fori_loop(0, takes.astype(jnp.int32), block, carry)
-    start = jnp.where(takes, jnp.minimum(start + size, end), start)
-  if overrun:
-    carry = jax.lax.fori_loop(
-      0,
-      (end - start + smallest - 1) // smallest,
-      lambda i, carry: masked_block(start + i * smallest, smallest, carry),
-      carry,
-    )
-  return carry
+      state = jax.lax.while_loop(
+        lambda state, stage=stage: state[0] < stop_KE[stage, e], turn, state
+      )
+    return state[1]
+
+  return jax.lax.fori_loop(0, len(group_sizes_E), group, carry)
 
 
-def _rows(x_RM: jax.Array, start: jax.Array, size: int) -> jax.Array:
-  return jax.lax.dynamic_slice_in_dim(x_RM, start, size)
+# Rows and groups are counted from the first one: XLA need not look whether an
+# index is negative.
+_rows = functools.partial(
+  jax.lax.dynamic_slice_in_dim, allow_negative_indices=False
+)
 
 
 def _block_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
   num_rows = x_RM.shape[0]
   contracted, result = (2, 1) if transposed else (1, 2)
-  end_E = jnp.cumsum(group_sizes_E)
-  start_E = end_E - group_sizes_E
 
-  def group(e, y_RF):
-    w_MF = jax.lax.dynamic_index_in_dim(w_EMF, e, keepdims=False)
-
-    def block(y_RF, start, size, inside_C):
-      y_CF = jax.lax.dot_general(
-        _rows(x_RM, start, size), w_MF, (((1,), (contracted - 1,)), ((), ()))
-      )
-      if inside_C is not None:
-        y_CF = jnp.where(inside_C[:, None], y_CF, _rows(y_RF, start, size))
-      return jax.lax.dynamic_update_slice_in_dim(y_RF, y_CF, start, 0)
-
-    # Groups come in order: what a block writes beyond its own is overwritten.
-    return _over_blocks(
-      num_rows, start_E[e], end_E[e], block, y_RF, overrun=True
+  def group(e):
+    w_MF = jax.lax.dynamic_index_in_dim(
+      w_EMF, e, keepdims=False, allow_negative_indices=False
     )
 
-  # Every row of a group is written.
+    def block(y_RF, row, size, inside_C):
+      y_CF = jax.lax.dot_general(
+        _rows(x_RM, row, size), w_MF, (((1,), (contracted - 1,)), ((), ()))
+      )
+      if inside_C is not None:
+        y_CF = jnp.where(inside_C[:, None], y_CF, _rows(y_RF, row, size))
+      return jax.lax.dynamic_update_slice_in_dim(
+        y_RF, y_CF, row, 0, allow_negative_indices=False
+      )
+
+    return block
+
+  # Every row of a group is written, and what a block writes beyond its group
+  # the next ones write again.
   y_RF = jax.lax.empty((num_rows, w_EMF.shape[result]), x_RM.dtype)
-  return jax.lax.fori_loop(0, w_EMF.shape[0], group, y_RF)
+  return _over_groups(num_rows, group_sizes_E, group, y_RF, overrun=True)
 
 
 def _block_weights_product(x_RM, dy_RF, group_sizes_E):
   num_rows, num_groups = x_RM.shape[0], len(group_sizes_E)
-  end_E = jnp.cumsum(group_sizes_E)
-  start_E = end_E - group_sizes_E
 
-  def group(e, dw_EMF):
-    def block(dw_EMF, start, size, inside_C):
-      x_CM, dy_CF = _rows(x_RM, start, size), _rows(dy_RF, start, size)
+  def group(e):
+    def block(dw_EMF, row, size, inside_C):
+      x_CM, dy_CF = _rows(x_RM, row, size), _rows(dy_RF, row, size)
       if inside_C is not None:
         # Both: zero times what is in a row behind the groups may be NaN.
         x_CM, dy_CF = (
@@ -298,14 +299,12 @@ def _block_weights_product(x_RM, dy_RF, group_sizes_E):
         (((0,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
       )
-      return dw_EMF.at[e].add(dw_MF)
+      return dw_EMF.at[e].add(dw_MF, mode="promise_in_bounds")
 
-    return _over_blocks(
-      num_rows, start_E[e], end_E[e], block, dw_EMF, overrun=False
-    )
+    return block
 
   dw_EMF = jnp.zeros((num_groups, x_RM.shape[1], dy_RF.shape[1]), jnp.float32)
-  dw_EMF = jax.lax.fori_loop(0, num_groups, group, dw_EMF)
+  dw_EMF = _over_groups(num_rows, group_sizes_E, group, dw_EMF, overrun=False)
   return dw_EMF.astype(x_RM.dtype)
 
 
