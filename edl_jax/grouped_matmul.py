@@ -181,8 +181,8 @@ def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
 # --- CPU: loops over blocks of rows ------------------------------------------
 # XLA's dense product runs near the machine's peak from a hundred rows on, but
 # needs shapes that are known when it is compiled. So each group is cut into
-# full blocks of the largest size and one more that holds the rest, of the
-# smallest size that does. No row is copied into a padded layout, the work is
+# full blocks of the largest size and one that holds the rest, of the smallest
+# size that does. No row is copied into a padded layout, the work is
 # R M F plus at most a part of a block a group, and the matrix of a group is
 # read out once for all its blocks. A block costs as much beside its product as
 # 25 to 70 rows do in it: hence few blocks, and of many sizes.
@@ -206,23 +206,28 @@ def _over_groups(
       carry, the first row of a block, its size, and a mask (C,) of the rows
       that are this group's and no other block's, None if none is needed.
     carry: what is carried from block to block, at first.
-    overrun: whether a block without a mask may reach beyond its group.
+    overrun: whether a block without a mask may reach beyond its rows, which
+      later blocks then cover. If not, a group's first block has a mask, and no
+      other one has.
   """
   sizes = [n for n in _BLOCK_SIZES if n <= num_rows] or [num_rows]
   end_E = jnp.cumsum(group_sizes_E)
   start_E = end_E - group_sizes_E
+  # What full blocks do not hold comes first, and is never nothing.
+  full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[0] * sizes[0]
+  split_E = end_E - full_E
   # Blocks come by size: which, whether they have masks, and for each group the
   # row where they end, which is where they start if there are none.
-  row_E = start_E + group_sizes_E // sizes[0] * sizes[0]
-  stages = [(sizes[0], False, row_E)]
+  stages = []
+  row_E = start_E
   for size, smaller in zip(sizes, [*sizes[1:], 0]):
-    takes_E = end_E - row_E > smaller
+    takes_E = split_E - row_E > smaller
     if overrun:
       takes_E &= row_E + size <= num_rows
     row_E = jnp.where(takes_E, row_E + size, row_E)
     stages.append((size, not overrun, row_E))
   if overrun:  # What is left where a block would reach beyond the last row.
-    stages.append((sizes[-1], True, end_E))
+    stages.append((sizes[-1], True, split_E))
   stop_KE = jnp.stack([row_E for _, _, row_E in stages])
 
   def group(e, carry):
@@ -237,12 +242,20 @@ def _over_groups(
           return row + size, body(carry, row, size, None)
         first = jnp.minimum(row, num_rows - size)
         row_C = first + jnp.arange(size)
-        inside_C = (row_C >= row) & (row_C < end_E[e])
+        inside_C = (row_C >= row) & (row_C < split_E[e])
         return row + size, body(carry, first, size, inside_C)
 
       state = jax.lax.while_loop(
         lambda state, stage=stage: state[0] < stop_KE[stage, e], turn, state
       )
+
+    def full(state):
+      row, carry = state
+      return row + sizes[0], body(carry, row, sizes[0], None)
+
+    state = jax.lax.while_loop(
+      lambda state: state[0] < end_E[e], full, (split_E[e], state[1])
+    )
     return state[1]
 
   return jax.lax.fori_loop(0, len(group_sizes_E), group, carry)
@@ -299,7 +312,11 @@ def _block_weights_product(x_RM, dy_RF, group_sizes_E):
         (((0,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
       )
-      return dw_EMF.at[e].add(dw_MF, mode="promise_in_bounds")
+      if inside_C is None:  # Not the first.
+        return dw_EMF.at[e].add(dw_MF, mode="promise_in_bounds")
+      return jax.lax.dynamic_update_index_in_dim(
+        dw_EMF, dw_MF, e, 0, allow_negative_indices=False
+      )
 
     return block
 
