@@ -215,9 +215,11 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Assembles a global batch from the rows that this process holds."""
   sharding = row_sharding(mesh)
-  return jax.tree.map(
-    lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
-  )
+  # Meant, though of several processes JAX counts it as a slip.
+  with jax.transfer_guard_host_to_device("allow"):
+    return jax.tree.map(
+      lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
+    )
 
 
 def per_shard(

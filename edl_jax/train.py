@@ -19,7 +19,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from edl_jax import losses, report, routing, sharding
+from edl_jax import losses, routing, sharding
 from edl_jax.batch import Batch
 from edl_jax.checkpoint import (
   Checkpointer,
@@ -403,10 +403,7 @@ class _Loop:
   def step(self, step: int) -> None:
     """Dispatches step number `step` (from 1), then reads the one before."""
     started = time.monotonic()
-    rows = next(self._iterator)
-    # Meant, though of several processes JAX counts it as a slip.
-    with jax.transfer_guard_host_to_device("allow"):
-      batch = sharding.put_batch(rows, self._mesh)
+    batch = sharding.put_batch(next(self._iterator), self._mesh)
     self._clock.wait(time.monotonic() - started)
     if step == self.first_step + 1:
       # Compiled ahead, so that the first step's time is like the others'.
@@ -541,7 +538,10 @@ class _Loop:
       "routing": self.evaluation.routing,
     }
     self.progress.close()
-    report.write_run_report(self._workdir)
+    # Matplotlib takes half a second to import, for which no start should wait.
+    from edl_jax.report import write_run_report
+
+    write_run_report(self._workdir)
     # Last: its presence says that the run is complete.
     write_json(os.path.join(self._workdir, "result.json"), result)
 
