@@ -80,14 +80,10 @@ class MoE(nnx.Module):
     )
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     # Of a matrix: of more axes XLA makes a full sort on CPUs.
-    top_PA, expert_PA = jax.lax.top_k(
+    top = jax.lax.top_k(
       probs_BTE.reshape(-1, self._num_experts), self._num_active
     )
-    shape_BTA = (*probs_BTE.shape[:-1], self._num_active)
-    top_BTA, expert_BTA = (
-      top_PA.reshape(shape_BTA),
-      expert_PA.reshape(shape_BTA),
-    )
+    top_BTA, expert_BTA = (x.reshape(*probs_BTE.shape[:-1], -1) for x in top)
     gate_BTA = top_BTA / top_BTA.sum(-1, keepdims=True)
     return logits_BTE, probs_BTE, expert_BTA, gate_BTA
 
