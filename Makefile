@@ -40,10 +40,10 @@ $(VENV)/tpu: $(VENV)/test requirements-tpu.txt
 	@touch $@
 
 test-tpu: $(VENV)/tpu
-	PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/test_aot.py
+	PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot
 
 update-tpu: $(VENV)/tpu
-	UPDATE_GOLDEN=1 PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/test_aot.py
+	UPDATE_GOLDEN=1 PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -79,7 +79,7 @@ def ours(request: Request, clock: Clock) -> tuple[int, list[str]]:
 
   from benchmarks.steps import TrainingStep
   from edl_jax import config, runtime, sharding
-  from edl_jax.model import parameter_counts
+  from edl_jax.model.transformer import parameter_counts
 
   runtime.configure()
   experiment = config.unflatten(request.experiment)

@@ -4,7 +4,7 @@
 
 Domains that still route alike are as close as 1e-11 to 1e-5, and there the
 loss -log(JSD) has its steepest gradient. Two textbook forms in float32 are
-compared with the one of `edl_jax.divergence` by their largest relative errors
+compared with the one of `edl_jax.losses.divergence` by their largest relative errors
 against 50-digit arithmetic, over pairs of distributions on 64 experts: the
 entropy form, H((p+q)/2) - (H(p) + H(q))/2, and the Kullback-Leibler form,
 (KL(p||m) + KL(q||m))/2 with m = (p+q)/2. An error of 1 is a wrong result.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from edl_jax.divergence import jensen_shannon
+from edl_jax.losses.divergence import jensen_shannon
 
 TARGETS = (1e-11, 1e-10, 1e-9, 1e-8, 1.4e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)
 

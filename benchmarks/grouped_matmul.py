@@ -19,7 +19,7 @@ from absl import app, flags
 
 from benchmarks import measure
 from edl_jax import runtime
-from edl_jax.grouped_matmul import grouped_matmul
+from edl_jax.model.grouped_matmul import grouped_matmul
 
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns that each one takes.", 1)
 _REFERENCE = flags.DEFINE_bool("reference", False, "Measure ragged_dot too.")

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import measure
-from edl_jax import divergence, losses
+from edl_jax.losses import divergence
+from edl_jax.losses import objective as losses
 
 _JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
 _RUN = flags.DEFINE_integer(

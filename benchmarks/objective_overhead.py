@@ -25,9 +25,11 @@ from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.steps import TrainingStep
-from edl_jax import config, losses, routing, sharding
+from edl_jax import config, sharding
 from edl_jax.config import Experiment, LossesConfig, MeshConfig
-from edl_jax.model import training_flops
+from edl_jax.losses import objective as losses
+from edl_jax.losses import routing
+from edl_jax.model.transformer import training_flops
 
 _EXPERIMENT = flags.DEFINE_string(
   "experiment", "experiments/demo.py", "Experiment whose sizes are taken."

@@ -44,7 +44,7 @@ from absl import app, flags
 from benchmarks import contestants, measure
 from edl_jax import config
 from edl_jax.config import UserError
-from edl_jax.tokenizer import cache_directory
+from edl_jax.text.tokenizer import cache_directory
 
 _PEERS = flags.DEFINE_list(
   "peers", list(contestants.CONTESTANTS), "Contestants to run."

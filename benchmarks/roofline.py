@@ -27,7 +27,7 @@ from benchmarks import measure
 from benchmarks.steps import TrainingStep
 from edl_jax import config, runtime, sharding
 from edl_jax.config import MeshConfig
-from edl_jax.model import training_flops
+from edl_jax.model.transformer import training_flops
 
 _EXPERIMENT = flags.DEFINE_string(
   "experiment", "experiments/bench.py", "Experiment whose step is taken."

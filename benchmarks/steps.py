@@ -5,10 +5,10 @@ from jax.sharding import Mesh
 
 from benchmarks import measure
 from edl_jax import sharding, train
-from edl_jax.batch import Batch
 from edl_jax.config import Experiment
-from edl_jax.mixture import Taxonomy
 from edl_jax.optim import make_optimizer
+from edl_jax.text.batch import Batch
+from edl_jax.text.mixture import Taxonomy
 
 
 def random_batch(experiment: Experiment, num_domains: int) -> Batch:

@@ -20,10 +20,10 @@ import numpy as np
 
 from data.labels import Rule, load_rules
 from edl_jax.config import UserError
-from edl_jax.mixture import origin_digest
-from edl_jax.prepared import DOCUMENT, TOKENIZER, tokens_name
-from edl_jax.readers import Found, Record, read_records
-from edl_jax.tokenizer import Tokenizer
+from edl_jax.text.mixture import origin_digest
+from edl_jax.text.prepared import DOCUMENT, TOKENIZER, tokens_name
+from edl_jax.text.readers import Found, Record, read_records
+from edl_jax.text.tokenizer import Tokenizer
 
 _Job = TypeVar("_Job")
 _Made = TypeVar("_Made")

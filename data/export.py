@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from edl_jax.config import DataConfig, UserError
-from edl_jax.sources import read_documents
+from edl_jax.text.sources import read_documents
 
 _OUT = flags.DEFINE_string("out", None, "JSONL file to write; must be new.")
 _MAX_CHARACTERS = flags.DEFINE_integer(

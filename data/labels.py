@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 from data.command import Parser, run
 from edl_jax.config import UserError
-from edl_jax.readers import Record, find_files, need_package, read_records
-from edl_jax.taxonomy import UNLABELLED, read_yaml
+from edl_jax.text.readers import Record, find_files, need_package, read_records
+from edl_jax.text.taxonomy import UNLABELLED, read_yaml
 
 # Characters of a text that a model looks at: enough to tell, and cheap.
 EXAMINED_CHARACTERS = 1000

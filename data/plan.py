@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from edl_jax.config import DataConfig, UserError
-from edl_jax.mixture import held_out_origins
-from edl_jax.readers import SeenIds
-from edl_jax.sources import DomainNames
-from edl_jax.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
+from edl_jax.text.mixture import held_out_origins
+from edl_jax.text.readers import SeenIds
+from edl_jax.text.sources import DomainNames
+from edl_jax.text.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
 
 # Messages about bad records that are kept for the report.
 _MESSAGES = 10

@@ -32,8 +32,8 @@ from data.command import Parser, run
 from data.labels import LabelReport
 from data.plan import Plan, make_plan
 from edl_jax.config import DataConfig, UserError
-from edl_jax.mixture import content_hash
-from edl_jax.prepared import (
+from edl_jax.text.mixture import content_hash
+from edl_jax.text.prepared import (
   DOCUMENT,
   DOCUMENTS,
   MANIFEST,
@@ -43,8 +43,8 @@ from edl_jax.prepared import (
   read_manifest,
   tokens_name,
 )
-from edl_jax.readers import find_files
-from edl_jax.tokenizer import (
+from edl_jax.text.readers import find_files
+from edl_jax.text.tokenizer import (
   Tokenizer,
   byte_tokenizer,
   open_tokenizer,

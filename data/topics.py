@@ -16,8 +16,8 @@ import numpy as np
 
 from data.command import Parser, run
 from edl_jax.config import UserError
-from edl_jax.mixture import origin_digest, position
-from edl_jax.readers import find_files, need_package, read_records
+from edl_jax.text.mixture import origin_digest, position
+from edl_jax.text.readers import find_files, need_package, read_records
 
 # Characters of a text that count: the topic shows early, and time is linear.
 _EXAMINED_CHARACTERS = 4000

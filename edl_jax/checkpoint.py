@@ -22,10 +22,10 @@ from jax.sharding import Mesh
 
 from edl_jax import config, storage
 from edl_jax.config import Experiment, UserError
-from edl_jax.mixture import Taxonomy
-from edl_jax.model import Model, abstract_model
+from edl_jax.model.transformer import Model, abstract_model
 from edl_jax.sharding import parameter_shardings, path_name
-from edl_jax.tokenizer import Tokenizer
+from edl_jax.text.mixture import Taxonomy
+from edl_jax.text.tokenizer import Tokenizer
 
 _FOLDER = "checkpoints"
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from edl_jax import routing
-from edl_jax.batch import Batch
 from edl_jax.checkpoint import Provenance, load, write_json
 from edl_jax.config import Experiment
-from edl_jax.input_pipeline import eval_batches
-from edl_jax.mixture import Corpus, Taxonomy
-from edl_jax.model import Model
-from edl_jax.prepared import PreparedCorpus
+from edl_jax.losses import routing
+from edl_jax.model.transformer import Model
 from edl_jax.sharding import put_batch
-from edl_jax.tokenizer import Tokenizer
+from edl_jax.text.batch import Batch
+from edl_jax.text.input_pipeline import eval_batches
+from edl_jax.text.mixture import Corpus, Taxonomy
+from edl_jax.text.prepared import PreparedCorpus
+from edl_jax.text.tokenizer import Tokenizer
 
 
 class EvalSums(NamedTuple):

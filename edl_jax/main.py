@@ -111,10 +111,10 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
     initial_tokenizer,
   )
   from edl_jax.evaluate import evaluate_checkpoint
-  from edl_jax.input_pipeline import train_dataset
-  from edl_jax.mixture import load_corpus
-  from edl_jax.prepared import load_prepared
-  from edl_jax.tokenizer import load_tokenizer
+  from edl_jax.text.input_pipeline import train_dataset
+  from edl_jax.text.mixture import load_corpus
+  from edl_jax.text.prepared import load_prepared
+  from edl_jax.text.tokenizer import load_tokenizer
   from edl_jax.train import (
     NonFiniteError,
     Preempted,

@@ -32,7 +32,8 @@ from typing import IO, Any, Self
 
 from absl import flags
 
-from edl_jax import config, report, sweep_report
+from edl_jax import config
+from edl_jax.analysis import report, sweep_report
 from edl_jax.config import Experiment, UserError
 
 

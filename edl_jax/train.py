@@ -19,8 +19,7 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from edl_jax import losses, routing, sharding
-from edl_jax.batch import Batch
+from edl_jax import sharding
 from edl_jax.checkpoint import (
   Checkpointer,
   Provenance,
@@ -31,13 +30,20 @@ from edl_jax.checkpoint import (
 )
 from edl_jax.config import Experiment
 from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
-from edl_jax.input_pipeline import EpochCounter, eval_batches, train_iterator
+from edl_jax.losses import objective as losses
+from edl_jax.losses import routing
 from edl_jax.metrics import MetricsWriter, Progress, read_metrics
-from edl_jax.mixture import Corpus, Taxonomy
-from edl_jax.model import Model, parameter_counts
+from edl_jax.model.transformer import Model, parameter_counts
 from edl_jax.optim import make_optimizer, make_schedule
-from edl_jax.prepared import PreparedCorpus
 from edl_jax.runtime import compiler_options
+from edl_jax.text.batch import Batch
+from edl_jax.text.input_pipeline import (
+  EpochCounter,
+  eval_batches,
+  train_iterator,
+)
+from edl_jax.text.mixture import Corpus, Taxonomy
+from edl_jax.text.prepared import PreparedCorpus
 
 
 class NonFiniteError(Exception):
@@ -539,7 +545,7 @@ class _Loop:
     }
     self.progress.close()
     # Matplotlib takes half a second to import, for which no start should wait.
-    from edl_jax.report import write_run_report
+    from edl_jax.analysis.report import write_run_report
 
     write_run_report(self._workdir)
     # Last: its presence says that the run is complete.

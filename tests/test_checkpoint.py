@@ -29,9 +29,9 @@ from edl_jax.config import (
   TrainConfig,
   UserError,
 )
-from edl_jax.mixture import Taxonomy
 from edl_jax.optim import make_optimizer
-from edl_jax.tokenizer import byte_tokenizer
+from edl_jax.text.mixture import Taxonomy
+from edl_jax.text.tokenizer import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENT = Experiment(

@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from edl_jax import routing, sharding, train
-from edl_jax.batch import Batch
+from edl_jax import sharding, train
 from edl_jax.config import (
   DataConfig,
   Experiment,
@@ -32,9 +31,11 @@ from edl_jax.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from edl_jax.mixture import Taxonomy
-from edl_jax.model import abstract_model
+from edl_jax.losses import routing
+from edl_jax.model.transformer import abstract_model
 from edl_jax.optim import make_optimizer
+from edl_jax.text.batch import Batch
+from edl_jax.text.mixture import Taxonomy
 
 ROOT = pathlib.Path(__file__).parent.parent
 

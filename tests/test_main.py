@@ -14,8 +14,8 @@ import pytest
 from edl_jax import config, main
 from edl_jax.checkpoint import Provenance, check_workdir, describe_workdir
 from edl_jax.config import UserError
-from edl_jax.mixture import load_corpus
-from edl_jax.tokenizer import load_tokenizer
+from edl_jax.text.mixture import load_corpus
+from edl_jax.text.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")

@@ -15,7 +15,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 from edl_jax import config
-from edl_jax.model import Model, parameter_counts
+from edl_jax.model.transformer import Model, parameter_counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "inspect_checkpoint.ipynb"

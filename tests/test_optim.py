@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from edl_jax.config import ModelConfig, OptimizerConfig
-from edl_jax.model import abstract_model
+from edl_jax.model.transformer import abstract_model
 from edl_jax.optim import decays, make_optimizer, make_schedule
 from edl_jax.sharding import path_name
 

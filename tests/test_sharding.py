@@ -13,7 +13,7 @@ from edl_jax.config import (
   TrainConfig,
   UserError,
 )
-from edl_jax.model import abstract_model
+from edl_jax.model.transformer import abstract_model
 
 MODELS = [
   ModelConfig(num_layers=2, num_dense_layers=dense, num_shared_experts=shared)

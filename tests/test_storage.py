@@ -19,11 +19,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import edl_jax
 from data.prepare import Options, prepare
-from edl_jax import checkpoint, config, main, metrics, report, storage
+from edl_jax import checkpoint, config, main, metrics, storage
+from edl_jax.analysis import report
 from edl_jax.config import UserError
-from edl_jax.mixture import Taxonomy
-from edl_jax.prepared import load_prepared
-from edl_jax.tokenizer import byte_tokenizer
+from edl_jax.text.mixture import Taxonomy
+from edl_jax.text.prepared import load_prepared
+from edl_jax.text.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")

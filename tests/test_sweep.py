@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from edl_jax import config, metrics, sweep, sweep_report
+from edl_jax import config, metrics, sweep
+from edl_jax.analysis import sweep_report
 from edl_jax.config import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent

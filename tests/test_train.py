@@ -19,14 +19,15 @@ import pytest
 
 import edl_jax
 from data.prepare import Options, prepare
-from edl_jax import config, input_pipeline, sharding, train
+from edl_jax import config, sharding, train
 from edl_jax.checkpoint import Checkpointer, Provenance, checkpoint_steps
 from edl_jax.config import MeshConfig
-from edl_jax.input_pipeline import train_dataset
 from edl_jax.metrics import read_metrics
-from edl_jax.mixture import load_corpus
 from edl_jax.optim import make_optimizer
-from edl_jax.tokenizer import load_tokenizer
+from edl_jax.text import input_pipeline
+from edl_jax.text.input_pipeline import train_dataset
+from edl_jax.text.mixture import load_corpus
+from edl_jax.text.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -35,7 +36,8 @@ TINY = str(ROOT / "experiments" / "tiny.py")
 # Starts edl_jax.main and sends a signal to its own process at one exact point.
 STRIKE = """
 import os, runpy, signal, sys, threading, time
-from edl_jax import checkpoint, metrics, report, sharding
+from edl_jax import checkpoint, metrics, sharding
+from edl_jax.analysis import report
 event, at, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 del sys.argv[1:4]
 strike = lambda: os.kill(os.getpid(), number)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.command import Parser, run
 from edl_jax.config import UserError
-from edl_jax.readers import need_package
+from edl_jax.text.readers import need_package
 
 
 def main(arguments: Sequence[str]) -> None:

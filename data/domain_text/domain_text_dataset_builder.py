@@ -3,7 +3,7 @@
   PYTHONPATH=. tfds build data/domain_text --manual_dir=corpora/text \
     --data_dir=tfds --file_format=array_record
 
-takes every file in the folder that `edl_jax.readers` can read (JSON lines,
+takes every file in the folder that `edl_jax.text.readers` can read (JSON lines,
 also compressed, Parquet, plain files in folders named after their domain). An
 experiment reads the result by `data.files="tfds/domain_text/**/*.array_record*"`,
 anything else by
@@ -19,8 +19,8 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from edl_jax.config import UserError
-from edl_jax.readers import SeenIds, find_files, read_records
-from edl_jax.taxonomy import split_label
+from edl_jax.text.readers import SeenIds, find_files, read_records
+from edl_jax.text.taxonomy import split_label
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):

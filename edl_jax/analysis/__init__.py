@@ -1,0 +1,1 @@
+"""Reports on runs and sweeps: tables, pictures."""

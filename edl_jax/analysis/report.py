@@ -1,0 +1,474 @@
+"""What a run did, as pictures and as a table beside other runs.
+
+Reads only the files of a run's folder (metrics.jsonl, routing.json) and
+imports no JAX. Definitions of the routing figures: `edl_jax.losses.routing`.
+"""
+
+import json
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from edl_jax import metrics, storage
+
+# Okabe and Ito's palette without black, safe for the colour-blind: light and
+# dark alternate, so that neighbours differ in grey too.
+COLORS = (
+  "#0072B2",
+  "#E69F00",
+  "#009E73",
+  "#CC79A7",
+  "#D55E00",
+  "#56B4E9",
+  "#8A8A00",
+)
+LINE_STYLES = ("-", "--", ":", "-.")
+# More lines than this are drawn without names.
+_MAX_NAMED_DOMAINS = 2 * len(COLORS)
+
+_LOSS = "LM loss (nats per token)"
+
+
+def write_run_report(workdir: str) -> list[str]:
+  """Draws what the folder of a run has figures for, into `workdir`/report.
+
+  loss.png needs metrics.jsonl; experts_by_domain.png and
+  domain_divergence.png need routing.json.
+
+  Returns:
+    The paths of the pictures drawn.
+
+  Raises:
+    UserError: metrics.jsonl is damaged.
+  """
+  folder = os.path.join(workdir, "report")
+  storage.make_folder(folder)
+  name = os.path.basename(os.path.abspath(workdir))
+  figures = {}
+  lines = metrics.read_metrics(workdir)
+  if lines:
+    figures["loss.png"] = _draw_loss(lines, name)
+  routing_file = epath.Path(workdir, "routing.json")
+  if routing_file.exists():
+    routing = json.loads(routing_file.read_text())
+    figures["experts_by_domain.png"] = _draw_experts(routing, name)
+    figures["domain_divergence.png"] = _draw_divergence(routing, name)
+  paths = []
+  for file_name, figure in figures.items():
+    paths.append(os.path.join(folder, file_name))
+    save_figure(figure, paths[-1])
+  return paths
+
+
+def save_figure(figure: Figure, path: str) -> None:
+  """Writes a figure as PNG."""
+  with epath.Path(path).open("wb") as file:
+    figure.savefig(file, dpi=110)
+
+
+def line_style(index: int) -> dict[str, str]:
+  """Returns the colour and dashes of the index-th line of a plot."""
+  style = LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
+  return {"color": COLORS[index % len(COLORS)], "linestyle": style}
+
+
+def style_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+  """Gives a line plot its texts, a light grid and an open frame."""
+  axes.set_title(title, fontsize=10, loc="left")
+  axes.set_xlabel(x_label, fontsize=9)
+  axes.set_ylabel(y_label, fontsize=9)
+  axes.tick_params(labelsize=8)
+  axes.grid(color="#dddddd", linewidth=0.6)
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+  if x_label == "step":
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def series(
+  lines: Sequence[Mapping[str, Any]], key: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the steps and the values of one metric, float64 (N,) each."""
+  pairs = [(line["step"], line[key]) for line in lines if key in line]
+  steps_N, values_N = np.array(pairs, np.float64).reshape(-1, 2).T
+  return steps_N, values_N
+
+
+def smooth(values_N: np.ndarray) -> np.ndarray:
+  """Averages over a centred window of about a twentieth of the points, (N,).
+
+  The window narrows symmetrically towards both ends, so that nothing lags.
+  """
+  count = len(values_N)
+  total_N1 = np.concatenate([[0.0], np.cumsum(values_N)])
+  index_N = np.arange(count)
+  half_N = np.minimum(index_N, index_N[::-1]).clip(max=max(count // 40, 1))
+  low_N, high_N = index_N - half_N, index_N + half_N + 1
+  return (total_N1[high_N] - total_N1[low_N]) / (high_N - low_N)
+
+
+def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
+  """Draws loss by step beside routing diversity and the auxiliary losses."""
+  figure = Figure(figsize=(12, 6.2), layout="constrained")
+  figure.suptitle(f"{name}: training", fontsize=12)
+  panels = figure.subplot_mosaic(
+    [["loss", "routing"], ["loss", "auxiliary"]], width_ratios=[1.35, 1]
+  )
+  _draw_lm_loss(panels["loss"], lines)
+  routing = panels["routing"]
+  for index, (key, label) in enumerate(
+    {
+      "routing/diversity": "diversity: mean JSD of domain pairs / ln 2",
+      "routing/inter_fraction": "share between domains: D_inter / D_total",
+    }.items()
+  ):
+    steps_N, values_N = series(lines, key)
+    color = COLORS[index]
+    routing.plot(steps_N, values_N, color=color, alpha=0.25, linewidth=0.8)
+    routing.plot(steps_N, smooth(values_N), color=color, label=label)
+    routing.plot(*series(lines, f"eval/{key}"), "o", color=color, markersize=4)
+  routing.plot([], [], "o", color="#555555", markersize=4, label="held-out")
+  routing.set_ylim(bottom=0)
+  style_axes(routing, "Routing, mean over layers", "step", "ratio, 0 to 1")
+  routing.legend(fontsize=8, frameon=False)
+  auxiliary = panels["auxiliary"]
+  for index, term in enumerate(("divergence", "balance", "z")):
+    steps_N, values_N = series(lines, f"train/{term}_loss")
+    auxiliary.plot(
+      steps_N, smooth(values_N), label=term, **line_style(index + 2)
+    )
+  # The terms differ by orders of magnitude; 0 (no second domain) is left out.
+  auxiliary.set_yscale("log", nonpositive="mask")
+  for axis_formatter in (
+    auxiliary.yaxis.set_major_formatter,
+    auxiliary.yaxis.set_minor_formatter,
+  ):
+    axis_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+  style_axes(
+    auxiliary, "Auxiliary losses, unweighted, smoothed", "step", "value (log)"
+  )
+  auxiliary.tick_params(which="minor", labelsize=8)
+  auxiliary.legend(fontsize=8, frameon=False)
+  return figure
+
+
+def _draw_lm_loss(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+  steps_N, values_N = series(lines, "train/lm_loss")
+  axes.plot(steps_N, values_N, color="#999999", alpha=0.35, linewidth=0.8)
+  axes.plot(
+    steps_N, smooth(values_N), color="#777777", label="training, smoothed"
+  )
+  prefix = "eval/lm_loss/"
+  found = dict.fromkeys(key for line in lines for key in line)
+  domains = [
+    key.removeprefix(prefix) for key in found if key.startswith(prefix)
+  ]
+  named = len(domains) <= _MAX_NAMED_DOMAINS
+  for index, domain in enumerate(domains):
+    style = line_style(index) if named else {"color": COLORS[5]}
+    label = domain if named else f"each of {len(domains)} held-out domains"
+    axes.plot(
+      *series(lines, prefix + domain),
+      linewidth=1.2 if named else 0.5,
+      marker="o" if named else None,
+      markersize=3,
+      label=label if named or index == 0 else None,
+      **style,
+    )
+  axes.plot(
+    *series(lines, "eval/lm_loss"),
+    color="black",
+    linewidth=2,
+    marker="o",
+    markersize=4,
+    label="held-out, overall",
+  )
+  style_axes(axes, "Language model loss", "step", _LOSS)
+  axes.legend(fontsize=8, frameon=False, ncols=2 if len(domains) > 7 else 1)
+
+
+def _heat_map_axes(
+  count: int, width: float, height: float, margins: tuple[float, float]
+) -> tuple[Figure, list[Axes]]:
+  """Lays out `count` panels of width x height inches.
+
+  `margins` are the inches taken by labels on the left and below. The number
+  of columns brings the whole near 4 to 3 with few places left empty.
+  """
+  left, below = margins
+
+  def cost(columns: int) -> float:
+    rows = -(-count // columns)
+    ratio = (columns * width + left) / (rows * height + below)
+    return abs(math.log(ratio * 3 / 4)) + (rows * columns - count) / count
+
+  columns = min(range(1, count + 1), key=cost)
+  rows = -(-count // columns)
+  figure = Figure(
+    figsize=(columns * width + left + 0.9, rows * height + below + 0.5),
+    layout="constrained",
+  )
+  panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axes in panels[count:]:
+    axes.remove()
+  return figure, panels[:count]
+
+
+def _finish_heat_maps(
+  figure: Figure, panels: Sequence[Axes], title: str, bar_label: str
+) -> None:
+  """Adds title and colour bar, their sizes in proportion to the figure."""
+  width, height = figure.get_size_inches()
+  scale = max(width / 11, 1.0)
+  figure.suptitle(
+    textwrap.fill(title, round(12 * width / scale)), fontsize=11 * scale
+  )
+  for axes in panels:
+    axes.title.set_fontsize(9 * math.sqrt(scale))
+  bar_width = 0.2 * scale
+  image = panels[0].images[0]
+  clipped = any(
+    np.max(a.images[0].get_array()) > image.norm.vmax for a in panels
+  )
+  bar = figure.colorbar(
+    image,
+    ax=panels,
+    extend="max" if clipped else "neither",
+    extendfrac=0.03,
+    fraction=bar_width / width,
+    aspect=0.85 * height / bar_width,
+  )
+  bar.set_label(bar_label, fontsize=9 * scale)
+  bar.ax.tick_params(labelsize=8 * scale)
+
+
+def _label_domains(axes: Axes, names: Sequence[str], visible: bool) -> None:
+  axes.set_yticks(range(len(names)), names if visible else [], fontsize=7)
+  axes.tick_params(length=2, width=0.5)
+
+
+def _draw_experts(routing: Mapping[str, Any], name: str) -> Figure:
+  """Draws, per layer, which share of a domain's tokens each expert takes.
+
+  Experts are sorted by the domain that uses them most, which shows
+  specialisation as a diagonal; their numbers carry no meaning.
+  """
+  domains = routing["domains"]
+  percent_LDE = 100 * np.asarray(routing["assignments"], np.float64)
+  num_domains, num_experts = percent_LDE.shape[1:]
+  figure, panels = _heat_map_axes(
+    len(percent_LDE),
+    width=min(max(0.15 * num_experts, 2.4), 4.0),
+    height=max(0.125 * num_domains, 0.9) + 0.5,
+    margins=(_label_inches(domains), 0.3),
+  )
+  # Few experts may take much more than all others; they saturate.
+  top = float(np.quantile(percent_LDE, 0.995))
+  columns = panels[0].get_gridspec().ncols
+  for index, axes in enumerate(panels):
+    percent_DE = percent_LDE[index]
+    favourite_E = percent_DE.argmax(axis=0)
+    order_E = np.lexsort((-percent_DE.max(axis=0), favourite_E))
+    axes.imshow(
+      percent_DE[:, order_E],
+      cmap="magma_r",
+      vmin=0,
+      vmax=top,
+      aspect="auto",
+      interpolation="nearest",
+    )
+    axes.set_title(f"layer {routing['layers'][index]}", fontsize=9)
+    _label_domains(axes, domains, index % columns == 0)
+    if num_experts <= 32:
+      size = 6 if num_experts <= 16 else 5
+      axes.set_xticks(range(num_experts), order_E, fontsize=size)
+    else:
+      axes.set_xticks([])
+  figure.supxlabel("expert, sorted by the domain that uses it most", fontsize=9)
+  _finish_heat_maps(
+    figure,
+    panels,
+    f"{name}: share of each domain's assignments that an expert takes"
+    f" (uniform:\u00a0{100 / num_experts:.3g}%)",
+    "% of the domain's assignments",
+  )
+  return figure
+
+
+def _label_inches(names: Sequence[str]) -> float:
+  return 0.058 * max(map(len, names)) + 0.15
+
+
+def _draw_divergence(routing: Mapping[str, Any], name: str) -> Figure:
+  """Draws, per layer, the matrix of pairwise JSD of the domains (nats)."""
+  domains = routing["domains"]
+  divergence_LDD = np.asarray(routing["pairwise_divergence"], np.float64)
+  num_domains = len(domains)
+  annotated = num_domains <= 10
+  label_inches = _label_inches(domains)
+  side = max((0.36 if annotated else 0.13) * num_domains, 1.5)
+  figure, panels = _heat_map_axes(
+    len(divergence_LDD),
+    width=side + 0.25,
+    height=side + 0.4,
+    margins=(label_inches, label_inches),
+  )
+  top = max(float(divergence_LDD.max()), 1e-9)
+  columns = panels[0].get_gridspec().ncols
+  for index, axes in enumerate(panels):
+    axes.imshow(divergence_LDD[index], cmap="cividis", vmin=0, vmax=top)
+    axes.set_title(f"layer {routing['layers'][index]}", fontsize=9)
+    _label_domains(axes, domains, index % columns == 0)
+    lowest = index + columns >= len(panels)
+    axes.set_xticks(
+      range(num_domains), domains if lowest else [], rotation=90, fontsize=7
+    )
+    if annotated:
+      for row, column in np.argwhere(~np.eye(num_domains, dtype=bool)):
+        value = divergence_LDD[index, row, column]
+        axes.text(
+          column,
+          row,
+          f"{value:.3f}".removeprefix("0"),
+          ha="center",
+          va="center",
+          fontsize=6,
+          color="black" if value > 0.55 * top else "white",
+        )
+  _finish_heat_maps(
+    figure,
+    panels,
+    f"{name}: Jensen-Shannon divergence of the domains' mean routing"
+    f" (at most {math.log(2):.3f} nats)",
+    "JSD (nats)",
+  )
+  return figure
+
+
+class Figures(NamedTuple):
+  """Rows of a table: a heading, names, a format, and where values come from."""
+
+  heading: str
+  format: str
+  # Value by row name, for each of the runs.
+  runs: list[dict[str, float]]
+
+
+def comparison_table(
+  results: Sequence[tuple[str, Mapping[str, Any]]],
+) -> str:
+  """Sets runs side by side.
+
+  Args:
+    results: label and content of result.json of every run.
+
+  Returns:
+    Aligned text without a final newline; the last column is second minus
+    first run when there are two, and then no line exceeds 100 characters.
+  """
+  labels = [label for label, _ in results]
+  if len(results) == 2:
+    labels.append("difference")
+  width = 20
+  names_width = 30
+  lines = _table_header(labels, names_width, width)
+  for heading, number, runs in _table_sections([run for _, run in results]):
+    lines += ["", heading]
+    for name in dict.fromkeys(name for run in runs for name in run):
+      values = [run.get(name) for run in runs]
+      cells = [_cell(value, number) for value in values]
+      if len(values) == 2:
+        both = None not in values
+        change = values[1] - values[0] if both else None
+        cells.append(_cell(change, f"+{number}"))
+      text = f"  {name}"
+      if len(text) > names_width:
+        text = text[: names_width - 1] + "…"
+      lines.append(
+        text.ljust(names_width) + "".join(f"  {c:>{width}}" for c in cells)
+      )
+  return "\n".join(lines)
+
+
+def _cell(value: float | None, number: str) -> str:
+  return "-" if value is None else format(value, number)
+
+
+def _table_header(
+  labels: Sequence[str], names_width: int, width: int
+) -> list[str]:
+  """Returns the labels, long ones on several lines, bottom-aligned, a rule."""
+  # Names of points, "key=1,other=2", have no places to break of their own.
+  spaced = [label.replace(",", ", ").replace("=", " = ") for label in labels]
+  wrapped = [textwrap.wrap(label, width) or [""] for label in spaced]
+  height = max(map(len, wrapped))
+  padded = [[""] * (height - len(cell)) + cell for cell in wrapped]
+  lines = [
+    " " * names_width + "".join(f"  {cell:>{width}}" for cell in row)
+    for row in zip(*padded)
+  ]
+  return [*lines, "-" * (names_width + (width + 2) * len(labels))]
+
+
+# Shown where a run trains on the losses that are made to move them.
+_SPECIALIZATION = (
+  ("routing variance", "routing_variance"),
+  ("expert overlap (0 to 1)", "expert_overlap"),
+  ("output similarity (0 to 1)", "output_similarity"),
+  ("silhouette (0 to 1)", "silhouette"),
+)
+
+
+def _specializes(result: Mapping[str, Any]) -> bool:
+  keys = ("losses.orthogonality_weight", "losses.variance_weight")
+  return any(result["experiment"].get(key) for key in keys)
+
+
+def _table_sections(results: Sequence[Mapping[str, Any]]) -> list[Figures]:
+  def held_out(key: str) -> list[dict[str, float]]:
+    return [
+      {"overall": run["eval"][key]}
+      | {name: part[key] for name, part in run["eval"]["domains"].items()}
+      for run in results
+    ]
+
+  def routing(key: str) -> list[dict[str, float]]:
+    return [
+      {"mean": run["routing"][key]}
+      | {f"layer {layer}": values[key] for layer, values in layers(run)}
+      for run in results
+    ]
+
+  return [
+    Figures("held-out LM loss (nats per token)", ".4f", held_out("lm_loss")),
+    Figures("held-out bits per byte", ".4f", held_out("bits_per_byte")),
+    Figures("routing diversity (0 to 1)", ".4f", routing("diversity")),
+    Figures("D_inter / D_total", ".4f", routing("inter_fraction")),
+    Figures("MaxVio (0 is balanced)", ".3f", routing("max_violation")),
+    *(
+      Figures(heading, ".4f", routing(key))
+      for heading, key in _SPECIALIZATION
+      if any(map(_specializes, results))
+    ),
+    Figures(
+      "speed",
+      ",.0f",
+      [{"tokens per second": run["tokens_per_second"]} for run in results],
+    ),
+  ]
+
+
+def layers(
+  result: Mapping[str, Any],
+) -> list[tuple[int, Mapping[str, float]]]:
+  """Returns the routing figures of each MoE layer with its index in the model."""
+  first = result["experiment"].get("model.num_dense_layers", 0)
+  return list(enumerate(result["routing"]["layers"], start=first))

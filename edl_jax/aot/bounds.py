@@ -1,0 +1,226 @@
+"""Lower bounds of a training step, by products, memory and interconnect.
+
+What no program can beat that follows the chosen strategy on the given chips.
+All figures are for one chip and one step.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from edl_jax import sharding
+from edl_jax.aot.hlo_costs import Collective
+from edl_jax.aot.topologies import Topology
+from edl_jax.config import Experiment
+
+# The axes over which tokens of the global batch are spread.
+_TOKEN_AXES = (*sharding.ROW_AXES, "sequence")
+
+
+class StepBound(NamedTuple):
+  """Seconds that each resource needs at the least, if it never waits."""
+
+  products: float
+  memory: float
+  interconnect: float
+
+  @property
+  def seconds(self) -> float:
+    return max(self)
+
+  @property
+  def binding(self) -> str:
+    """What takes longest."""
+    return max(self._asdict().items(), key=lambda item: item[1])[0]
+
+
+class _Weight(NamedTuple):
+  """One parameter as the strategy moves it."""
+
+  # Bytes that a chip holds once it is gathered, all layers together.
+  bytes: float
+  # Chips that it is gathered from.
+  shards: int
+  # Chips that hold the same shard and must agree on its gradient.
+  copies: int
+  # Gathers in one step.
+  gathers: int
+
+
+def _passes(experiment: Experiment) -> tuple[int, int]:
+  """Forward and backward passes of one step; see `loss_and_gradient`."""
+  count = experiment.train.accumulation_steps
+  exact = count > 1 and experiment.train.accumulation == "exact"
+  return count * (2 if exact else 1), count
+
+
+def _weights(
+  experiment: Experiment, parameters: Any, mesh: Mesh
+) -> Iterator[_Weight]:
+  compute = jax.numpy.dtype(experiment.model.dtype).itemsize
+  forward, backward = _passes(experiment)
+  rematerialised = experiment.model.remat != "none"
+  gathers_experts = experiment.moe.dispatch == "gather"
+  for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+    name = sharding.path_name(path)
+    axes = [
+      axis
+      for entry in leaf.sharding.spec
+      for axis in ((entry,) if isinstance(entry, str) else entry or ())
+    ]
+    # What is spread over `tensor` stays so, and experts unless they come to the
+    # tokens.
+    stays = set() if name == "embedding_VM" else {"tensor"}
+    if name.rsplit("_")[-1].startswith("E") and not gathers_experts:
+      stays.add("expert")
+    shards = math.prod(mesh.shape[a] for a in axes if a not in stays)
+    split = math.prod(mesh.shape[a] for a in axes if a in stays)
+    token_shards = math.prod(
+      mesh.shape[axis] for axis in _TOKEN_AXES if axis not in stays
+    )
+    in_layer = "blocks/" in name
+    is_float32 = "router" in name or name.endswith("norm/scale")
+    yield _Weight(
+      leaf.size / split * (4 if is_float32 else compute),
+      shards,
+      token_shards // shards,
+      forward + (backward if in_layer and rematerialised else 0),
+    )
+
+
+def _residual_bytes(experiment: Experiment, mesh: Mesh) -> float:
+  """One layer's residual stream, (B, T, M) of one pass on one chip."""
+  train, model = experiment.train, experiment.model
+  shards = math.prod(mesh.shape[axis] for axis in _TOKEN_AXES)
+  tokens = train.batch_size * train.sequence_length / shards
+  itemsize = jax.numpy.dtype(model.dtype).itemsize
+  return tokens / train.accumulation_steps * model.width * itemsize
+
+
+def collective_bytes(
+  experiment: Experiment, parameters: Any, mesh: Mesh
+) -> float:
+  """Bytes that a chip must send in one step, by `moe.dispatch`.
+
+  A weight of S bytes that is spread over n chips (of `fsdp` and `expert`; what
+  `tensor` spreads stays spread) needs (n - 1) / n S for each gather: once in a
+  forward pass and, where layers are rematerialised, once more in the backward
+  pass; embedding and head once, their gradient is formed without. Its gradient
+  takes as much once, as a reduce-scatter, and then an all-reduce of the shard
+  over the c chips that hold the same one: 2 (c - 1) / c S / n. Weights travel
+  in the compute dtype, those of router and norms in float32.
+
+  With t = `tensor` > 1 a layer adds the partial outputs of attention and of
+  experts, forward and backward, and rematerialisation those of attention
+  again: each an all-reduce of the residual stream, 2 (t - 1) / t of its bytes.
+  The embedding is gathered over `tensor` too.
+
+  Experts are gathered over `expert` by the form "gather" only. For the others,
+  of X = `expert` devices, P tokens a device and A active experts, a layer sends
+  there and back, forward and backward, and with rematerialisation forward
+  again: "ragged_all_to_all" 2 (X - 1) / X P A rows of M numbers at uniform
+  routing, "capacity" `moe.capacity_factor` times that, "ring" 2 (X - 1) P.
+
+  With s = `sequence` > 1 every layer gathers the keys and values of whole rows,
+  each K H numbers a token over t: (s - 1) times a chip's own of each; forward,
+  their gradients backward, and with rematerialisation forward again.
+
+  With accumulation each micro-batch has passes of its own; gradients are added
+  up before they are reduced.
+
+  Args:
+    experiment: whose mesh is not looked at.
+    parameters: the model's, as `ShapeDtypeStruct`s with shardings.
+    mesh: whose axis sizes count.
+  """
+  total = 0.0
+  for weight in _weights(experiment, parameters, mesh):
+    part = (weight.shards - 1) / weight.shards * weight.bytes
+    total += (weight.gathers + 1) * part
+    shard = weight.bytes / weight.shards
+    total += 2 * (weight.copies - 1) / weight.copies * shard
+  tensor = mesh.shape["tensor"]
+  forward, backward = _passes(experiment)
+  layers = experiment.model.num_layers
+  sums = (forward + backward) * 2 * layers
+  if experiment.model.remat != "none":
+    sums += backward * layers
+  residual = _residual_bytes(experiment, mesh)
+  total += sums * 2 * (tensor - 1) / tensor * residual
+  model, moe = experiment.model, experiment.moe
+  again = 0.0 if model.remat == "none" else backward
+  if moe.dispatch == "ring":
+    # Of what comes round once more the backward pass needs the tokens only.
+    again /= 2
+  ways = forward + backward + again
+  keys = model.num_kv_heads * model.head_width / tensor / model.width * residual
+  total += ways * layers * 2 * (mesh.shape["sequence"] - 1) * keys
+  devices = mesh.shape["expert"]
+  copies = {
+    "gather": 0.0,
+    "ragged_all_to_all": model.num_active_experts / devices,
+    "capacity": moe.capacity_factor * model.num_active_experts / devices,
+    "ring": 1.0,
+  }[moe.dispatch]
+  moe_layers = model.num_layers - model.num_dense_layers
+  return total + ways * moe_layers * 2 * (devices - 1) * copies * residual
+
+
+def memory_bytes(
+  experiment: Experiment,
+  parameters: Any,
+  mesh: Mesh,
+  argument_bytes: float,
+  output_bytes: float,
+) -> float:
+  """Bytes that a chip must read from and write to its memory in one step.
+
+  The state and the batch are read and the state written once. What gathers
+  bring is written and read, and so is each gradient. A layer's input, all that
+  rematerialisation keeps, is written in the forward and read in the backward
+  pass. Assumes that none of these stays in the vector memory meanwhile, which
+  holds for models that are worth a pod.
+  """
+  total = argument_bytes + output_bytes
+  for weight in _weights(experiment, parameters, mesh):
+    gathers = weight.gathers if weight.shards > 1 else 0
+    total += 2 * (gathers + 1) * weight.bytes
+  _, backward = _passes(experiment)
+  kept = backward * experiment.model.num_layers
+  return total + 2 * kept * _residual_bytes(experiment, mesh)
+
+
+def interconnect_seconds(
+  collectives: Sequence[Collective], topology: Topology, mesh: Mesh
+) -> float:
+  """Seconds that the collectives of a program need on the slice's links.
+
+  Each uses the links along the dimensions in which the chips of its group lie
+  apart. For any set of dimensions, the bytes of all collectives that stay
+  within it need the bandwidth of its links: the largest of these times.
+  """
+  coordinates = np.array([device.coords for device in mesh.devices.flat])
+  links = topology.links()
+  bytes_by_span: dict[frozenset[int], float] = {}
+  for collective in collectives:
+    if not collective.wire_bytes:
+      continue  # A permutation may leave everything where it is.
+    places = coordinates[list(collective.devices)]
+    span = frozenset(np.flatnonzero(np.ptp(places, axis=0)).tolist())
+    bytes_by_span[span] = bytes_by_span.get(span, 0.0) + collective.wire_bytes
+  seconds = 0.0
+  dimensions = range(len(topology.shape))
+  for size in range(1, len(dimensions) + 1):
+    for chosen in itertools.combinations(dimensions, size):
+      inside = sum(
+        sent for span, sent in bytes_by_span.items() if span <= set(chosen)
+      )
+      count = sum(links[dimension] for dimension in chosen)
+      if inside:
+        seconds = max(seconds, inside / (count * topology.chip.link_bandwidth))
+  return seconds

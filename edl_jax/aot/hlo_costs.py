@@ -1,0 +1,421 @@
+"""What one device does in a compiled step: products, kernels, transfers.
+
+XLA's own cost analysis counts the body of a loop once, and knows little of
+kernels. Here every instruction counts as often as it runs: once for each turn
+of the loops around it. Elementwise work does not count.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from edl_jax.aot import hlo
+from edl_jax.aot.hlo import Array, Instruction, Module
+
+
+class Collective(NamedTuple):
+  """A transfer between devices, as often as it runs in one step."""
+
+  # As XLA writes it, such as "all-gather".
+  kind: str
+  count: int
+  # Devices that take part in one of it.
+  group: int
+  # One group of them, by their place in the mesh; of permutations, all.
+  devices: tuple[int, ...]
+  # Bytes of the whole value that a group holds or makes, for each run.
+  payload: float
+  # Whether other work is scheduled while it runs, and if so its FLOPs.
+  is_async: bool
+  enclosed_flops: float
+  # What of the source program it comes from.
+  source: str
+
+  @property
+  def wire_bytes(self) -> float:
+    """Bytes that a device sends, over all runs.
+
+    The least possible (Thakur et al., 2005, for values that do not fit a
+    latency-bound message): of n devices each sends (n - 1) / n of the value in
+    a gather, a reduce-scatter or an all-to-all, and twice that in an
+    all-reduce. A ragged all-to-all is counted as if its smaller buffer were
+    full.
+    """
+    share = (self.group - 1) / self.group
+    if self.kind == "all-reduce":
+      share *= 2
+    elif self.kind in ("collective-permute", "collective-broadcast"):
+      share = float(self.group > 1)
+    return self.count * self.payload * share
+
+
+class Kernel(NamedTuple):
+  """A kind of Pallas kernel, over all runs in one step."""
+
+  name: str
+  count: int
+  # None: unknown to `kernel_flops`.
+  flops: float | None
+
+
+class Costs(NamedTuple):
+  """What one device does in one step."""
+
+  # Of matrix products and convolutions that XLA compiles.
+  product_flops: float
+  kernels: list[Kernel]
+  collectives: list[Collective]
+  # Loops whose trip count the text does not tell; counted as one turn.
+  unknown_loops: int
+
+  @property
+  def flops(self) -> float:
+    """All products, those of known kernels too."""
+    return self.product_flops + sum(
+      kernel.flops or 0 for kernel in self.kernels
+    )
+
+
+# --- FLOPs -------------------------------------------------------------------
+
+
+def _dot_flops(instruction: Instruction, lhs: Array) -> float:
+  """Two for each multiply-add."""
+  found = re.search(
+    r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes
+  )
+  contracted = [lhs.shape[int(i)] for i in found[1].split(",") if i]
+  return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
+
+
+def _window(attributes: str, key: str, dimensions: int, default: int) -> list:
+  found = re.search(rf"\b{key}=([\dx_-]+)", attributes)
+  if not found:
+    return [(default, default)] * dimensions
+  return [
+    tuple(int(n) for n in part.split("_")) for part in found[1].split("x")
+  ]
+
+
+def _convolution_flops(
+  instruction: Instruction, lhs: Array, rhs: Array
+) -> float:
+  """Two for each multiply-add of elements that exist.
+
+  On TPUs all matrix products are convolutions; batch dimensions become spatial
+  ones with padding and dilation, where most of the window meets nothing.
+  """
+  text = instruction.attributes
+  window = re.search(r"window=\{([^}]*)\}", text)
+  window = window[1] if window else ""
+  inputs, kernels, outputs = re.search(
+    r"dim_labels=(\w+)_(\w+)->(\w+)", text
+  ).groups()
+  count = sum(label.isdigit() for label in inputs)
+  (output,) = instruction.arrays[:1]
+  stride = _window(window, "stride", count, 1)
+  pad = _window(window, "pad", count, 0)
+  lhs_dilate = _window(window, "lhs_dilate", count, 1)
+  rhs_dilate = _window(window, "rhs_dilate", count, 1)
+  met = 1
+  for i in range(count):
+    size = lhs.shape[inputs.index(str(i))]
+    places = itertools.product(
+      range(output.shape[outputs.index(str(i))]),
+      range(rhs.shape[kernels.index(str(i))]),
+    )
+    at = (
+      o * stride[i][0] + k * rhs_dilate[i][0] - pad[i][0] for o, k in places
+    )
+    dilation = lhs_dilate[i][0]
+    met *= sum(
+      0 <= n <= (size - 1) * dilation and n % dilation == 0 for n in at
+    )
+  batch, features = (output.shape[outputs.index(label)] for label in "bf")
+  # Input features of a group, as the kernel has them.
+  return 2.0 * batch * features * rhs.shape[kernels.index("i")] * met
+
+
+def kernel_flops(
+  name: str,
+  operands: Sequence[Array],
+  results: Sequence[Array],
+  num_experts: int,
+) -> float | None:
+  """FLOPs of one run of a Pallas kernel, by its name; None if unknown.
+
+  Args:
+    name: of the kernel: megablox's `gmm` and `tgmm`, or splash attention's
+      `splash_mha_fwd...`, `..._dq...` and `..._dkv...`.
+    operands, results: as the custom call has them.
+    num_experts: E. At uniform routing a grouped product with some of their
+      matrices has work for that share of its rows; the kernels skip others.
+  """
+  matrices = [x for x in operands if len(x.shape) > 1 and "f" in x.dtype]
+  if name in ("gmm", "tgmm"):
+    # (R, M) x (E, M, F) -> (R, F), or (R, M) x (R, F) -> (E, M, F).
+    groups = (matrices[1] if name == "gmm" else results[0]).shape[0]
+    rows = matrices[0].shape[0] * groups / num_experts
+    return 2.0 * rows * matrices[0].shape[1] * results[0].shape[-1]
+  if not (found := re.match(r"splash_m[hq]a_(fwd|dq|dkv)", name)):
+    return None
+  # Of the table of blocks (heads or 1, query blocks, key blocks) those on and
+  # below the diagonal run.
+  table = next(x for x in operands if len(x.shape) == 3)
+  query, key = matrices[:2]
+  query_block = query.shape[-2] // table.shape[1]
+  key_block = key.shape[-2] // table.shape[2]
+  # Devices that share a row have even shares of its queries.
+  shards = key.shape[-2] // query.shape[-2]
+  blocks = sum(
+    -(-(i + 1) * query_block // key_block)
+    for i in range(shards * table.shape[1])
+  )
+  # Forward: logits, outputs. Backward: logits, their gradient's product with
+  # the values, and one for each gradient. The fused kernel returns the queries'
+  # gradient in a part for each block of keys.
+  is_fused = any(len(x.shape) > len(query.shape) for x in results)
+  products = {"fwd": 2, "dq": 3, "dkv": 5 if is_fused else 4}[found[1]]
+  heads = math.prod(query.shape[:-2])
+  pairs = blocks // shards * query_block * key_block
+  return 2.0 * products * heads * pairs * query.shape[-1]
+
+
+def _kernel_name(instruction: Instruction) -> str | None:
+  if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
+    return None
+  return re.sub(r"(\.\d+|\.clone)*$", "", instruction.name)
+
+
+def _product_flops(
+  instruction: Instruction, operands: Sequence[Array]
+) -> float:
+  """FLOPs of a product itself, 0 of everything else."""
+  if instruction.opcode == "dot":
+    return _dot_flops(instruction, operands[0])
+  if instruction.opcode == "convolution":
+    return _convolution_flops(instruction, *operands[:2])
+  return 0.0
+
+
+def _operand_arrays(
+  instruction: Instruction, computation: dict[str, Instruction]
+) -> list[Array]:
+  return [
+    array for name in instruction.operands for array in computation[name].arrays
+  ]
+
+
+# --- Collectives -------------------------------------------------------------
+
+_COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+
+# Other work goes on beside what these call; the latter on SparseCores.
+_STARTS = ("async-start", "call-start")
+
+
+def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
+  """Devices of the first group, in any way in which XLA writes groups."""
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*)", attributes):
+    return _mesh_group(*found.groups())
+  if found := re.search(
+    r"replica_groups=\[\d+,(\d+)\]<=(\[[\d,]+\]\S*)", attributes
+  ):
+    return tuple(_iota(found[2]).ravel()[: int(found[1])].tolist())
+  if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+    return tuple(int(n) for n in found[1].split(","))
+  return tuple(range(num_devices))
+
+
+def _iota(text: str) -> np.ndarray:
+  """Reads "[2,4]T(1,0)": the numbers from 0 in this shape, transposed."""
+  sizes, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+  shape = [int(n) for n in sizes.split(",")]
+  numbers = np.arange(math.prod(shape)).reshape(shape)
+  return numbers.transpose(
+    [int(n) for n in order.split(",")] if order else None
+  )
+
+
+def _mesh_group(axes: str, rest: str) -> tuple[int, ...]:
+  """First group of "mesh['a'=2,'b'=4], device_ids=(...) {'b':(1)2}"."""
+  sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+  order = re.match(r", device_ids=\(([^{]*)\)", rest)
+  numbers = _iota(order[1]) if order else np.arange(math.prod(sizes.values()))
+  numbers = numbers.reshape(tuple(sizes.values()))
+  named = re.search(r"\{([^}]*)\}", rest)[1]
+  # A part of an axis is 'axis':(what is before it)size. Place 0 of all that is
+  # not named.
+  parts = {
+    name: (int(before or 1), int(size or sizes[name]))
+    for name, before, size in re.findall(
+      r"'([^']+)'(?::\((\d+)\)(\d+))?", named
+    )
+  }
+  for axis, (name, size) in enumerate(sizes.items()):
+    before, taken = parts.get(name, (1, 1))
+    step = size // (before * taken)
+    places = np.arange(taken) * step
+    numbers = numbers.take(places, axis=axis)
+  return tuple(numbers.ravel().tolist())
+
+
+def _participants(
+  kind: str, attributes: str, num_devices: int
+) -> tuple[int, tuple[int, ...]]:
+  """Returns the size of a group, and one group or all that take part."""
+  if kind != "collective-permute":
+    devices = _group(attributes, num_devices)
+    return len(devices), devices
+  pairs = re.search(r"source_target_pairs=\{(.*?\})\}", attributes)
+  moved = [
+    (int(source), int(target))
+    for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+    if source != target
+  ]
+  return 2 if moved else 1, tuple(sorted({n for pair in moved for n in pair}))
+
+
+def costs(module: Module, num_experts: int) -> Costs:
+  """Adds up what one device does in one step.
+
+  Args:
+    module: an optimised and scheduled program.
+    num_experts: see `kernel_flops`.
+  """
+  return _Counter(module, num_experts).costs()
+
+
+class _Counter:
+  """Counts over one module."""
+
+  def __init__(self, module: Module, num_experts: int):
+    self._module = module
+    self._num_experts = num_experts
+    self._flops_within: dict[str, float] = {}
+    # Where each computation is called that is not a loop's.
+    self._callers = {
+      callee: (name, instruction)
+      for name, computation in module.computations.items()
+      for instruction in computation.values()
+      if instruction.opcode in ("fusion", *_STARTS)
+      for callee, _ in hlo.calls(module, instruction)
+    }
+
+  def costs(self) -> Costs:
+    product_flops, unknown_loops = 0.0, 0
+    kernels: dict[str, Kernel] = {}
+    collectives = []
+    for name, times in hlo.executions(self._module).items():
+      computation = self._module.computations[name]
+      for instruction in computation.values():
+        operands = _operand_arrays(instruction, computation)
+        product_flops += times * _product_flops(instruction, operands)
+        if kernel := _kernel_name(instruction):
+          flops = self._kernel_flops(kernel, instruction, operands)
+          _, count, total = kernels.get(kernel, Kernel(kernel, 0, 0.0))
+          known = flops is not None and total is not None
+          kernels[kernel] = Kernel(
+            kernel, count + times, total + times * flops if known else None
+          )
+        if instruction.opcode == "while":
+          unknown_loops += hlo.trip_count(self._module, instruction) is None
+        if collective := self._collective(instruction, operands, name):
+          collectives.append(collective._replace(count=times))
+    return Costs(
+      product_flops,
+      [kernels[name] for name in sorted(kernels)],
+      collectives,
+      unknown_loops,
+    )
+
+  def _kernel_flops(
+    self, name: str, instruction: Instruction, operands: Sequence[Array]
+  ) -> float | None:
+    return kernel_flops(name, operands, instruction.arrays, self._num_experts)
+
+  def _flops(self, instruction: Instruction, within: str) -> float:
+    """FLOPs of one run of an instruction and all that it calls."""
+    computation = self._module.computations[within]
+    operands = _operand_arrays(instruction, computation)
+    total = _product_flops(instruction, operands)
+    if kernel := _kernel_name(instruction):
+      total += self._kernel_flops(kernel, instruction, operands) or 0.0
+    for callee, trips in hlo.calls(self._module, instruction):
+      if callee not in self._flops_within:
+        self._flops_within[callee] = sum(
+          self._flops(inner, callee)
+          for inner in self._module.computations[callee].values()
+        )
+      total += trips * self._flops_within[callee]
+    return total
+
+  def _collective(
+    self, instruction: Instruction, operands: Sequence[Array], within: str
+  ) -> Collective | None:
+    """Returns one run of a collective, None of all else."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+      return None
+    outside, start = within, instruction
+    if within in self._callers:
+      outside, caller = self._callers[within]
+      # On TPUs a collective may run beside products: a fusion starts it, others
+      # go on with it while they multiply, and one ends it. All repeat it.
+      if caller.name.startswith("async-collective-done") or within.startswith(
+        "async_collective_fusion"
+      ):
+        return None
+      if caller.opcode in _STARTS or caller.name.startswith(
+        "async-collective-start"
+      ):
+        start = caller
+      # A reduce-scatter is a fusion of an all-reduce with a slice of it.
+      if within.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"
+    is_async = start is not instruction or start.opcode.endswith("-start")
+    group, devices = _participants(
+      kind, instruction.attributes, self._module.num_devices
+    )
+    payload = sum(array.bytes for array in operands)
+    if kind == "all-gather":
+      payload *= group
+    elif kind == "ragged-all-to-all":
+      # Of a buffer for what is sent and one for what is received, one has room
+      # for the worst case.
+      payload = min(array.bytes for array in operands[:2])
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return Collective(
+      kind,
+      1,
+      group,
+      devices,
+      payload,
+      is_async,
+      self._enclosed_flops(start, outside) if is_async else 0.0,
+      source[1] if source else "",
+    )
+
+  def _enclosed_flops(self, start: Instruction, within: str) -> float:
+    """FLOPs that are scheduled between a start and its end."""
+    order = list(self._module.computations[within].values())
+    total = 0.0
+    for later in order[order.index(start) + 1 :]:
+      if start.name in later.operands and later.opcode.endswith("-done"):
+        break
+      if later.name == start.name.replace("-start", "-done"):
+        break
+      total += self._flops(later, within)
+    return total

@@ -1,0 +1,256 @@
+"""What a compiled training step needs and can reach: figures and their text."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from edl_jax.aot import bounds, hlo, hlo_costs
+from edl_jax.aot.compile import DoesNotFit, Step
+from edl_jax.aot.hlo_costs import Collective
+from edl_jax.aot.topologies import Topology
+from edl_jax.config import Experiment
+from edl_jax.model.transformer import parameter_counts, training_flops
+from edl_jax.sharding import path_name
+
+
+def analyze(
+  experiment: Experiment, topology: Topology, step: Step
+) -> dict[str, Any]:
+  """Returns the figures of a compiled step, of one chip, as JSON can hold them.
+
+  Bytes, seconds and floating-point operations, all for one step.
+  """
+  train, chip = experiment.train, topology.chip
+  chips = len(topology.devices)
+  tokens = train.batch_size * train.sequence_length / chips
+  costs = hlo_costs.costs(hlo.parse(step.text), experiment.model.num_experts)
+  by_part = {
+    part: flops / chips
+    for part, flops in training_flops(
+      experiment.model, train.batch_size, train.sequence_length
+    ).items()
+  }
+  model_flops = sum(by_part.values())
+  memory = step.memory
+  sent = sum(collective.wire_bytes for collective in costs.collectives)
+  least_sent = bounds.collective_bytes(experiment, step.parameters, step.mesh)
+  moved = bounds.memory_bytes(
+    experiment,
+    step.parameters,
+    step.mesh,
+    memory.argument_size_in_bytes,
+    memory.output_size_in_bytes,
+  )
+  bound = bounds.StepBound(
+    costs.flops / chip.flops,
+    moved / chip.hbm_bandwidth,
+    bounds.interconnect_seconds(costs.collectives, topology, step.mesh),
+  )
+  total, active = parameter_counts(experiment.model)
+  return {
+    "chips": chips,
+    "mesh": dict(step.mesh.shape),
+    "parameters": {"total": total, "active": active},
+    "memory": {
+      "arguments": memory.argument_size_in_bytes,
+      "temporaries": memory.temp_size_in_bytes,
+      "peak": memory.peak_memory_in_bytes,
+      "capacity": chip.hbm_bytes,
+    },
+    "model_flops": {"total": model_flops, **by_part},
+    "hlo_flops": {
+      "total": costs.flops,
+      "products": costs.product_flops,
+      "kernels": {
+        kernel.name: {"count": kernel.count, "flops": kernel.flops}
+        for kernel in costs.kernels
+      },
+      "unknown_loops": costs.unknown_loops,
+    },
+    "collectives": {
+      "by_kind": _by_kind(costs.collectives),
+      "sent_bytes": sent,
+      "least_sent_bytes": least_sent,
+    },
+    "compile_seconds": step.seconds,
+    "step_bound": {
+      "seconds": bound.seconds,
+      "binding": bound.binding,
+      **bound._asdict(),
+      "memory_bytes": moved,
+      "best_mfu": model_flops / (bound.seconds * chip.flops),
+      "tokens_per_second_per_chip": tokens / bound.seconds,
+    },
+  }
+
+
+def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
+  """Adds collectives up by kind, the one that sends most first."""
+  kinds: dict[str, dict[str, float]] = {}
+  for collective in collectives:
+    figures = kinds.setdefault(
+      collective.kind,
+      dict.fromkeys(("count", "bytes", "sent_bytes", "enclosing"), 0),
+    )
+    figures["count"] += collective.count
+    figures["bytes"] += collective.count * collective.payload
+    figures["sent_bytes"] += collective.wire_bytes
+    if collective.enclosed_flops:
+      figures["enclosing"] += collective.count
+  return dict(sorted(kinds.items(), key=lambda item: -item[1]["sent_bytes"]))
+
+
+# --- Text --------------------------------------------------------------------
+
+
+def _gib(size: float) -> str:
+  return f"{size / 2**30:,.2f} GiB"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Aligns columns, the first to the left and the others to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  return [
+    "  "
+    + "  ".join(
+      cell.rjust(width) if place else cell.ljust(width)
+      for place, (cell, width) in enumerate(zip(row, widths))
+    ).rstrip()
+    for row in rows
+  ]
+
+
+def describe(
+  experiment: Experiment, topology: Topology, figures: dict[str, Any]
+) -> list[str]:
+  """Returns the lines that report the figures of `analyze`."""
+  memory, bound = figures["memory"], figures["step_bound"]
+  model, compiled = figures["model_flops"], figures["hlo_flops"]
+  sent = figures["collectives"]
+  parameters = figures["parameters"]
+  axes = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
+  unknown = [
+    name
+    for name, kernel in compiled["kernels"].items()
+    if kernel["flops"] is None
+  ]
+  rows = [["", "runs", "bytes", "sent", "beside products"]]
+  for kind, of_kind in sent["by_kind"].items():
+    rows.append(
+      [
+        kind,
+        f"{of_kind['count']:,}",
+        f"{of_kind['bytes']:.4g}",
+        f"{of_kind['sent_bytes']:.4g}",
+        f"{of_kind['enclosing']:,}",
+      ]
+    )
+  lines = [
+    f"{experiment.name} on {topology.name}: {figures['chips']:,} chips, {axes}",
+    f"parameters: {parameters['total']:,}, {parameters['active']:,} active per"
+    " token",
+    f"memory of a chip: {_gib(memory['arguments'])} arguments,"
+    f" {_gib(memory['temporaries'])} temporaries, {_gib(memory['peak'])} peak"
+    f" of {_gib(memory['capacity'])}"
+    f" ({memory['peak'] / memory['capacity']:.1%})",
+    f"FLOPs of a chip: {model['total']:.4g} of the model,"
+    f" {compiled['total']:.4g} compiled"
+    f" ({compiled['total'] / model['total']:.2f} times as many)",
+    *_table(
+      [
+        ["products", "", f"{compiled['products']:.4g}"],
+        *(
+          [name, f"{kernel['count']:,} runs", f"{kernel['flops']:.4g}"]
+          for name, kernel in compiled["kernels"].items()
+          if name not in unknown
+        ),
+      ]
+    ),
+    *(f"  {name}: a kernel of unknown FLOPs, left out" for name in unknown),
+    *(
+      [f"  {compiled['unknown_loops']} loops of unknown length counted once"]
+      if compiled["unknown_loops"]
+      else []
+    ),
+    "collectives of a chip:",
+    *_table(rows),
+    f"  in all {sent['sent_bytes']:.4g} bytes sent, the least for"
+    f" moe.dispatch={experiment.moe.dispatch} is {sent['least_sent_bytes']:.4g}"
+    + (
+      f" ({sent['sent_bytes'] / sent['least_sent_bytes']:.2f} times that)"
+      if sent["least_sent_bytes"]
+      else ""
+    ),
+    f"compiled in {figures['compile_seconds']:.1f} s",
+    f"a step takes at least {bound['seconds']:.4g} s, bound by"
+    f" {bound['binding']} (products {bound['products']:.4g} s, memory"
+    f" {bound['memory']:.4g} s, interconnect {bound['interconnect']:.4g} s)",
+    f"at best {bound['best_mfu']:.1%} of peak FLOP/s in the model's products,"
+    f" {bound['tokens_per_second_per_chip']:,.0f} tokens/s a chip",
+  ]
+  return lines
+
+
+def describe_overflow(
+  experiment: Experiment, topology: Topology, overflow: DoesNotFit
+) -> list[str]:
+  """Returns the lines that say by how much a step does not fit, and why."""
+  short = overflow.needed - overflow.available
+  lines = [
+    f"{experiment.name} does not fit {topology.name}: a chip needs"
+    f" {_gib(overflow.needed)} and has {_gib(overflow.available)},"
+    f" {_gib(short)} too little"
+  ]
+  rows = [
+    [array.source, array.type, _gib(array.bytes)] for array in overflow.largest
+  ]
+  return [*lines, "its largest arrays, if nothing is fused:", *_table(rows)]
+
+
+def describe_parameters(parameters: Any) -> list[str]:
+  """Returns a table of every parameter, its spec and what a chip holds."""
+  rows = [["parameter", "shape", "spec", "bytes a chip"]]
+  total = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+    held = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    held *= leaf.dtype.itemsize
+    total += held
+    shape = "x".join(map(str, leaf.shape))
+    spec = ", ".join(str(axes) for axes in leaf.sharding.spec)
+    rows.append([path_name(path), shape, f"({spec})", f"{held:,}"])
+  rows.append(["all; AdamW keeps twice as much", "", "", f"{total:,}"])
+  return _table(rows)
+
+
+def describe_difference(
+  key: str, base: dict[str, Any], other: dict[str, Any]
+) -> list[str]:
+  """Returns a table of two programs' figures and their difference.
+
+  Args:
+    key: what is set in the second one, KEY=VALUE.
+    base, other: from `analyze`.
+  """
+
+  def flat(figures: dict[str, Any]) -> dict[str, float]:
+    found = {
+      "compiled FLOPs": figures["hlo_flops"]["total"],
+      "memory: temporaries": figures["memory"]["temporaries"],
+      "memory: peak": figures["memory"]["peak"],
+      "bytes sent": figures["collectives"]["sent_bytes"],
+      "step bound, s": figures["step_bound"]["seconds"],
+    }
+    for kind, of_kind in figures["collectives"]["by_kind"].items():
+      found[f"{kind} runs"] = of_kind["count"]
+      found[f"{kind} sent"] = of_kind["sent_bytes"]
+    return found
+
+  first, second = flat(base), flat(other)
+  rows = [["", "as given", f"with {key}", "difference", ""]]
+  for name in {**first, **second}:
+    a, b = first.get(name, 0), second.get(name, 0)
+    share = f"{(a - b) / b:+.4%}" if b else ""
+    rows.append([name, f"{a:.6g}", f"{b:.6g}", f"{a - b:+.6g}", share])
+  return _table(rows)

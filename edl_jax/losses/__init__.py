@@ -1,0 +1,1 @@
+"""What a step minimises: cross-entropy, routing statistics, their losses."""

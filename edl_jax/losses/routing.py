@@ -1,0 +1,522 @@
+"""Routing statistics: additive sums over sequences, and what follows from them.
+
+Every mixture-of-experts layer returns a `RowRouting`; `collect` sums the rows
+of all layers into one `RoutingStats`, which adds over micro-batches,
+evaluation steps, devices and hosts. Every routing loss and metric is a small
+pure function of it. Entropies and divergences are in nats.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import entr
+
+from edl_jax import sharding
+from edl_jax.losses.divergence import LN_2, pairwise_jensen_shannon
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class RowRouting(NamedTuple):
+  """One layer's routing, per batch row; all float32.
+
+  Scan stacks it to a leading L axis.
+  """
+
+  # Mean router probability over the row's counted tokens, (B, E).
+  probability_BE: jax.Array
+  # Mean entropy of a token's router probabilities, (B,).
+  token_entropy_B: jax.Array
+  # Counted tokens sent to each expert, (B, E); rows sum to tokens * A.
+  assignments_BE: jax.Array
+  # Sums over counted tokens of the routing weights after top-k (0 where an
+  # expert is not active) and of their squares, (B, E).
+  gate_BE: jax.Array
+  squared_gate_BE: jax.Array
+  # Sum over counted tokens of sum_e p_e^2, (B,).
+  squared_probability_B: jax.Array
+  # Sum over counted tokens of logsumexp(router logits)^2, (B,).
+  squared_logsumexp_B: jax.Array
+  # Counted tokens, (B,).
+  tokens_B: jax.Array
+
+
+class OutputStats(NamedTuple):
+  """Sums over counted tokens of what active experts return; all float32.
+
+  One layer's, or with a leading L axis; adds leaf by leaf.
+  """
+
+  # Mean over a token's pairs of active experts of the squared norm of one's
+  # output projected on the other's, see `output_stats`.
+  projection: jax.Array
+  # Mean over a token's pairs of active experts of the squared cosine of their
+  # outputs.
+  squared_cosine: jax.Array
+  # Sum of every expert's outputs, (E, M), and of their squared norms, (E,).
+  sum_EM: jax.Array
+  squared_norm_E: jax.Array
+  # Counted tokens of every expert, (E,).
+  tokens_E: jax.Array
+
+
+class RoutingStats(NamedTuple):
+  """Sums over sequences, per layer; all float32. Adds leaf by leaf."""
+
+  # Sum over sequences of their mean probabilities, by domain, (L, D, E).
+  probability_LDE: jax.Array
+  # Sequences with a counted token, by domain, (L, D).
+  sequences_LD: jax.Array
+  # Sum over sequences of the entropy of their mean probabilities, (L, D).
+  sequence_entropy_LD: jax.Array
+  # Sum over sequences of their mean token entropy, (L, D).
+  token_entropy_LD: jax.Array
+  # Routed assignments by domain, (L, D, E).
+  assignments_LDE: jax.Array
+  # Sum over sequences of each one's own load-balance loss, (L,).
+  sequence_balance_L: jax.Array
+  # Sum over tokens of their probabilities, (L, E), and of sum_e p_e^2, (L,).
+  token_probability_LE: jax.Array
+  squared_probability_L: jax.Array
+  # Sums over tokens of routing weights after top-k and of their squares,
+  # (L, E).
+  gate_LE: jax.Array
+  squared_gate_LE: jax.Array
+  # Sum over tokens of logsumexp(router logits)^2, (L,).
+  squared_logsumexp_L: jax.Array
+  # Counted tokens, (L,).
+  tokens_L: jax.Array
+  # Sequences with a counted token, (L,), and routed assignments, (L, E), of
+  # all rows: those without a domain are in no sum by domain.
+  sequences_L: jax.Array
+  assignments_LE: jax.Array
+  # Of the experts' outputs, with leading L, where they were asked for.
+  outputs: OutputStats | None = None
+
+
+def row_routing(
+  logits_BTE: jax.Array,
+  probs_BTE: jax.Array,
+  expert_BTA: jax.Array,
+  gate_BTA: jax.Array,
+  weights_BT: jax.Array,
+) -> RowRouting:
+  """Sums one layer's routing over the positions of each row.
+
+  Where devices share rows, over the positions of all of them.
+
+  Args:
+    logits_BTE, probs_BTE: router logits and their softmax, float32.
+    expert_BTA: the active experts of each token, int.
+    gate_BTA: their routing weights, float32.
+    weights_BT: 1 where a token counts.
+  """
+  num_experts = probs_BTE.shape[-1]
+  # One comparison per active expert rather than a (B, T, A, E) one-hot.
+  chosen = [
+    expert_BTA[..., a, None] == jnp.arange(num_experts)
+    for a in range(expert_BTA.shape[-1])
+  ]
+  counted_BT1 = weights_BT[..., None]
+  gate_BTE = sum(
+    jnp.where(chosen_BTE, gate_BTA[..., a, None], 0)
+    for a, chosen_BTE in enumerate(chosen)
+  )
+  logsumexp_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
+  sums = RowRouting(
+    probability_BE=(counted_BT1 * probs_BTE).sum(1),
+    token_entropy_B=(
+      entr(jax.lax.stop_gradient(probs_BTE)).sum(-1) * weights_BT
+    ).sum(-1),
+    assignments_BE=sum(
+      jnp.where(chosen_BTE, counted_BT1, 0).sum(1) for chosen_BTE in chosen
+    ),
+    gate_BE=(gate_BTE * counted_BT1).sum(1),
+    squared_gate_BE=(jnp.square(gate_BTE) * counted_BT1).sum(1),
+    squared_probability_B=(jnp.square(probs_BTE) * counted_BT1).sum((1, 2)),
+    squared_logsumexp_B=(jnp.square(logsumexp_BT) * weights_BT).sum(-1),
+    tokens_B=weights_BT.sum(-1),
+  )
+  # Before the division: a mean of parts' means would be another number.
+  sums = sharding.sum_over(sums, ("sequence",))
+  count_B = jnp.maximum(sums.tokens_B, 1)
+  return sums._replace(
+    probability_BE=sums.probability_BE / count_B[:, None],
+    token_entropy_B=sums.token_entropy_B / count_B,
+  )
+
+
+def _row_balance(rows: RowRouting) -> jax.Array:
+  """Load-balance loss of every row by itself, E sum_e f_e P_e, (L, B)."""
+  assignments_LBE = jax.lax.stop_gradient(rows.assignments_BE)
+  routed_LB1 = jnp.maximum(assignments_LBE.sum(-1, keepdims=True), 1)
+  share_LBE = assignments_LBE / routed_LB1
+  return share_LBE.shape[-1] * (share_LBE * rows.probability_BE).sum(-1)
+
+
+def output_stats(
+  y_PAM: jax.Array,
+  expert_PA: jax.Array,
+  weights_P: jax.Array,
+  num_experts: int,
+  form: str = "paper",
+) -> OutputStats:
+  """Sums what the active experts of each token return, of one layer.
+
+  `projection` is L_o of Guo et al., arXiv:2505.22323, for one token, from the
+  active outputs alone. In the form of the "paper",
+
+    mean over j != k of || <x_j, x_k> / (<x_k, x_k> + 1e-8) x_k ||^2,
+
+  in that of the authors' "released" code the mean over j of the squared norm
+  of x_j projected on the span of the token's other active outputs
+  (Gram-Schmidt, vectors divided by their norm + 1e-6). Their code reshapes
+  outputs that lie expert by expert to (tokens, A), so that its rows mix
+  tokens; here they are grouped by token, as their text says.
+
+  Args:
+    y_PAM: outputs of the active experts, before weighting; any float dtype.
+    expert_PA: which experts these are.
+    weights_P: 1 where a token counts.
+    num_experts: E.
+    form: "paper" or "released".
+
+  Raises:
+    ValueError: `form` is neither.
+  """
+  y_PAM = y_PAM.astype(jnp.float32)
+  active = y_PAM.shape[1]
+  gram_PAA = jnp.einsum("PAM,PBM->PAB", y_PAM, y_PAM, precision=_HIGHEST)
+  square_PA = jnp.diagonal(gram_PAA, axis1=1, axis2=2)
+  other_AA = ~jnp.eye(active, dtype=bool)
+  pairs = max(1, active * (active - 1))
+  if form == "paper":
+    ratio_PAA = gram_PAA / (square_PA[:, None, :] + 1e-8)
+    term_PAA = jnp.square(ratio_PAA) * square_PA[:, None, :]
+    projection_P = jnp.where(other_AA, term_PAA, 0).sum((1, 2)) / pairs
+  elif form == "released":
+    projection_P = _span_projection(y_PAM)
+  else:
+    raise ValueError(f"form={form!r}: must be 'paper' or 'released'")
+  gram_PAA, square_PA, y_PAM = jax.lax.stop_gradient(
+    (gram_PAA, square_PA, y_PAM)
+  )
+  norms_PAA = square_PA[:, None, :] * square_PA[:, :, None]
+  cosine_PAA = jnp.square(gram_PAA) / jnp.where(norms_PAA > 0, norms_PAA, 1)
+  counted_PA = jnp.broadcast_to(weights_P[:, None], square_PA.shape)
+
+  def by_expert(x_PA: jax.Array) -> jax.Array:
+    return jax.ops.segment_sum(
+      x_PA.reshape(-1, *x_PA.shape[2:]), expert_PA.reshape(-1), num_experts
+    )
+
+  return OutputStats(
+    projection=(projection_P * weights_P).sum(),
+    squared_cosine=(
+      jnp.where(other_AA, cosine_PAA, 0).sum((1, 2)) / pairs * weights_P
+    ).sum(),
+    sum_EM=by_expert(y_PAM * counted_PA[..., None]),
+    squared_norm_E=by_expert(square_PA * counted_PA),
+    tokens_E=by_expert(counted_PA),
+  )
+
+
+def _span_projection(y_PAM: jax.Array) -> jax.Array:
+  """Mean over j of |x_j projected on the span of the other x_k|^2, (P,)."""
+
+  def norm(x_PM: jax.Array) -> jax.Array:
+    square_P1 = jnp.square(x_PM).sum(-1, keepdims=True)
+    # The root's derivative at 0 is infinite.
+    return jnp.where(square_P1 > 0, jnp.sqrt(jnp.maximum(square_P1, 1e-30)), 0)
+
+  def inner(x_PM: jax.Array, y_PM: jax.Array) -> jax.Array:
+    return (x_PM * y_PM).sum(-1, keepdims=True)
+
+  @jax.checkpoint
+  def of_one(y_APM: jax.Array) -> jax.Array:
+    """The first output, projected on the span of the rest."""
+    basis: list[jax.Array] = []
+    for x_PM in y_APM[1:]:
+      for unit_PM in basis:
+        x_PM = x_PM - inner(x_PM, unit_PM) * unit_PM
+      basis.append(x_PM / (norm(x_PM) + 1e-6))
+    projected_PM = sum(
+      (inner(y_APM[0], unit_PM) * unit_PM for unit_PM in basis),
+      jnp.zeros_like(y_APM[0]),
+    )
+    return jnp.square(projected_PM).sum(-1)
+
+  y_APM = jnp.moveaxis(y_PAM, 1, 0)
+  active = y_APM.shape[0]
+  each_AP = jax.lax.map(
+    lambda j: of_one(jnp.roll(y_APM, -j, axis=0)), jnp.arange(active)
+  )
+  return each_AP.mean(0)
+
+
+def collect(
+  rows: RowRouting,
+  domain_B: jax.Array,
+  num_domains: int,
+  outputs: OutputStats | None = None,
+) -> RoutingStats:
+  """Sums rows into domains, for all layers at once.
+
+  Under a mesh the rows are spread over devices and this is the one place
+  where routing crosses them: the sums, and so every loss and metric, are those
+  of the global batch.
+
+  Args:
+    rows: stacked over layers, (L, B, ...).
+    domain_B: fine domain label of each row, in [0, num_domains); -1 for none.
+      Rows without a domain count in the sums over all rows and tokens only.
+    num_domains: D.
+    outputs: stacked over layers, if the experts' outputs were summed.
+  """
+  member_BD = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.float32)
+  counted_LB = (rows.tokens_B > 0).astype(jnp.float32)
+  # Means weigh sequences equally; a row without tokens is no sequence.
+  sequence_LBD = counted_LB[..., None] * member_BD
+  probability_LBE = rows.probability_BE
+
+  def by_domain(x_LB: jax.Array) -> jax.Array:
+    return jnp.einsum("LB,LBD->LD", x_LB, sequence_LBD, precision=_HIGHEST)
+
+  def experts_by_domain(x_LBE: jax.Array) -> jax.Array:
+    return jnp.einsum("LBE,LBD->LDE", x_LBE, sequence_LBD, precision=_HIGHEST)
+
+  return RoutingStats(
+    probability_LDE=experts_by_domain(probability_LBE),
+    sequences_LD=sequence_LBD.sum(1),
+    sequence_entropy_LD=by_domain(
+      entr(jax.lax.stop_gradient(probability_LBE)).sum(-1)
+    ),
+    token_entropy_LD=by_domain(rows.token_entropy_B),
+    assignments_LDE=experts_by_domain(rows.assignments_BE),
+    sequence_balance_L=_row_balance(rows).sum(1),
+    token_probability_LE=(rows.tokens_B[..., None] * probability_LBE).sum(1),
+    squared_probability_L=rows.squared_probability_B.sum(1),
+    gate_LE=rows.gate_BE.sum(1),
+    squared_gate_LE=rows.squared_gate_BE.sum(1),
+    squared_logsumexp_L=rows.squared_logsumexp_B.sum(1),
+    tokens_L=rows.tokens_B.sum(1),
+    sequences_L=counted_LB.sum(1),
+    assignments_LE=rows.assignments_BE.sum(1),
+    outputs=outputs,
+  )
+
+
+def domain_probabilities(stats: RoutingStats) -> tuple[jax.Array, jax.Array]:
+  """Returns p_LDE, the mean of each domain's sequences, and present_LD."""
+  count_LD = stats.sequences_LD
+  p_LDE = stats.probability_LDE / jnp.maximum(count_LD, 1)[..., None]
+  return p_LDE, count_LD > 0
+
+
+def pairwise_divergence(stats: RoutingStats) -> jax.Array:
+  """JSD of every pair of domains in nats, (L, D, D); 0 for absent domains."""
+  p_LDE, present_LD = domain_probabilities(stats)
+  divergence_LDD = jax.lax.map(pairwise_jensen_shannon, p_LDE)
+  both_LDD = present_LD[:, :, None] & present_LD[:, None, :]
+  return jnp.where(both_LDD, divergence_LDD, 0)
+
+
+def routing_diversity(stats: RoutingStats) -> jax.Array:
+  """Mean pairwise JSD of the domains present over ln 2, in [0, 1]; (L,)."""
+  present_LD = stats.sequences_LD > 0
+  domains_L = present_LD.sum(-1)
+  pairs_L = jnp.maximum(domains_L * (domains_L - 1), 1)
+  return pairwise_divergence(stats).sum((1, 2)) / pairs_L / LN_2
+
+
+def diversity_decomposition(
+  stats: RoutingStats, unit: str = "sequence"
+) -> tuple[jax.Array, jax.Array]:
+  """Total diversity and its part between domains (arXiv:2603.00054).
+
+  D_total = H(sum_j pi_j p_j) - mean over units of H(p_unit), and
+  D_inter = H(sum_j pi_j p_j) - sum_j pi_j H(p_j), with pi_j the share of
+  sequences in domain j; D_intra = D_total - D_inter >= 0. D_inter is evaluated
+  as sum_j pi_j KL(p_j || mean), elementwise non-negative terms.
+
+  Args:
+    stats: routing sums.
+    unit: "sequence" or "token", what D_total is taken over.
+
+  Returns:
+    (D_total, D_inter) in nats, each (L,).
+
+  Raises:
+    ValueError: `unit` is neither.
+  """
+  if unit not in ("sequence", "token"):
+    raise ValueError(f"unit={unit!r}: must be 'sequence' or 'token'")
+  entropy_LD = (
+    stats.sequence_entropy_LD if unit == "sequence" else stats.token_entropy_LD
+  )
+  p_LDE, _ = domain_probabilities(stats)
+  sequences_L = jnp.maximum(stats.sequences_LD.sum(-1), 1)
+  share_LD = stats.sequences_LD / sequences_L[:, None]
+  mean_LE = stats.probability_LDE.sum(1) / sequences_L[:, None]
+  # p log(p/m) - p + m >= 0 for every expert, and the added terms sum to 0.
+  mean_L1E = mean_LE[:, None]
+  safe_L1E = jnp.where(mean_L1E > 0, mean_L1E, 1)
+  ratio_LDE = jnp.where(mean_L1E > 0, p_LDE / safe_L1E, 1)
+  excess_LDE = ratio_LDE - 1
+  # entr(r) = -r log r; near r = 1 the three terms cancel, hence log1p.
+  log_LDE = jnp.log1p(jnp.maximum(excess_LDE, -1 + 1e-7))
+  terms_LDE = jnp.where(
+    jnp.abs(excess_LDE) < 1e-2,
+    jnp.square(excess_LDE)
+    * (0.5 - excess_LDE / 6 + jnp.square(excess_LDE) / 12),
+    ratio_LDE * log_LDE - excess_LDE,
+  )
+  kl_LD = (mean_L1E * terms_LDE).sum(-1)
+  inter_L = (share_LD * kl_LD).sum(-1)
+  total_L = entr(mean_LE).sum(-1) - entropy_LD.sum(-1) / sequences_L
+  # Rounding of the entropies must not push the total below its part.
+  return jnp.maximum(total_L, inter_L), inter_L
+
+
+def inter_fraction(stats: RoutingStats) -> jax.Array:
+  """D_inter / D_total over sequences, in [0, 1]; 0 where both vanish; (L,)."""
+  total_L, inter_L = diversity_decomposition(stats)
+  return jnp.where(total_L > 0, inter_L / jnp.where(total_L > 0, total_L, 1), 0)
+
+
+def max_violation(stats: RoutingStats) -> jax.Array:
+  """MaxVio = max_e load_e / mean load - 1 (arXiv:2408.15664), (L,)."""
+  load_LE = stats.assignments_LE
+  mean_L = load_LE.mean(-1)
+  return load_LE.max(-1) / jnp.where(mean_L > 0, mean_L, 1) - (mean_L > 0)
+
+
+def clustering_purity(stats: RoutingStats) -> jax.Array:
+  """Share of assignments from the domain that each expert sees most, (L,).
+
+  At least 1/D for equally frequent domains, and 1 if no expert is shared.
+  """
+  total_L = stats.assignments_LDE.sum((1, 2))
+  return stats.assignments_LDE.max(1).sum(-1) / jnp.maximum(total_L, 1)
+
+
+def normalized_mutual_information(stats: RoutingStats) -> jax.Array:
+  """NMI(domain, expert) of routed assignments, in [0, 1]; (L,).
+
+  I(domain; expert) over the mean of the two entropies; 0 if both vanish.
+  """
+  total_L = jnp.maximum(stats.assignments_LDE.sum((1, 2)), 1)
+  joint_LDE = stats.assignments_LDE / total_L[:, None, None]
+  domain_L = entr(joint_LDE.sum(2)).sum(-1)
+  expert_L = entr(joint_LDE.sum(1)).sum(-1)
+  information_L = domain_L + expert_L - entr(joint_LDE).sum((1, 2))
+  mean_L = (domain_L + expert_L) / 2
+  return jnp.where(
+    mean_L > 0, information_L / jnp.where(mean_L > 0, mean_L, 1), 0
+  ).clip(0, 1)
+
+
+def routing_variance(stats: RoutingStats) -> jax.Array:
+  """Mean over tokens of the variance over experts of the routing weights, (L,).
+
+  Of the weights after top-k, 0 where an expert is not active, which sum to 1:
+  mean_i sum_e s_ie^2 / E - 1 / E^2. Guo et al., arXiv:2505.22323.
+  """
+  num_experts = stats.squared_gate_LE.shape[-1]
+  tokens_L = jnp.maximum(stats.tokens_L, 1)
+  mean_square_L = stats.squared_gate_LE.sum(-1) / tokens_L / num_experts
+  return jnp.where(
+    stats.tokens_L > 0, jnp.maximum(mean_square_L - num_experts**-2, 0), 0
+  )
+
+
+def expert_overlap(stats: RoutingStats) -> jax.Array:
+  """Mean over pairs of experts of what their domain profiles share, (L,).
+
+  An expert's profile is the share of its assignments that each domain sends;
+  two profiles share sum_d min(a_d, b_d): 0 if the experts serve no common
+  domain, 1 if they serve the same mix. Experts without a token do not count.
+  Guo et al., arXiv:2505.22323, report an overlap without defining it.
+  """
+  load_LE = stats.assignments_LDE.sum(1)
+  used_LE = load_LE > 0
+  profile_LDE = stats.assignments_LDE / jnp.where(used_LE, load_LE, 1)[:, None]
+
+  def of_layer(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
+    profile_DE, used_E = arguments
+    # One expert at a time: memory O(D E), not O(D E^2).
+    shared_EE = jax.lax.map(
+      lambda own_D: jnp.minimum(own_D[:, None], profile_DE).sum(0),
+      profile_DE.T,
+    )
+    pair_EE = used_E[:, None] & used_E & ~jnp.eye(len(used_E), dtype=bool)
+    return jnp.where(pair_EE, shared_EE, 0).sum() / jnp.maximum(
+      pair_EE.sum(), 1
+    )
+
+  return jax.lax.map(of_layer, (profile_LDE, used_LE))
+
+
+def output_similarity(stats: RoutingStats) -> jax.Array:
+  """Mean squared cosine between outputs of two experts of one token, (L,).
+
+  0 where active experts return orthogonal vectors, 1 where parallel ones:
+  what L_o of arXiv:2505.22323 lowers, whatever the outputs' length.
+  """
+  return stats.outputs.squared_cosine / jnp.maximum(stats.tokens_L, 1)
+
+
+def silhouette(stats: RoutingStats) -> jax.Array:
+  """How far apart experts' outputs lie, in [0, 1]; (L,).
+
+  The silhouette (b - a) / max(a, b) of Rousseeuw (1987) with the outputs of an
+  expert as a cluster and mean squared distances to centroids: a to its own, b
+  to the nearest other. For these b = a + squared distance of both centroids.
+  Mean over tokens and active experts; experts without a token do not count.
+  Guo et al., arXiv:2505.22323, do not say which silhouette they report.
+  """
+  outputs = stats.outputs
+  count_LE1 = jnp.maximum(outputs.tokens_E, 1)[..., None]
+  mean_LEM = outputs.sum_EM / count_LE1
+  square_LE = outputs.squared_norm_E / count_LE1[..., 0]
+  used_LE = outputs.tokens_E > 0
+  spread_LE = jnp.maximum(square_LE - jnp.square(mean_LEM).sum(-1), 0)
+
+  def nearest(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
+    mean_EM, used_E = arguments
+
+    def of_expert(own: tuple[jax.Array, jax.Array]) -> jax.Array:
+      own_M, index = own
+      distance_E = jnp.square(own_M - mean_EM).sum(-1)
+      other_E = used_E & (jnp.arange(len(used_E)) != index)
+      return jnp.where(other_E, distance_E, jnp.inf).min()
+
+    return jax.lax.map(of_expert, (mean_EM, jnp.arange(len(used_E))))
+
+  apart_LE = jax.lax.map(nearest, (mean_LEM, used_LE))
+  apart_LE = jnp.where(jnp.isfinite(apart_LE), apart_LE, 0)
+  whole_LE = spread_LE + apart_LE
+  each_LE = jnp.where(
+    whole_LE > 0, apart_LE / jnp.where(whole_LE > 0, whole_LE, 1), 0
+  )
+  return (each_LE * outputs.tokens_E).sum(-1) / jnp.maximum(
+    outputs.tokens_E.sum(-1), 1
+  )
+
+
+def metrics_by_layer(stats: RoutingStats) -> dict[str, jax.Array]:
+  """Every routing metric, each (L,); those of outputs where these are known."""
+  metrics = {
+    "diversity": routing_diversity(stats),
+    "inter_fraction": inter_fraction(stats),
+    "max_violation": max_violation(stats),
+    "purity": clustering_purity(stats),
+    "normalized_mutual_information": normalized_mutual_information(stats),
+    "routing_variance": routing_variance(stats),
+    "expert_overlap": expert_overlap(stats),
+  }
+  if stats.outputs is not None:
+    metrics["output_similarity"] = output_similarity(stats)
+    metrics["silhouette"] = silhouette(stats)
+  return metrics

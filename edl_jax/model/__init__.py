@@ -1,0 +1,1 @@
+"""The transformer: attention, experts, and how tokens and experts meet."""

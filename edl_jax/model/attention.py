@@ -1,0 +1,322 @@
+"""Grouped-query attention with rotary positions and normalised queries, keys."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from edl_jax import sharding
+from edl_jax.config import ModelConfig
+from edl_jax.model import splash
+
+
+def fan_in_normal(
+  key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: float = 1.0
+) -> jax.Array:
+  """Truncated normal of standard deviation scale / sqrt(fan_in), float32.
+
+  LeCun et al., *Efficient BackProp*, 1998.
+  """
+  initializer = jax.nn.initializers.truncated_normal(
+    scale / fan_in**0.5, lower=-3.0, upper=3.0
+  )
+  return initializer(key, shape, jnp.float32)
+
+
+@jax.custom_vjp
+def _rms_normalize(x, scale, epsilon):
+  """Autodiff's derivative of the same formula reads x three times as often."""
+  return _rms_normalize_forward(x, scale, epsilon)[0]
+
+
+def _rms_normalize_forward(x, scale, epsilon):
+  x32 = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  inverse = jax.lax.rsqrt(mean_square + epsilon)
+  return (x32 * inverse * scale).astype(x.dtype), (x, inverse, scale)
+
+
+def _rms_normalize_backward(residuals, dy):
+  x, inverse, scale = residuals
+  normal = x.astype(jnp.float32) * inverse
+  dy = dy.astype(jnp.float32)
+  dscale = (dy * normal).reshape(-1, x.shape[-1]).sum(0)
+  dnormal = dy * scale
+  along = (dnormal * normal).mean(-1, keepdims=True)
+  dx = inverse * (dnormal - normal * along)
+  return dx.astype(x.dtype), dscale, None
+
+
+_rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square normalisation (Zhang and Sennrich, arXiv:1910.07467)."""
+
+  def __init__(self, width: int, epsilon: float):
+    self.scale = nnx.Param(jnp.ones((width,)))
+    self._epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises the last axis in float32; keeps the dtype of `x`."""
+    return _rms_normalize(x, self.scale[...], self._epsilon)
+
+
+def rotary_embedding(
+  x_BTNH: jax.Array, positions_BT: jax.Array, theta: float
+) -> jax.Array:
+  """Rotates pairs of features by position (Su et al., arXiv:2104.09864).
+
+  Feature i is paired with feature i + H/2, as the Qwen and Llama families do.
+  Angles are float32; the dtype of `x_BTNH` is kept.
+  """
+  half = x_BTNH.shape[-1] // 2
+  frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
+  cos_BTH, sin_BTH = jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+  # Both halves in one formula: joined afterwards they take a CPU three times as
+  # long.
+  cos_BTH = jnp.concatenate([cos_BTH, cos_BTH], axis=-1)
+  sin_BTH = jnp.concatenate([-sin_BTH, sin_BTH], axis=-1)
+  x32_BTNH = x_BTNH.astype(jnp.float32)
+  rotated = (
+    x32_BTNH * cos_BTH[:, :, None]
+    + jnp.roll(x32_BTNH, half, axis=-1) * sin_BTH[:, :, None]
+  )
+  return rotated.astype(x_BTNH.dtype)
+
+
+# Blocks of queries: of n blocks a share (n + 1) / 2n of all pairs is computed.
+_QUERY_BLOCKS = 4
+# Shorter blocks make matrix products too small to be worth it.
+_SHORTEST_QUERY_BLOCK = 32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+  q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+):
+  """Softmax attention with one pass over (T, S) for each of its formulas.
+
+  G query heads share a key head. What autodiff would make of it takes twice the
+  time on a CPU.
+
+  Args:
+    blocks: of queries: where each starts and ends, and how many keys it sees.
+  """
+  return _attend_forward(
+    q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+  )[0]
+
+
+def _attend_forward(
+  q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+):
+  dtype = q_BKGTH.dtype
+  positions_T = jnp.arange(segments_BT.shape[1])
+  if sequence_axis is not None:
+    positions_T += jax.lax.axis_index(sequence_axis) * len(positions_T)
+  results, softmax = [], []
+  for start, end, seen in blocks:
+    mask_BTS = segments_BT[:, start:end, None] == segments_BS[:, None, :seen]
+    mask_BTS &= positions_T[start:end, None] >= jnp.arange(seen)
+    logits_BKGTS = jnp.einsum(
+      "BKGTH,BKSH->BKGTS",
+      q_BKGTH[:, :, :, start:end],
+      k_BKSH[:, :, :seen],
+      preferred_element_type=jnp.float32,
+    )
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, -1e30)
+    exp_BKGTS = jnp.exp(logits_BKGTS - logits_BKGTS.max(-1, keepdims=True))
+    exp_BKGTS = exp_BKGTS.astype(dtype)
+    sum_BKGT1 = exp_BKGTS.sum(-1, keepdims=True, dtype=jnp.float32)
+    # Divided after the product, where it is H numbers a query and not S.
+    y_BKGTH = jnp.einsum(
+      "BKGTS,BKSH->BKGTH",
+      exp_BKGTS,
+      v_BKSH[:, :, :seen],
+      preferred_element_type=jnp.float32,
+    )
+    results.append((y_BKGTH / sum_BKGT1).astype(dtype))
+    softmax.append((exp_BKGTS, sum_BKGT1))
+  y_BKGTH = checkpoint_name(jnp.concatenate(results, axis=3), "attention")
+  return y_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, softmax, y_BKGTH)
+
+
+def _attend_backward(blocks, sequence_axis, residuals, dy_BKGTH):
+  del sequence_axis
+  q_BKGTH, k_BKSH, v_BKSH, softmax, y_BKGTH = residuals
+  dtype = q_BKGTH.dtype
+  inner_BKGT1 = (dy_BKGTH * y_BKGTH).sum(-1, keepdims=True, dtype=jnp.float32)
+  dq = []
+  dk_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
+  dv_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
+  for (start, end, seen), (exp_BKGTS, sum_BKGT1) in zip(
+    blocks, softmax, strict=True
+  ):
+    dy_block = (dy_BKGTH[:, :, :, start:end] / sum_BKGT1).astype(dtype)
+    dv_BKSH = dv_BKSH.at[:, :, :seen].add(
+      jnp.einsum(
+        "BKGTS,BKGTH->BKSH",
+        exp_BKGTS,
+        dy_block,
+        preferred_element_type=jnp.float32,
+      )
+    )
+    dexp_BKGTS = jnp.einsum(
+      "BKGTH,BKSH->BKGTS",
+      dy_block,
+      v_BKSH[:, :, :seen],
+      preferred_element_type=jnp.float32,
+    )
+    inner_block = inner_BKGT1[:, :, :, start:end] / sum_BKGT1
+    dlogits_BKGTS = (exp_BKGTS * (dexp_BKGTS - inner_block)).astype(dtype)
+    dq.append(
+      jnp.einsum("BKGTS,BKSH->BKGTH", dlogits_BKGTS, k_BKSH[:, :, :seen])
+    )
+    dk_BKSH = dk_BKSH.at[:, :, :seen].add(
+      jnp.einsum(
+        "BKGTS,BKGTH->BKSH",
+        dlogits_BKGTS,
+        q_BKGTH[:, :, :, start:end],
+        preferred_element_type=jnp.float32,
+      )
+    )
+  dq_BKGTH = jnp.concatenate(dq, axis=3)
+  return dq_BKGTH, dk_BKSH.astype(dtype), dv_BKSH.astype(dtype), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _dense_attention(
+  q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, sequence_axis
+):
+  """All logits of a block of queries at once, by XLA."""
+  rows, length, heads, width = q_BTNH.shape
+  kv_heads = k_BSKH.shape[2]
+  q_BTKGH = q_BTNH.reshape(rows, length, kv_heads, -1, width)
+  count = _QUERY_BLOCKS
+  if length % count or length // count < _SHORTEST_QUERY_BLOCK:
+    count = 1
+  if sequence_axis is not None:
+    # Which keys none of the queries sees differs from device to device.
+    count = 1
+  size = length // count
+  blocks = tuple(
+    (end - size, end, end if sequence_axis is None else k_BSKH.shape[1])
+    for end in range(size, length + 1, size)
+  )
+  y_BKGTH = _attend(
+    q_BTKGH.transpose(0, 2, 3, 1, 4),
+    k_BSKH.swapaxes(1, 2),
+    v_BSKH.swapaxes(1, 2),
+    segments_BT,
+    segments_BS,
+    blocks,
+    sequence_axis,
+  )
+  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+
+
+# The implementation for each platform; "default" is for all others.
+BACKENDS = {"tpu": splash.attention, "default": _dense_attention}
+
+
+def causal_attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  segments_BT: jax.Array,
+  sequence_axis: str | None = None,
+  backend: str | None = None,
+) -> jax.Array:
+  """Scaled dot-product attention to earlier tokens of the same segment.
+
+  Vaswani et al., arXiv:1706.03762; query head n reads key head n K // N
+  (Ainslie et al., arXiv:2305.13245). Logits and softmax are float32. Its output
+  is named "attention" for policies of rematerialisation.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH, v_BSKH: keys and values, S = T; K divides N.
+    segments_BT: int32 document of each token.
+    sequence_axis: a manual mesh axis over which the tokens of a row are spread
+      in order, if any. T and S are then a shard's; keys, values and segments
+      are gathered.
+    backend: a name of `BACKENDS`. By default that of the platform which the
+      program is compiled for, where the length allows it.
+
+  Returns:
+    y_BTNH, in the dtype of `q_BTNH`.
+  """
+  length, width = q_BTNH.shape[1], q_BTNH.shape[3]
+  shards, segments_BS = 1, segments_BT
+  if sequence_axis is not None:
+    shards = jax.lax.axis_size(sequence_axis)
+    k_BSKH, v_BSKH, segments_BS = (
+      jax.lax.all_gather(x, sequence_axis, axis=1, tiled=True)
+      for x in (k_BSKH, v_BSKH, segments_BT)
+    )
+  arrays = (q_BTNH * width**-0.5, k_BSKH, v_BSKH, segments_BT, segments_BS)
+  attend = {
+    name: functools.partial(function, sequence_axis=sequence_axis)
+    for name, function in BACKENDS.items()
+  }
+  if backend is not None:
+    return attend[backend](*arrays)
+  if not splash.fits(shards * length, shards):
+    return attend["default"](*arrays)
+  # What the program is compiled for is known now if there is a mesh. If not,
+  # both ways are traced.
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.lax.platform_dependent(*arrays, **attend)
+  return attend.get(device.platform, attend["default"])(*arrays)
+
+
+class Attention(nnx.Module):
+  """Causal attention within documents."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    m, h = config.width, config.head_width
+    n, k = config.num_heads, config.num_kv_heads
+    query, key_, value, out = jax.random.split(key, 4)
+    self._theta = config.rope_theta
+    self.query_MNH = nnx.Param(fan_in_normal(query, (m, n, h), m))
+    self.key_MKH = nnx.Param(fan_in_normal(key_, (m, k, h), m))
+    self.value_MKH = nnx.Param(fan_in_normal(value, (m, k, h), m))
+    # Residual branches start small: Radford et al., 2019 (GPT-2), section 2.3.
+    residual_scale = (2 * config.num_layers) ** -0.5
+    self.out_NHM = nnx.Param(
+      fan_in_normal(out, (n, h, m), n * h, residual_scale)
+    )
+    self.query_norm = RMSNorm(h, config.norm_epsilon)
+    self.key_norm = RMSNorm(h, config.norm_epsilon)
+
+  def __call__(
+    self, x_BTM: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
+  ) -> jax.Array:
+    """Returns the attention branch's output, (B, T, M), dtype of `x_BTM`."""
+    dtype = x_BTM.dtype
+
+    def gathered(name):
+      return sharding.gather(name, getattr(self, name)[...].astype(dtype))
+
+    def project(name):
+      return jnp.einsum("BTM,MNH->BTNH", x_BTM, gathered(name))
+
+    q_BTNH = self.query_norm(project("query_MNH"))
+    k_BSKH = self.key_norm(project("key_MKH"))
+    v_BSKH = project("value_MKH")
+    q_BTNH = rotary_embedding(q_BTNH, positions_BT, self._theta)
+    k_BSKH = rotary_embedding(k_BSKH, positions_BT, self._theta)
+    is_spread = sharding.spread_axes(("sequence",))
+    y_BTNH = causal_attention(
+      *(q_BTNH, k_BSKH, v_BSKH, segments_BT),
+      sequence_axis="sequence" if is_spread else None,
+    )
+    y_BTM = jnp.einsum("BTNH,NHM->BTM", y_BTNH, gathered("out_NHM"))
+    return sharding.sum_over(y_BTM, ("tensor",))

@@ -1,0 +1,325 @@
+"""The transformer: embedding, blocks, scan over layers, head."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from edl_jax import sharding
+from edl_jax.config import ModelConfig, MoEConfig
+from edl_jax.losses import objective as losses
+from edl_jax.losses import routing
+from edl_jax.model.attention import Attention, RMSNorm, fan_in_normal
+from edl_jax.model.moe import MoE, SwiGLU
+from edl_jax.text.batch import Batch
+
+# What each layer keeps for the backward pass, beside its input; the rest is
+# computed again. Names are given where the arrays are made.
+_REMAT_POLICIES = {
+  "full": None,
+  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "experts": jax.checkpoint_policies.save_only_these_names(
+    "attention", "experts"
+  ),
+}
+
+
+class Block(nnx.Module):
+  """Pre-norm attention, then experts or, in dense blocks, one SwiGLU."""
+
+  def __init__(self, config: ModelConfig, key: jax.Array, *, dense: bool):
+    attention, feed_forward = jax.random.split(key)
+    self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+    self.attention = Attention(config, attention)
+    self.feed_forward_norm = RMSNorm(config.width, config.norm_epsilon)
+    if dense:
+      self.mlp = SwiGLU(config, config.dense_width, feed_forward)
+    else:
+      self.moe = MoE(config, feed_forward)
+
+  def __call__(
+    self,
+    x_BTM: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    weights_BT: jax.Array,
+    summarize: Callable[..., Any],
+    outputs_form: str | None,
+    config: MoEConfig,
+  ) -> tuple[jax.Array, Any]:
+    """Returns the residual stream and, of experts, `MoE`'s two summaries."""
+    with jax.named_scope("attention"):
+      x_BTM += self.attention(
+        self.attention_norm(x_BTM), segments_BT, positions_BT
+      )
+    h_BTM = self.feed_forward_norm(x_BTM)
+    if hasattr(self, "mlp"):
+      with jax.named_scope("experts"):
+        return x_BTM + self.mlp(h_BTM), None
+    y_BTM, *summaries = self.moe(
+      h_BTM, weights_BT, summarize, outputs_form, config
+    )
+    return x_BTM + y_BTM, tuple(summaries)
+
+
+class Model(nnx.Module):
+  """A decoder-only mixture-of-experts language model (Qwen3-MoE shape).
+
+  Parameters are float32; layers of a kind are stacked on a leading L axis and
+  scanned. Initialisation: weights truncated normal with variance 1 / fan-in
+  (LeCun, 1998), branches into the residual stream scaled by 1 / sqrt(2 L)
+  (GPT-2, section 2.3), embeddings of standard deviation 0.02 (GPT-2), norms 1.
+  """
+
+  def __init__(self, config: ModelConfig, key: jax.Array):
+    embedding, dense, blocks, head = jax.random.split(key, 4)
+    shape = (config.vocabulary_size, config.width)
+    self.config = config
+    self.embedding_VM = nnx.Param(
+      0.02 * jax.random.normal(embedding, shape, jnp.float32)
+    )
+    if config.num_dense_layers:
+      self.dense_blocks = jax.vmap(lambda k: Block(config, k, dense=True))(
+        jax.random.split(dense, config.num_dense_layers)
+      )
+    num_moe_layers = config.num_layers - config.num_dense_layers
+    self.blocks = jax.vmap(lambda k: Block(config, k, dense=False))(
+      jax.random.split(blocks, num_moe_layers)
+    )
+    self.final_norm = RMSNorm(config.width, config.norm_epsilon)
+    self.head_MV = nnx.Param(fan_in_normal(head, shape[::-1], config.width))
+
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    weights_BT: jax.Array,
+    summarize: Callable[..., Any] = routing.row_routing,
+    outputs_form: str | None = None,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
+  ) -> tuple[jax.Array, Any, routing.OutputStats | None]:
+    """Runs all but the head, on a device's rows inside `per_shard`.
+
+    Returns:
+      x_BTM after the final norm, in the compute dtype; what `summarize` makes
+      of the routing of every mixture-of-experts layer, stacked on a leading L
+      axis, by default `RowRouting`, (L, B, ...); and likewise the sums of
+      experts' outputs in `outputs_form`, None without.
+    """
+    dtype = jnp.dtype(self.config.dtype)
+    x_BTM = _embed(self.embedding_VM[...], tokens_BT, dtype)
+
+    def layer(x_BTM, block):
+      return block(
+        x_BTM,
+        segments_BT,
+        positions_BT,
+        weights_BT,
+        summarize,
+        outputs_form,
+        moe,
+      )
+
+    if self.config.remat != "none":
+      layer = jax.checkpoint(
+        layer,
+        policy=_REMAT_POLICIES[self.config.remat],
+        # The loop keeps what is computed again apart, unless it is unrolled.
+        prevent_cse=self.config.scan_unroll > 1,
+      )
+    scan = functools.partial(jax.lax.scan, unroll=self.config.scan_unroll)
+    if self.config.num_dense_layers:
+      x_BTM, _ = scan(layer, x_BTM, self.dense_blocks)
+    x_BTM, (rows, outputs) = scan(layer, x_BTM, self.blocks)
+    return self.final_norm(x_BTM), rows, outputs
+
+  def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    """Logits of whole documents, float32 (B, T, V), for looking inside."""
+    x_BTM, _, _ = self.hidden(tokens_BT, *_whole_documents(tokens_BT.shape))
+    head_MV = self.head_MV[...].astype(x_BTM.dtype)
+    return jnp.dot(x_BTM, head_MV, preferred_element_type=jnp.float32)
+
+  def token_routing(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Routing of whole documents token by token, for looking inside.
+
+    Returns:
+      probs_LBTE, the float32 router probabilities of every mixture-of-experts
+      layer, and expert_LBTA, int32, the active experts by falling probability.
+    """
+
+    def keep_tokens(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT):
+      del logits_BTE, gate_BTA, weights_BT
+      return probs_BTE, expert_BTA
+
+    _, tokens, _ = self.hidden(
+      tokens_BT, *_whole_documents(tokens_BT.shape), keep_tokens
+    )
+    return tokens
+
+  def batch_sums(
+    self,
+    batch: Batch,
+    num_domains: int,
+    outputs_form: str | None = None,
+    moe: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
+  ) -> tuple[losses.BatchSums, jax.Array]:
+    """Runs a batch down to the sums that objective and reports need.
+
+    Args:
+      batch: rows of the global batch.
+      num_domains: D.
+      outputs_form: sums the experts' outputs too, in this form of
+        `routing.output_stats`.
+      moe: how tokens and experts come together.
+
+    Returns:
+      The sums over the global batch, differentiable, and weighted nats_BT.
+    """
+    by_token = (sharding.ROW_AXES, "sequence")
+    batch_specs = jax.tree.map(
+      lambda x: PartitionSpec(*by_token[: x.ndim]), batch
+    )
+    # One sum of each device that has tokens of its own.
+    by_shard = (*sharding.ROW_AXES, "sequence")
+
+    def of_shard(model: Model, batch: Batch):
+      x_BTM, routing_LB, outputs_L = model.hidden(
+        batch.tokens_BT,
+        batch.segments_BT,
+        batch.positions_BT,
+        batch.weights_BT,
+        outputs_form=outputs_form,
+        moe=moe,
+      )
+      with jax.named_scope("head"):
+        nats, nats_BT = losses.chunked_cross_entropy(
+          x_BTM,
+          model.head_MV[...],
+          batch.targets_BT,
+          batch.weights_BT,
+          model.config.logits_elements,
+        )
+      outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
+      return nats[None], nats_BT, routing_LB, outputs_L1
+
+    nats_S, nats_BT, routing_LB, outputs_LS = sharding.per_shard(
+      of_shard,
+      (sharding.parameter_specs(self), batch_specs),
+      (
+        PartitionSpec(by_shard),
+        PartitionSpec(*by_token),
+        # Stacked over layers.
+        PartitionSpec(None, sharding.ROW_AXES),
+        PartitionSpec(None, by_shard),
+      ),
+    )(self, batch)
+    # The one place where rows meet: every sum is that of the global batch.
+    sums = losses.BatchSums(
+      nats=nats_S.sum(),
+      tokens=batch.weights_BT.sum(),
+      routing=routing.collect(
+        routing_LB,
+        batch.domain_B,
+        num_domains,
+        jax.tree.map(lambda x: x.sum(1), outputs_LS),
+      ),
+    )
+    return sums, nats_BT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _embed(embedding_VM, tokens_BT, dtype):
+  """Looks tokens up; the gradient of a frequent token adds up in float32."""
+  return _embedding(embedding_VM, dtype)[tokens_BT]
+
+
+_EMBEDDING_AXES = (*sharding.STORAGE_AXES, "tensor")
+
+
+def _embedding(embedding_VM, dtype):
+  return sharding.gather(
+    "embedding_VM", embedding_VM.astype(dtype), _EMBEDDING_AXES
+  )
+
+
+def _embed_forward(embedding_VM, tokens_BT, dtype):
+  whole_VM = _embedding(embedding_VM, dtype)
+  return whole_VM[tokens_BT], (tokens_BT, jnp.zeros((len(whole_VM), 0)))
+
+
+def _embed_backward(dtype, residuals, dx_BTM):
+  tokens_BT, sized_V = residuals
+  dembedding_VM = jnp.zeros((len(sized_V), dx_BTM.shape[-1]))
+  dembedding_VM = dembedding_VM.at[tokens_BT].add(dx_BTM.astype(jnp.float32))
+  dembedding_VM = sharding.scatter(
+    "embedding_VM", dembedding_VM.astype(dtype), _EMBEDDING_AXES
+  )
+  return dembedding_VM.astype(jnp.float32), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
+
+
+def _whole_documents(
+  shape: tuple[int, int],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Segments, positions and weights of rows that are one document each."""
+  positions_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+  return jnp.ones(shape, jnp.int32), positions_BT, jnp.ones(shape)
+
+
+def abstract_model(config: ModelConfig) -> Model:
+  """Returns the model with shapes in place of arrays; allocates nothing."""
+  return jax.eval_shape(lambda: Model(config, jax.random.key(0)))
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+  """Returns (total, active) parameters.
+
+  Active ones are multiplied for every token: all but idle experts and the
+  embedding, of which a token looks up one row.
+  """
+  total = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
+  expert = 3 * config.width * config.expert_width
+  idle = config.num_experts - config.num_active_experts
+  moe_layers = config.num_layers - config.num_dense_layers
+  embedding = config.vocabulary_size * config.width
+  return total, total - moe_layers * idle * expert - embedding
+
+
+def training_flops(
+  config: ModelConfig, rows: int, length: int
+) -> dict[str, float]:
+  """Returns the floating-point operations that a training step needs, by part.
+
+  Two for each multiply-add of the matrix products, once forward and twice
+  backward. Attention counts the pairs that causality leaves, as if
+  each row were one document; rematerialisation and padding do not count.
+
+  Args:
+    config: sizes of the model.
+    rows, length: B and T of the global batch.
+  """
+  heads = config.num_heads * config.head_width
+  kv_heads = config.num_kv_heads * config.head_width
+  projections = config.width * 2 * (heads + kv_heads)
+  pairs = 2 * heads * (length + 1) / 2
+  expert = 3 * config.width * config.expert_width
+  active = config.num_active_experts + config.num_shared_experts
+  dense, moe = (
+    config.num_dense_layers,
+    config.num_layers - config.num_dense_layers,
+  )
+  products = {
+    "attention": config.num_layers * (projections + pairs),
+    "router": moe * config.width * config.num_experts,
+    "experts": moe * active * expert
+    + dense * 3 * config.width * config.dense_width,
+    "head": config.width * config.vocabulary_size,
+  }
+  return {part: 6 * n * rows * length for part, n in products.items()}

@@ -1,0 +1,375 @@
+"""From a corpus to batches: tokenize, pack within a domain, mix, batch.
+
+Grain's `MapDataset` carries the mixture: row i depends on (i, seed) only, so
+that the state of the input is one number, resuming is exact, and processes
+take their rows of the same global sequence.
+"""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+
+import grain
+import numpy as np
+
+from edl_jax.config import Experiment, UserError
+from edl_jax.text.batch import Batch
+from edl_jax.text.mixture import Corpus, Phases, mix_phases, mixture_phases
+from edl_jax.text.prepared import PreparedCorpus
+from edl_jax.text.sources import Document
+from edl_jax.text.token_stream import EncodedDocuments, TokenStream
+from edl_jax.text.tokenizer import Tokenizer, cache_key, read_cache, write_cache
+
+# Batches made ahead in the background.
+_PREFETCHED_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+  """Random access to the rows of one domain's stream of tokens.
+
+  Row r reads the tokens [rT, rT + T) and predicts [rT + 1, rT + T + 1). The
+  token after a document's last is the next one's start, so a document's end
+  is predicted like any other token and no position is lost.
+  """
+
+  # Documents, each opened by the start token, and one more start at the end:
+  # int32 (tokens,), or what gives such arrays for slices.
+  stream: np.ndarray | TokenStream
+  sequence_length: int
+  document_start_id: int
+  # Fine label of every row, -1 for none.
+  domain: int
+  # Whether a last row that is not full counts, filled up with padding.
+  keep_partial: bool = False
+
+  def __len__(self) -> int:
+    predicted = len(self.stream) - 1
+    if self.keep_partial:
+      predicted += self.sequence_length - 1
+    return predicted // self.sequence_length
+
+  def __getitem__(self, row: int) -> Batch:
+    """Returns a Batch whose arrays lack the axis B."""
+    length = self.sequence_length
+    tokens = self.stream[row * length : (row + 1) * length + 1]
+    inputs_T, targets_T = tokens[:-1], tokens[1:]
+    index_T = np.arange(len(inputs_T), dtype=np.int32)
+    starts_T = inputs_T == self.document_start_id
+    # A row may begin within a document, which then is its first segment.
+    starts_T[0] = True
+    arrays = (
+      inputs_T,
+      targets_T,
+      np.cumsum(starts_T, dtype=np.int32),
+      index_T - np.maximum.accumulate(np.where(starts_T, index_T, 0)),
+      np.ones(len(inputs_T), np.float32),
+    )
+    if missing := length - len(inputs_T):
+      arrays = (np.pad(array_T, (0, missing)) for array_T in arrays)
+    return Batch(*arrays, domain_B=np.int32(self.domain))
+
+
+class EpochCounter:
+  """How often each source's text was read, exactly, after any number of rows.
+
+  A source that runs out is read again in a new order.
+
+  Args:
+    phases: how sources are mixed.
+    rows: in one epoch of each source, by name.
+  """
+
+  def __init__(self, phases: Phases, rows: Mapping[str, int]):
+    self._phases, self._rows = phases, rows
+
+  def at(self, rows: int) -> dict[str, float]:
+    """Returns the epochs of each source after `rows` rows, fractions too."""
+    drawn = self._phases.drawn(rows)
+    return {
+      name: count / own if count else 0.0
+      for (name, own), count in zip(self._rows.items(), drawn)
+    }
+
+  def repeats(self, start: int, stop: int) -> list[str]:
+    """Tells which sources began epoch 2, 3, 5, 9, ... in rows [start, stop).
+
+    Each doubling only: small sources begin a new epoch every few steps.
+    """
+    begun: dict[int, list[str]] = {}
+    before = self.at(start)
+    for name, epochs in self.at(stop).items():
+      # The row that completes an epoch begins none.
+      last, now = (max(0, math.ceil(x) - 1) for x in (before[name], epochs))
+      if now.bit_length() > last.bit_length():
+        epoch = 2 ** (now.bit_length() - 1) + 1
+        begun.setdefault(epoch, []).append(name)
+    return [
+      f"{', '.join(names)}: read {epoch - 1} time(s), now again in a new order"
+      for epoch, names in sorted(begun.items())
+    ]
+
+
+def train_dataset(
+  corpus: Corpus | PreparedCorpus,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+) -> tuple[grain.MapDataset[Batch], EpochCounter]:
+  """Returns the endless sequence of training rows, and what counts its epochs.
+
+  Rows lack the axis B.
+
+  Each domain is reshuffled every epoch of its own. With `data.granularity`
+  "shuffled" the label of row i, if it has one, is a random fine one that
+  depends on i and the seed alone.
+
+  Raises:
+    UserError: a domain that fills no row, or rows longer than any document.
+  """
+  tokens = _tokenize(corpus, "train", tokenizer)
+  phases = _phases(corpus, tokens, experiment)
+  _check_lengths(corpus.taxonomy.sources, phases.in_use, tokens, experiment)
+  datasets, rows_of = [], {}
+  taxonomy = corpus.taxonomy
+  for domain, (name, label) in enumerate(
+    zip(taxonomy.sources, taxonomy.labels)
+  ):
+    documents = tokens[domain]
+    seed = _seed(experiment, f"documents {domain}")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    rows = PackedRows(
+      stream=TokenStream(documents[order], tokenizer.document_start_id),
+      sequence_length=experiment.train.sequence_length,
+      document_start_id=tokenizer.document_start_id,
+      domain=label,
+    )
+    rows_of[name] = len(rows)
+    # Not MapDataset.source(rows): that measures every array it reads, which
+    # takes longer than making the row.
+    dataset = grain.MapDataset.range(len(rows))
+    dataset = dataset.shuffle(_seed(experiment, f"rows {domain}"))
+    datasets.append(dataset.repeat().map(rows.__getitem__))
+  mixture = mix_phases(datasets, phases)
+  if experiment.data.granularity == "shuffled":
+    count = len(taxonomy.fine)
+
+    def relabel(row: Batch, rng: np.random.Generator) -> Batch:
+      label = np.int32(rng.integers(count))
+      return row if row.domain_B < 0 else row._replace(domain_B=label)
+
+    mixture = mixture.random_map(relabel, seed=_seed(experiment, "labels"))
+  return mixture, EpochCounter(phases, rows_of)
+
+
+def train_iterator(
+  dataset: grain.MapDataset[Batch],
+  experiment: Experiment,
+  num_domains: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  unlabelled: bool = False,
+) -> grain.DatasetIterator[Batch]:
+  """Returns an endless iterator of NumPy batches, made in the background.
+
+  Process p of P gets the rows p, p + P, ... of each global batch. The
+  iterator's `get_state()` is a dict for JSON; `set_state` continues exactly
+  there, in this process or another.
+
+  Args:
+    dataset: rows, as those of `train_dataset`.
+    experiment: batch size and seed.
+    num_domains: D; labels lie in [0, D).
+    process_index, process_count: p and P.
+    unlabelled: whether rows may have the label -1, of no domain.
+
+  Raises:
+    UserError: a batch that the processes cannot share evenly; on `next`, a
+      domain label outside [0, D), which would count for no domain.
+  """
+  rows = _local_batch_size(experiment, process_count)
+  dataset = dataset[process_index::process_count]
+
+  def batch_of(rows: Sequence[Batch]) -> Batch:
+    batch = _stack(rows)
+    for label in batch.domain_B:
+      if not -unlabelled <= label < num_domains:
+        raise UserError(
+          f"domain label {label} of a training row: must lie in"
+          f" [0, {num_domains}), the taxonomy's fine domains"
+        )
+    return batch
+
+  dataset = dataset.batch(rows, drop_remainder=True, batch_fn=batch_of)
+  options = grain.ReadOptions(
+    num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES
+  )
+  return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(
+  corpus: Corpus | PreparedCorpus,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> list[Batch]:
+  """Returns held-out rows of every domain with their true labels.
+
+  Text without a domain is not evaluated.
+  At most `train.eval_rows` rows a domain, spread evenly over its text, the
+  same for every seed. A domain's last row and the last batch are filled up
+  with padding (weight and segment 0), so that all held-out text can count.
+
+  Raises:
+    UserError: a batch that the processes cannot share evenly.
+  """
+  local_rows = _local_batch_size(experiment, process_count)
+  places: list[tuple[PackedRows, int] | None] = []
+  held_out = _tokenize(corpus, "held_out", tokenizer)
+  for domain, documents in enumerate(held_out[: len(corpus.taxonomy.fine)]):
+    packed = PackedRows(
+      stream=TokenStream(documents, tokenizer.document_start_id),
+      sequence_length=experiment.train.sequence_length,
+      document_start_id=tokenizer.document_start_id,
+      domain=domain,
+      keep_partial=True,
+    )
+    count = len(packed)
+    if experiment.train.eval_rows != -1:
+      count = min(count, experiment.train.eval_rows)
+    places += [(packed, i * len(packed) // count) for i in range(count)]
+  length = experiment.train.sequence_length
+  padding = Batch(
+    *(np.zeros(length, np.int32) for _ in range(4)),
+    weights_BT=np.zeros(length, np.float32),
+    domain_B=np.int32(0),
+  )
+  places += [None] * (-len(places) % experiment.train.batch_size)
+  rows = [
+    padding if place is None else place[0][place[1]]
+    for place in places[process_index::process_count]
+  ]
+  return [
+    _stack(rows[start : start + local_rows])
+    for start in range(0, len(rows), local_rows)
+  ]
+
+
+def _stack(rows: Sequence[Batch]) -> Batch:
+  return Batch(*map(np.array, zip(*rows)))
+
+
+def _local_batch_size(experiment: Experiment, process_count: int) -> int:
+  rows, remainder = divmod(experiment.train.batch_size, process_count)
+  if remainder:
+    raise UserError(
+      f"train.batch_size={experiment.train.batch_size} is not a multiple of"
+      f" the {process_count} processes"
+    )
+  return rows
+
+
+def _seed(experiment: Experiment, purpose: str) -> int:
+  """Derives a 32-bit seed.
+
+  Grain shuffles epoch n with seed + n: seeds that are near each other would
+  repeat each other's epochs.
+  """
+  digest = hashlib.sha256(f"{experiment.seed} {purpose}".encode()).digest()
+  return int.from_bytes(digest[:4], "big")
+
+
+def _tokenize(
+  corpus: Corpus | PreparedCorpus, split: str, tokenizer: Tokenizer
+) -> list[EncodedDocuments]:
+  """Returns the tokens of each source's documents.
+
+  Encoding takes a second per two or three megabytes, so its result is cached.
+  """
+  if isinstance(corpus, PreparedCorpus):
+    return corpus.documents(split)
+  groups: tuple[tuple[Document, ...], ...] = getattr(corpus, split)
+  documents = [document for group in groups for document in group]
+  # The split may differ for the same content: texts are part of the key.
+  texts = hashlib.sha256()
+  for document in documents:
+    texts.update(hashlib.sha256(document.text.encode()).digest())
+  key = cache_key(texts.hexdigest(), tokenizer.to_json())
+  cached = read_cache(f"tokens-{key}.npz")
+  encoded = _unpack(cached) if cached is not None else None
+  if encoded is None:
+    pieces = tokenizer.encode_batch([document.text for document in documents])
+    tokens = np.concatenate(pieces)
+    small = tokens.max(initial=0) < 2**16
+    encoded = EncodedDocuments.from_array(
+      tokens.astype(np.uint16) if small else tokens, [*map(len, pieces)]
+    )
+    write_cache(f"tokens-{key}.npz", _pack(encoded))
+  ends = np.cumsum([0, *map(len, groups)])
+  return [encoded[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _pack(encoded: EncodedDocuments) -> bytes:
+  file = io.BytesIO()
+  (tokens,) = encoded.arrays
+  np.savez(file, tokens=tokens, lengths=encoded.length_N)
+  return file.getvalue()
+
+
+def _unpack(content: bytes) -> EncodedDocuments | None:
+  """Inverse of `_pack`; None if the file was damaged (zip has checksums)."""
+  try:
+    arrays = np.load(io.BytesIO(content), allow_pickle=False)
+    return EncodedDocuments.from_array(arrays["tokens"], arrays["lengths"])
+  except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
+    return None
+
+
+def _phases(
+  corpus: Corpus | PreparedCorpus,
+  tokens: Sequence[EncodedDocuments],
+  experiment: Experiment,
+) -> Phases:
+  data = experiment.data
+  sizes: list[int] = []
+  if data.mixing == "tokens":
+    sizes = [documents.token_count for documents in tokens]
+  elif data.mixing == "bytes":
+    sizes = corpus.train_bytes()
+  return mixture_phases(data, experiment.train, corpus.taxonomy, sizes)
+
+
+def _check_lengths(
+  names: Sequence[str],
+  in_use: Sequence[bool],
+  tokens: Sequence[EncodedDocuments],
+  experiment: Experiment,
+) -> None:
+  """Checks, for the domains in use, that rows can be filled and are of use."""
+  length = experiment.train.sequence_length
+  used = {
+    name: documents
+    for name, is_used, documents in zip(names, in_use, tokens)
+    if is_used
+  }
+  # The start token counts as part of a document.
+  for name, documents in used.items():
+    if documents.token_count < length:
+      raise UserError(
+        f"domain {name!r} has {documents.token_count} training tokens, less"
+        f" than one row of train.sequence_length={length}; add text or shorten"
+        " the rows"
+      )
+  longest_of = {name: int(d.length_N.max()) + 1 for name, d in used.items()}
+  name = max(longest_of, key=longest_of.__getitem__)
+  longest = longest_of[name]
+  if length > longest:
+    raise UserError(
+      f"train.sequence_length={length} is more than any training document"
+      f" holds (longest: {longest} tokens, in {name!r}), and attention stays"
+      " within a document; shorten the rows"
+    )

@@ -1,0 +1,297 @@
+"""Domains: their taxonomy, the split of their documents, their proportions."""
+
+import collections
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Iterable, Sequence
+
+import grain
+
+from edl_jax.config import DataConfig, TrainConfig, UserError
+from edl_jax.text.sources import Document, read_documents
+from edl_jax.text.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
+
+# Rows that no run will ever reach. Grain takes no more than 2**63 - 1.
+_ENDLESS = 2**62
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Documents by source, in the order of the taxonomy, and their split."""
+
+  taxonomy: Taxonomy
+  # By `taxonomy.sources`.
+  train: tuple[tuple[Document, ...], ...]
+  held_out: tuple[tuple[Document, ...], ...]
+  # SHA-256 of the domain names and of every document, held out or not: its
+  # origin and its text, in order.
+  content_hash: str
+
+  def sizes(self) -> list[tuple[int, int]]:
+    """Returns the documents and characters of each source, of both splits."""
+    return [
+      (len(own), sum(len(document.text) for document in own))
+      for own in map(operator.add, self.train, self.held_out)
+    ]
+
+  def train_bytes(self) -> list[int]:
+    """Returns the UTF-8 bytes of each source's training text."""
+    return [
+      sum(len(document.text.encode()) for document in group)
+      for group in self.train
+    ]
+
+
+def load_corpus(data: DataConfig) -> Corpus:
+  """Reads and splits all documents; touches no device.
+
+  Whole origins are held out, those whose hash lies in the lowest
+  `data.held_out_fraction`: the choice for one document does not depend on
+  which others there are. A domain that this leaves without held-out (or
+  without training) documents gives up its origin of lowest (highest) hash.
+
+  Raises:
+    UserError: bad or missing text; a domain that cannot be split.
+  """
+  names, documents = read_documents(data)
+  by_domain = collections.defaultdict[str, list[Document]](list)
+  for document in documents:
+    by_domain[document.domain].append(document)
+  taxonomy = Taxonomy.from_names(names)
+  if data.taxonomy:
+    taxonomy = load_taxonomy(data.taxonomy)
+    if taxonomy.unlabelled and UNLABELLED not in by_domain:
+      taxonomy = taxonomy.without_unlabelled()
+  groups = [by_domain[name] for name in taxonomy.sources]
+  held_out = held_out_origins(
+    taxonomy.fine,
+    [[origin_digest(document.origin) for document in own] for own in groups],
+    data.held_out_fraction,
+  )
+
+  def split(held: bool) -> tuple[tuple[Document, ...], ...]:
+    return tuple(
+      tuple(d for d in own if (origin_digest(d.origin) in held_out) == held)
+      for own in groups
+    )
+
+  return Corpus(
+    taxonomy=taxonomy,
+    train=split(False),
+    held_out=split(True),
+    content_hash=content_hash(
+      names + taxonomy.sources[len(names) :],
+      [[(_digest(d.origin), _digest(d.text)) for d in own] for own in groups],
+    ),
+  )
+
+
+def _digest(text: str) -> bytes:
+  return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
+
+
+def origin_digest(origin: str) -> bytes:
+  """Returns the SHA-256 of an origin, by which it is trained on or held out."""
+  return hashlib.sha256(origin.encode(errors="replace")).digest()
+
+
+def position(digest: bytes) -> float:
+  """Maps a digest to [0, 1); origins that lie low are held out."""
+  return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def held_out_origins(
+  names: Sequence[str], groups: Sequence[Sequence[bytes]], fraction: float
+) -> set[bytes]:
+  """Chooses the origins to hold out, the same in every domain.
+
+  Args:
+    names: of the domains.
+    groups: digests of the origins of each domain's documents. Unlabelled
+      documents, a last group beyond `names`, are not evaluated: they need no
+      held-out part.
+    fraction: of the origins.
+
+  Raises:
+    UserError: a domain of a single origin.
+  """
+  every = set().union(*groups)
+  held_out = {origin for origin in every if position(origin) < fraction}
+  origins = [set(own) for _, own in zip(names, groups)]
+  for own in origins:
+    if not own & held_out:
+      held_out.add(min(own, key=position))
+  for own in origins:
+    if own <= held_out:
+      held_out.remove(max(own, key=position))
+  for name, own in zip(names, origins):
+    if own <= held_out or not own & held_out:
+      raise UserError(
+        f"domain {name!r} has too few documents to hold some out"
+        f" ({len(own)} distinct); split or add documents"
+      )
+  return held_out
+
+
+def content_hash(
+  names: Sequence[str], groups: Sequence[Iterable[tuple[bytes, bytes]]]
+) -> str:
+  """Hashes what split and rows follow from.
+
+  Args:
+    names: of the sources.
+    groups: digests of origin and text of each source's documents, in order.
+  """
+  content = hashlib.sha256()
+  for name, group in zip(names, groups):
+    # Documents never equal this line, being hashed themselves.
+    content.update(f"{name}\n".encode())
+    for origin, text in group:
+      content.update(origin + text)
+  return content.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+  """The shares of rows of each source, and the row from which they hold."""
+
+  # Row of the global sequence, from 0, increasing.
+  starts: tuple[int, ...]
+  # By phase and source; each phase's add up to one.
+  weights: tuple[tuple[float, ...], ...]
+
+  @property
+  def in_use(self) -> tuple[bool, ...]:
+    """Whether each source has rows in any phase."""
+    return tuple(any(column) for column in zip(*self.weights))
+
+  def drawn(self, count: int) -> tuple[int, ...]:
+    """Returns how many of the first `count` rows come from each source."""
+    ends = (*self.starts[1:], count)
+    parts = [
+      _drawn(max(0, min(end, count) - start), weights)
+      for start, end, weights in zip(self.starts, ends, self.weights)
+    ]
+    return tuple(map(sum, zip(*parts)))
+
+
+def mixture_weights(
+  data: DataConfig, taxonomy: Taxonomy, sizes: Sequence[float] = ()
+) -> tuple[float, ...]:
+  """Returns the share of rows of each source at first; they add up to one.
+
+  Args:
+    data: weights, and what they multiply.
+    taxonomy: its own weights hold where `data.weights` is empty.
+    sizes: of the training text of each source in the unit of `data.mixing`,
+      unless that is "equal".
+
+  Raises:
+    UserError: `data.weights` has another length than the taxonomy.
+  """
+  weights = data.weights or taxonomy.weights or (1.0,) * len(taxonomy.sources)
+  return _shares("data.weights", weights, data, taxonomy, sizes)
+
+
+def mixture_phases(
+  data: DataConfig,
+  train: TrainConfig,
+  taxonomy: Taxonomy,
+  sizes: Sequence[float] = (),
+) -> Phases:
+  """Returns the weights of all phases of a run; see `mixture_weights`.
+
+  A phase begins with a step, the nearest to its fraction of `train.num_steps`.
+
+  Raises:
+    UserError: weights of another length than the taxonomy.
+  """
+  phases = {0: mixture_weights(data, taxonomy, sizes)}
+  for number, (fraction, *weights) in enumerate(data.weight_phases, start=1):
+    name = f"data.weight_phases: phase {number}"
+    # Where two begin with the same step, the later one holds.
+    start = round(fraction * train.num_steps) * train.batch_size
+    phases[start] = _shares(name, weights, data, taxonomy, sizes)
+  return Phases(tuple(phases), tuple(phases.values()))
+
+
+def _shares(
+  name: str,
+  weights: Sequence[float],
+  data: DataConfig,
+  taxonomy: Taxonomy,
+  sizes: Sequence[float],
+) -> tuple[float, ...]:
+  count = len(taxonomy.sources)
+  if len(weights) != count:
+    raise UserError(
+      f"{name} has {len(weights)} entries for {count} domains:"
+      f" {', '.join(taxonomy.sources)}"
+    )
+  if data.mixing != "equal":
+    weights = [
+      weight * size ** (1 / data.temperature)
+      for weight, size in zip(weights, sizes, strict=True)
+    ]
+  total = sum(weights)
+  return tuple(weight / total for weight in weights)
+
+
+def _proportions(weights: Sequence[float]) -> list[int]:
+  """Returns each weight in hundredths of the smallest that is not zero."""
+  smallest = min(weight for weight in weights if weight > 0)
+  return [round(100 * weight / smallest) for weight in weights]
+
+
+def _drawn(count: int, weights: Sequence[float]) -> list[int]:
+  """Returns how many of the first rows of `mix` come from each data set.
+
+  Grain deals a row to the first data set or to the rest, then to the second
+  or to the rest, and so on, each time as evenly as whole numbers can be.
+  """
+  proportions = _proportions(weights)
+  rest, drawn = sum(proportions), []
+  for own in proportions:
+    left = count * (rest - own) // rest if rest else 0
+    drawn.append(count - left)
+    count, rest = left, rest - own
+  return drawn
+
+
+def mix_phases(
+  datasets: Sequence[grain.MapDataset], phases: Phases
+) -> grain.MapDataset:
+  """Interleaves endless data sets; see `mix`. Example i depends on i only.
+
+  Each phase goes on in every data set where the one before stopped.
+  """
+  if len(phases.starts) == 1:
+    return mix(datasets, phases.weights[0])
+  parts = []
+  for start, end, weights in zip(
+    phases.starts, (*phases.starts[1:], _ENDLESS), phases.weights
+  ):
+    rest = [
+      dataset[skipped:]
+      for dataset, skipped in zip(datasets, phases.drawn(start))
+    ]
+    parts.append(mix(rest, weights)[: end - start])
+  return grain.MapDataset.concatenate(parts)
+
+
+def mix(
+  datasets: Sequence[grain.MapDataset], weights: Sequence[float]
+) -> grain.MapDataset:
+  """Interleaves data sets by index, evenly, in proportion to `weights`.
+
+  Example i depends on i only. Grain counts in hundredths of the smallest
+  weight: weights whose ratio to it has at most two decimals are met exactly,
+  others to within half a hundredth of it. Those of weight zero are left out.
+  """
+  hundredths = _proportions(weights)
+  pairs = [(d, n) for d, n in zip(datasets, hundredths, strict=True) if n]
+  # Grain cuts down to hundredths where we want the nearest, and a rounding
+  # error must not tip a whole number over: aim at the middle of the step.
+  steps = [1.0 if n == 100 else (n + 0.5) / 100 for _, n in pairs]
+  return grain.MapDataset.mix([dataset for dataset, _ in pairs], steps)

@@ -1,0 +1,302 @@
+"""Text that was tokenized once, by `python -m data.prepare`: its folder.
+
+  tokens-00000.bin ...   token ids end to end, little-endian
+  documents.npy          a DOCUMENT for each document, in the order of reading
+  tokenizer.json         what the ids mean
+  manifest.json          all else, and a checksum of each file; written last
+
+A folder without a manifest is not finished. Reading maps the files: a corpus
+need not fit in memory, and any number of sources costs no threads. Of a folder
+in a bucket each machine maps a copy: rows are many small reads at random, which
+a disk answers in microseconds and a bucket in tens of milliseconds.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from edl_jax import storage
+from edl_jax.config import Experiment, UserError
+from edl_jax.text.taxonomy import (
+  Taxonomy,
+  join_label,
+  load_taxonomy,
+  split_label,
+)
+from edl_jax.text.token_stream import EncodedDocuments
+from edl_jax.text.tokenizer import Tokenizer, cache_directory, cache_key
+
+MANIFEST = "manifest.json"
+DOCUMENTS = "documents.npy"
+TOKENIZER = "tokenizer.json"
+
+# Where a document's tokens lie, and what they stand for.
+DOCUMENT = np.dtype(
+  [
+    # Number of its token file, first token there, how many.
+    ("file", "<u4"),
+    ("start", "<u8"),
+    ("tokens", "<u4"),
+    ("bytes", "<u4"),
+    ("characters", "<u4"),
+    # Index into the taxonomy's sources.
+    ("source", "<u2"),
+    ("held_out", "?"),
+  ]
+)
+
+
+def tokens_name(number: int) -> str:
+  """Returns the name of a file of tokens."""
+  return f"tokens-{number:05}.bin"
+
+
+def checksum(path: str | Path) -> dict[str, Any]:
+  """Returns a file's size and SHA-256, as the manifest has them."""
+  with open(path, "rb") as file:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+  return {"bytes": os.path.getsize(path), "sha256": digest}
+
+
+def read_manifest(folder: str) -> dict[str, Any] | None:
+  """Returns a folder's manifest, None if there is none.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  path = os.path.join(folder, MANIFEST)
+  try:
+    return json.loads(epath.Path(path).read_text())
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path}: damaged ({error})") from error
+
+
+def check_files(
+  folder: str, manifest: dict[str, Any], *, content: bool
+) -> None:
+  """Compares a folder's files with its manifest.
+
+  Args:
+    folder, manifest: the folder and what it holds.
+    content: whether to compare checksums, which reads everything, or sizes.
+
+  Raises:
+    UserError: a file is missing or another; names it.
+  """
+  for name, wanted in manifest["files"].items():
+    path = os.path.join(folder, name)
+    try:
+      size = os.path.getsize(path)
+      same = size == wanted["bytes"]
+      if same and content:
+        same = checksum(path) == wanted
+    except OSError as error:
+      raise UserError(f"{path}: {error.strerror}") from error
+    if not same:
+      raise _damaged(path, size, wanted)
+
+
+def _damaged(path: str, size: int, wanted: dict[str, Any]) -> UserError:
+  return UserError(
+    f"{path}: damaged ({size:,} bytes, where {wanted['bytes']:,} and"
+    f" SHA-256 {wanted['sha256'][:12]}... were written); prepare it anew"
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedCorpus:
+  """Tokenized documents by source, in the order of the taxonomy."""
+
+  taxonomy: Taxonomy
+  tokenizer: Tokenizer
+  # As `mixture.Corpus` has it for the same text.
+  content_hash: str
+  # Maps of the token files, and the documents of each source.
+  _arrays: Sequence[np.ndarray]
+  _documents: Sequence[np.ndarray]
+
+  def documents(self, split: str) -> list[EncodedDocuments]:
+    """Returns the documents of "train" or "held_out", by source."""
+    return [
+      EncodedDocuments(
+        self._arrays,
+        own["file"],
+        own["start"].astype(np.int64),
+        own["tokens"].astype(np.int64),
+      )
+      for own in self._of(split)
+    ]
+
+  def sizes(self) -> list[tuple[int, int]]:
+    """Returns the documents and characters of each source, of both splits."""
+    return [(len(own), _sum(own["characters"])) for own in self._documents]
+
+  def train_bytes(self) -> list[int]:
+    """Returns the UTF-8 bytes of each source's training text."""
+    return [_sum(own["bytes"]) for own in self._of("train")]
+
+  def _of(self, split: str) -> list[np.ndarray]:
+    held_out = split == "held_out"
+    return [own[own["held_out"] == held_out] for own in self._documents]
+
+
+def _sum(column: np.ndarray) -> int:
+  return int(column.sum(dtype=np.int64))
+
+
+def load_prepared(experiment: Experiment) -> PreparedCorpus:
+  """Opens the folder `data.prepared`.
+
+  `data.taxonomy` or `data.domains` may select, order, regroup or weigh its
+  domains anew, by their fine labels.
+
+  Raises:
+    UserError: it is missing, not finished or damaged, or does not fit the
+      experiment.
+  """
+  data = experiment.data
+  folder, setting = data.prepared, f"data.prepared={data.prepared}"
+  storage.check_access(folder, "data.prepared=")
+  manifest = read_manifest(folder)
+  if manifest is None:
+    reason = (
+      f"not finished (no {MANIFEST}); the command that began it continues it"
+      if epath.Path(folder).is_dir()
+      else "no such folder"
+    )
+    raise UserError(f"{setting}: {reason}")
+  if storage.in_bucket(folder):
+    folder = _local_copy(folder, manifest)
+  check_files(folder, manifest, content=False)
+  held_out = manifest["settings"]["held_out_fraction"]
+  if held_out != data.held_out_fraction:
+    raise UserError(
+      f"{setting} was split with held_out_fraction={held_out}, not"
+      f" data.held_out_fraction={data.held_out_fraction}"
+    )
+  text = Path(folder, TOKENIZER).read_text(encoding="utf-8")
+  tokenizer = Tokenizer.from_json(text)
+  if tokenizer.vocabulary_size > experiment.model.vocabulary_size:
+    raise UserError(
+      f"{setting} has {tokenizer.vocabulary_size} token ids, more than"
+      f" model.vocabulary_size={experiment.model.vocabulary_size}"
+    )
+  whole = Taxonomy.from_dict(manifest["taxonomy"])
+  taxonomy = _chosen(experiment, whole, setting)
+  documents = np.load(os.path.join(folder, DOCUMENTS))
+  # A stable sort once, not a pass for each of many sources.
+  order = np.argsort(documents["source"], kind="stable")
+  ends = np.searchsorted(
+    documents["source"][order], np.arange(len(whole.sources) + 1)
+  )
+  places = [whole.sources.index(name) for name in taxonomy.sources]
+  return PreparedCorpus(
+    taxonomy=taxonomy,
+    tokenizer=tokenizer,
+    content_hash=manifest["content_hash"],
+    _arrays=[
+      _map(os.path.join(folder, tokens_name(number)), manifest["dtype"])
+      for number in range(manifest["token_files"])
+    ],
+    _documents=[documents[order[ends[at] : ends[at + 1]]] for at in places],
+  )
+
+
+def _local_copy(folder: str, manifest: dict[str, Any]) -> str:
+  """Returns a copy of a bucket's folder, made once on each machine.
+
+  It lies in the cache directory under a name that depends on the checksums of
+  all files, so text that was prepared anew is copied anew.
+
+  Raises:
+    UserError: it does not fit, cannot be read or written, or is damaged.
+  """
+  files = manifest["files"]
+  key = cache_key(json.dumps(files, sort_keys=True))
+  copy = cache_directory() / "prepared" / key
+  needed = sum(file["bytes"] for file in files.values())
+  way_out = "make room, or set EDL_JAX_CACHE to a folder with more"
+  try:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{copy}.lock", "w") as lock:
+      # Other processes of this machine wait, then find it there.
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if copy.is_dir():
+        return str(copy)
+      partial = Path(f"{copy}.partial")
+      shutil.rmtree(partial, ignore_errors=True)
+      free = shutil.disk_usage(copy.parent).free
+      if free < needed:
+        raise UserError(
+          f"data.prepared={folder} is copied to {copy}: {needed / 2**20:,.0f}"
+          f" MiB, where {free / 2**20:,.0f} are free; {way_out}"
+        )
+      print(
+        f"copying {needed / 2**20:,.0f} MiB of {folder} to {copy}", flush=True
+      )
+      partial.mkdir()
+      for name, wanted in files.items():
+        _copy_file(f"{folder}/{name}", partial / name, wanted)
+      partial.rename(copy)
+  except OSError as error:
+    raise UserError(
+      f"data.prepared={folder} cannot be copied to {copy}:"
+      f" {error.strerror or error}; {way_out}"
+    ) from error
+  return str(copy)
+
+
+def _copy_file(source: str, target: Path, wanted: dict[str, Any]) -> None:
+  try:
+    reader = epath.Path(source).open("rb")
+  except FileNotFoundError as error:
+    raise UserError(f"{source}: missing; prepare it anew") from error
+  with reader, open(target, "wb") as writer:
+    shutil.copyfileobj(reader, writer, 1 << 24)
+  found = checksum(target)
+  if found != wanted:
+    raise _damaged(source, found["bytes"], wanted)
+
+
+def _map(path: str, dtype: str) -> np.ndarray:
+  # An empty file cannot be mapped.
+  if not os.path.getsize(path):
+    return np.zeros(0, dtype)
+  return np.memmap(path, dtype, mode="r")
+
+
+def _chosen(experiment: Experiment, whole: Taxonomy, setting: str) -> Taxonomy:
+  """Returns the experiment's own taxonomy of the domains that there are."""
+  data = experiment.data
+  known = dict(zip(whole.fine, whole.names))
+  if data.taxonomy:
+    taxonomy = load_taxonomy(data.taxonomy)
+    if taxonomy.unlabelled and not whole.unlabelled:
+      taxonomy = taxonomy.without_unlabelled()
+  elif data.domains:
+    pairs = [split_label(name, "data.domains") for name in data.domains]
+    taxonomy = Taxonomy.from_names(
+      [
+        join_label(coarse, fine) if coarse else known.get(fine, fine)
+        for coarse, fine in pairs
+      ]
+    )
+  else:
+    return whole
+  for name in taxonomy.fine:
+    if name not in known:
+      raise UserError(
+        f"{setting} has no domain {name!r}; it has {', '.join(whole.fine)}"
+      )
+  return taxonomy

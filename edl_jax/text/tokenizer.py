@@ -1,0 +1,261 @@
+"""Tokenizers that keep every byte: trained BPE, plain bytes, or a file's."""
+
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from edl_jax.config import Experiment, UserError
+from edl_jax.text.mixture import Corpus
+from edl_jax.text.tokenizer_files import (
+  DOCUMENT_START,
+  byte_characters,
+  document_start,
+  read_tokenizer,
+  special_tokens,
+  token_bytes,
+)
+
+# Characters of training text that the merges are learned from: enough for a
+# vocabulary of some thousands, and a few seconds; and so many a token where
+# that is more.
+_TRAINING_CHARACTERS = 6_000_000
+_TRAINING_CHARACTERS_PER_TOKEN = 1_000
+# Characters handed to the library at once, which bounds its memory.
+_ENCODING_CHARACTERS = 4_000_000
+
+
+class Tokenizer:
+  """A tokenizer that every string survives, encoded and decoded.
+
+  A thin layer over the `tokenizers` library. A special token, "<|document|>"
+  in tokenizers of our own, opens each document; it is placed by id only, and
+  text that spells it is text.
+  """
+
+  def __init__(self, library: tokenizers.Tokenizer):
+    # The library's name for "do not look for special tokens in the text".
+    library.encode_special_tokens = True
+    self._library = library
+    self._bytes = token_bytes(library)
+    self._special = special_tokens(library)
+    start = document_start(library)
+    if start is None:
+      raise UserError("the tokenizer has no token that opens a document")
+    self._document_start_id = start
+
+  @property
+  def vocabulary_size(self) -> int:
+    """Number of ids in use, [0, vocabulary_size)."""
+    return len(self._bytes)
+
+  @property
+  def document_start_id(self) -> int:
+    """Id of the first token of every document."""
+    return self._document_start_id
+
+  @property
+  def byte_lengths_V(self) -> np.ndarray:
+    """UTF-8 bytes that each token stands for, int32 (V,); 0 for special ones."""
+    return np.array([len(token) for token in self._bytes], np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the tokens of each text, int32, without special tokens."""
+    tokens = []
+    for chunk in _chunks(texts, _ENCODING_CHARACTERS):
+      encodings = self._library.encode_batch_fast(
+        chunk, add_special_tokens=False
+      )
+      tokens += [np.array(encoding.ids, np.int32) for encoding in encodings]
+    return tokens
+
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the tokens of one text, int32, without special tokens."""
+    return self.encode_batch([text])[0]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text of tokens, without special ones.
+
+    Bytes that are not UTF-8, as where a character was cut, become U+FFFD.
+    """
+    return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
+
+  def token_text(self, token: int) -> str:
+    """Returns one token as printable text: "\\n", "\\xe2" for such bytes."""
+    if token in self._special:
+      return self._special[token]
+    text = self._bytes[token].decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+  def to_json(self) -> str:
+    """Returns the tokenizer in the library's own JSON format."""
+    return self._library.to_str()
+
+  @classmethod
+  def from_json(cls, text: str) -> "Tokenizer":
+    """Inverse of `to_json`."""
+    return cls(tokenizers.Tokenizer.from_str(text))
+
+
+def _chunks(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
+  """Splits `texts` into runs of about so many characters."""
+  chunk, size = [], 0
+  for text in texts:
+    chunk.append(text)
+    size += len(text)
+    if size >= characters:
+      yield chunk
+      chunk, size = [], 0
+  if chunk:
+    yield chunk
+
+
+def _library(model: models.Model) -> tokenizers.Tokenizer:
+  library = tokenizers.Tokenizer(model)
+  # One token a digit, so that arithmetic is regular; then the word pattern of
+  # GPT-2, which keeps runs of indentation together.
+  library.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  library.decoder = decoders.ByteLevel()
+  return library
+
+
+def byte_tokenizer() -> Tokenizer:
+  """Returns the tokenizer whose ids are bytes, and 256 for a document start."""
+  vocabulary = {c: byte for byte, c in byte_characters().items()}
+  library = _library(models.BPE(vocab=vocabulary, merges=[]))
+  library.add_special_tokens([DOCUMENT_START])
+  return Tokenizer(library)
+
+
+def training_characters(vocabulary_size: int) -> int:
+  """Returns how many characters `train_tokenizer` learns from at most."""
+  return max(
+    _TRAINING_CHARACTERS, _TRAINING_CHARACTERS_PER_TOKEN * vocabulary_size
+  )
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
+  """Trains byte-level BPE; deterministic.
+
+  Learns from a fixed random sample of whole texts if there is much. Id 0 is
+  the document start. Small texts may give fewer than `vocabulary_size` ids.
+  """
+  enough = training_characters(vocabulary_size)
+  sample, size = [], 0
+  for text in random.Random(0).sample(texts, len(texts)):
+    if size >= enough:
+      break
+    sample.append(text[: enough - size])
+    size += len(sample[-1])
+  library = _library(models.BPE())
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocabulary_size,
+    special_tokens=[DOCUMENT_START],
+    initial_alphabet=list(byte_characters().values()),
+    show_progress=False,
+  )
+  library.train_from_iterator(sample, trainer)
+  return Tokenizer(library)
+
+
+def open_tokenizer(path: str) -> Tokenizer:
+  """Returns the tokenizer of a `tokenizer.json` or a SentencePiece `.model`.
+
+  See `tokenizer_files` for what is supported.
+
+  Raises:
+    UserError: no such file, not a tokenizer, or one that loses text.
+  """
+  return Tokenizer(read_tokenizer(path))
+
+
+def load_tokenizer(experiment: Experiment, corpus: Corpus) -> Tokenizer:
+  """Returns the experiment's tokenizer, trained on training documents only.
+
+  A trained one is kept in the cache directory for the next run.
+
+  Raises:
+    UserError: a file that is no fitting tokenizer, or has more tokens than
+      the model.
+  """
+  if experiment.data.tokenizer == "byte":
+    return byte_tokenizer()
+  if experiment.data.tokenizer != "bpe":
+    tokenizer = open_tokenizer(experiment.data.tokenizer)
+    if tokenizer.vocabulary_size > experiment.model.vocabulary_size:
+      raise UserError(
+        f"model.vocabulary_size={experiment.model.vocabulary_size} is less than"
+        f" the {tokenizer.vocabulary_size} tokens of"
+        f" data.tokenizer={experiment.data.tokenizer}"
+      )
+    return tokenizer
+  size = experiment.model.vocabulary_size
+  key = cache_key(
+    "bpe",
+    corpus.content_hash,
+    experiment.data.held_out_fraction,
+    size,
+    tokenizers.__version__,
+  )
+  cached = read_cache(f"tokenizer-{key}.json")
+  if cached is not None:
+    try:
+      return Tokenizer.from_json(cached.decode())
+    except Exception:  # The library raises plain Exception; train it anew.
+      pass
+  texts = [document.text for group in corpus.train for document in group]
+  tokenizer = train_tokenizer(texts, size)
+  write_cache(f"tokenizer-{key}.json", tokenizer.to_json().encode())
+  return tokenizer
+
+
+def cache_directory() -> Path:
+  """$EDL_JAX_CACHE, or edl_jax in $XDG_CACHE_HOME or in ~/.cache."""
+  if directory := os.environ.get("EDL_JAX_CACHE"):
+    return Path(directory)
+  parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  return Path(parent) / "edl_jax"
+
+
+def cache_key(*parts: str | int | float) -> str:
+  """Returns a short name for all that a cached file depends on."""
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def read_cache(name: str) -> bytes | None:
+  """Returns a cached file, or None if there is none that can be read."""
+  try:
+    return (cache_directory() / name).read_bytes()
+  except OSError:
+    return None
+
+
+def write_cache(name: str, content: bytes) -> None:
+  """Writes a cached file as a whole or, where that is impossible, not at all.
+
+  Several processes may write the same file at once.
+  """
+  try:
+    directory = cache_directory()
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+      try:
+        file.write(content)
+        file.flush()
+        os.replace(file.name, directory / name)
+      except OSError:
+        os.unlink(file.name)
+  except OSError:
+    pass

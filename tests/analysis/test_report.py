@@ -1,0 +1,205 @@
+"""Pictures of a run, and the table that sets runs side by side."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from edl_jax import metrics
+from edl_jax.analysis import report
+
+
+def write_run(folder, num_layers, domains, num_experts):
+  """Writes routing.json and metrics.jsonl as a run does."""
+  random = np.random.default_rng(0)
+  size = num_layers, len(domains), num_experts
+  probabilities = random.dirichlet(np.ones(num_experts), size[:2])
+  divergence = random.uniform(0, 0.6, (num_layers, size[1], size[1]))
+  routing = {
+    "domains": list(domains),
+    "layers": list(range(1, num_layers + 1)),
+    "probabilities": probabilities.tolist(),
+    "assignments": probabilities.tolist(),
+    "pairwise_divergence": (divergence + divergence.swapaxes(1, 2)).tolist(),
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "routing.json").write_text(json.dumps(routing))
+  with metrics.MetricsWriter(str(folder)) as writer:
+    for step in (10, 20, 30):
+      names = ("lm_loss", "divergence_loss", "balance_loss", "z_loss")
+      values = {f"train/{name}": 30.0 / step for name in names}
+      values["routing/diversity"] = values["routing/inter_fraction"] = 0.2
+      writer.write(step, values)
+      writer.write(step, {f"eval/lm_loss/{name}": 2.0 for name in domains})
+      writer.write(step, {"eval/lm_loss": 2.0, "eval/routing/diversity": 0.2})
+  return routing
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (3, 16, 40)])
+def test_run_report_draws_three_pictures(tmp_path, sizes):
+  num_layers, num_domains, num_experts = sizes
+  domains = [f"domain_{i}" for i in range(num_domains)]
+  write_run(tmp_path / "run", num_layers, domains, num_experts)
+  paths = report.write_run_report(str(tmp_path / "run"))
+  names = ("loss", "experts_by_domain", "domain_divergence")
+  assert paths == [str(tmp_path / f"run/report/{n}.png") for n in names]
+  for path in paths:
+    pixels = image.imread(path)
+    assert min(pixels.shape[:2]) > 150
+    # Something was drawn besides the white ground.
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+
+
+def test_run_report_draws_what_there_is(tmp_path):
+  assert report.write_run_report(str(tmp_path)) == []
+  metrics.MetricsWriter(str(tmp_path)).close()
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "eval/lm_loss": 2.0}\n')
+  (path,) = report.write_run_report(str(tmp_path))
+  assert path.endswith("loss.png")
+
+
+def test_heat_maps_show_the_right_numbers(tmp_path):
+  routing = write_run(tmp_path, 2, ["c", "python", "prose"], 5)
+  experts = report._draw_experts(routing, "run")
+  divergence = report._draw_divergence(routing, "run")
+  for layer in range(2):
+    axes = experts.axes[layer]
+    assert axes.get_title() == f"layer {layer + 1}"
+    shown_DE = np.asarray(axes.images[0].get_array())
+    order_E = [int(label.get_text()) for label in axes.get_xticklabels()]
+    assert sorted(order_E) == list(range(5))
+    expected_DE = 100 * np.array(routing["assignments"][layer])
+    np.testing.assert_allclose(shown_DE, expected_DE[:, order_E])
+    # The favourite domain of the experts, left to right, never goes back up.
+    assert np.all(np.diff(shown_DE.argmax(axis=0)) >= 0)
+    axes = divergence.axes[layer]
+    expected_DD = np.array(routing["pairwise_divergence"][layer])
+    np.testing.assert_allclose(axes.images[0].get_array(), expected_DD)
+    shown = {t.get_position(): float(t.get_text()) for t in axes.texts}
+    assert len(shown) == 6
+    for (column, row), value in shown.items():
+      assert abs(value - expected_DD[row, column]) <= 0.0005 + 1e-9
+  names = [label.get_text() for label in divergence.axes[0].get_yticklabels()]
+  assert names == ["c", "python", "prose"]
+
+
+def test_smooth_equals_a_naive_window():
+  values = np.random.default_rng(0).normal(size=100)
+  smoothed = report.smooth(values)
+  for i in range(100):
+    half = min(2, i, 99 - i)
+    expected = values[i - half : i + half + 1].mean()
+    assert smoothed[i] == pytest.approx(expected, abs=1e-12)
+  assert report.smooth(np.array([])).shape == (0,)
+
+
+def make_result(shift=0.0, first_layer=0):
+  layers = [
+    {"diversity": 0.25 + shift, "inter_fraction": 0.5, "max_violation": 1.0},
+    {"diversity": 0.75, "inter_fraction": 0.5 - shift, "max_violation": 2.0},
+  ]
+  return {
+    "experiment": {"model.num_dense_layers": first_layer},
+    "tokens_per_second": 12345.6,
+    "eval": {
+      "lm_loss": 2.5 - shift,
+      "bits_per_byte": 1.5,
+      "domains": {
+        "python": {"lm_loss": 2.0, "bits_per_byte": 1.0},
+        "legal": {"lm_loss": 3.0 + shift, "bits_per_byte": 2.0},
+      },
+    },
+    "routing": {
+      "diversity": 0.5,
+      "inter_fraction": 0.5,
+      "max_violation": 1.5,
+      "layers": layers,
+    },
+  }
+
+
+def rows_of(table):
+  """Parses a table into {(heading, row name): cells}."""
+  rows, heading = {}, None
+  for line in table.splitlines()[1:]:
+    if line.startswith("  ") and heading:
+      name, *cells = [part for part in line.split("  ") if part.strip()]
+      rows[heading, name.strip()] = [cell.strip() for cell in cells]
+    elif line and not line.startswith(("-", " ")):
+      heading = line.split(" (")[0]
+  return rows
+
+
+def test_comparison_table_of_two_runs():
+  long = "divergence_weight=0.003,num_active_experts=8,seed=1"
+  table = report.comparison_table(
+    [
+      ("base", make_result()),
+      (long, make_result(0.125)),
+    ]
+  )
+  assert max(map(len, table.splitlines())) <= 100
+  rows = rows_of(table)
+  loss = "held-out LM loss"
+  assert rows[loss, "overall"] == ["2.5000", "2.3750", "-0.1250"]
+  assert rows[loss, "python"] == ["2.0000", "2.0000", "+0.0000"]
+  assert rows[loss, "legal"] == ["3.0000", "3.1250", "+0.1250"]
+  bits = "held-out bits per byte"
+  assert rows[bits, "legal"] == ["2.0000", "2.0000", "+0.0000"]
+  diversity = "routing diversity"
+  assert rows[diversity, "mean"] == ["0.5000", "0.5000", "+0.0000"]
+  assert rows[diversity, "layer 0"] == ["0.2500", "0.3750", "+0.1250"]
+  inter = rows["D_inter / D_total", "layer 1"]
+  assert inter == ["0.5000", "0.3750", "-0.1250"]
+  assert rows["MaxVio", "mean"] == ["1.500", "1.500", "+0.000"]
+  speed = rows["speed", "tokens per second"]
+  assert speed == ["12,346", "12,346", "+0"]
+  # Aligned: all lines of figures end in the same column.
+  ends = {len(line) for line in table.splitlines() if line.startswith("  ")}
+  assert len(ends) == 1
+
+
+def test_comparison_table_of_other_counts_and_domains():
+  results = [(name, make_result(first_layer=1)) for name in "abc"]
+  del results[1][1]["eval"]["domains"]["legal"]
+  rows = rows_of(report.comparison_table(results))
+  assert rows["held-out LM loss", "legal"] == ["3.0000", "-", "3.0000"]
+  assert rows["routing diversity", "layer 2"] == ["0.7500"] * 3
+  rows = rows_of(report.comparison_table(results[:2]))
+  assert rows["held-out LM loss", "legal"] == ["3.0000", "-", "-"]
+
+
+def test_comparison_table_of_specialization():
+  results = []
+  for name, weight in (("base", 0.0), ("special", "auto:1e-4")):
+    result = make_result()
+    result["experiment"]["losses.orthogonality_weight"] = weight
+    for figures in (result["routing"], *result["routing"]["layers"]):
+      for key in (
+        "routing_variance",
+        "expert_overlap",
+        "output_similarity",
+        "silhouette",
+      ):
+        figures[key] = 0.5 if weight else 0.25
+    results.append((name, result))
+  rows = rows_of(report.comparison_table(results))
+  for heading in ("routing variance", "expert overlap", "silhouette"):
+    for name in ("mean", "layer 0", "layer 1"):
+      assert rows[heading, name] == ["0.2500", "0.5000", "+0.2500"]
+  # Not where no run asks for it.
+  assert "silhouette" not in report.comparison_table([results[0]] * 2)
+
+
+def test_importing_loads_neither_jax_nor_pyplot():
+  code = (
+    "import sys, edl_jax.analysis.report, edl_jax.sweep;"
+    "print([m for m in ('jax', 'matplotlib.pyplot') if m in sys.modules])"
+  )
+  output = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  ).stdout
+  assert output.strip() == "[]"

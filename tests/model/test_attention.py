@@ -1,0 +1,268 @@
+"""Attention and normalisation, with their own derivatives, against loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import (
+  AbstractDevice,
+  AbstractMesh,
+  AxisType,
+  PartitionSpec,
+)
+
+from edl_jax.model import splash
+from edl_jax.model.attention import BACKENDS, RMSNorm, causal_attention
+
+
+def naive_attention(q, k, v, segments):
+  """Float64, query by query."""
+  rows, length, heads, width = q.shape
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  y = np.zeros_like(q)
+  for b, t, n in np.ndindex(rows, length, heads):
+    seen = np.flatnonzero(segments[b, : t + 1] == segments[b, t])
+    key_head = n * k.shape[2] // heads
+    logits = k[b, seen, key_head] @ q[b, t, n] / np.sqrt(width)
+    weights = np.exp(logits - logits.max())
+    y[b, t, n] = weights / weights.sum() @ v[b, seen, key_head]
+  return y
+
+
+def library_attention(q, k, v, segments):
+  same = segments[:, None, :, None] == segments[:, None, None, :]
+  return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True)
+
+
+def differentiated(function, inputs, dy):
+  """The value and the gradients."""
+
+  def both(inputs, dy):
+    y, pull_back = jax.vjp(function, *inputs)
+    return y, pull_back(dy)
+
+  return jax.jit(both)(inputs, dy)
+
+
+def inputs(length, heads=4, key_heads=2, width=6):
+  random = np.random.default_rng(length)
+  q, k, v, dy = (
+    random.standard_normal((2, length, n, width), np.float32)
+    for n in (heads, key_heads, key_heads, heads)
+  )
+  # Segments end within blocks, at their ends, and padding has its own.
+  segments = np.sort(random.integers(0, 4, (2, length)), axis=1)[:, ::-1]
+  return q, k, v, dy, np.ascontiguousarray(segments, np.int32)
+
+
+# 160 and 128 go by blocks of queries, the others do not.
+@pytest.mark.parametrize("length", [1, 7, 70, 128, 160])
+def test_values_against_a_loop_and_gradients_against_autodiff(length):
+  q, k, v, dy, segments = inputs(length)
+  y, gradients = differentiated(
+    lambda *x: causal_attention(*x, segments), (q, k, v), dy
+  )
+  np.testing.assert_allclose(
+    y, naive_attention(q, k, v, segments), rtol=1e-5, atol=2e-6
+  )
+  _, wanted = differentiated(
+    lambda *x: library_attention(*x, segments), (q, k, v), dy
+  )
+  for got, want in zip(gradients, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=5e-6)
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+  q, k, v, dy, segments = inputs(128)
+  y, gradients = differentiated(
+    lambda *x: causal_attention(*x, segments), (100 * q, k, v), dy
+  )
+  np.testing.assert_allclose(
+    y, naive_attention(100 * q, k, v, segments), rtol=1e-3, atol=1e-4
+  )
+  assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bfloat16_keeps_its_dtype_and_float32_softmax():
+  q, k, v, dy, segments = inputs(128)
+  low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+  y, gradients = differentiated(
+    lambda *x: causal_attention(*x, segments),
+    low,
+    jnp.asarray(dy, jnp.bfloat16),
+  )
+  assert {x.dtype for x in (y, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+  exact = naive_attention(*(np.asarray(x, np.float32) for x in low), segments)
+  # A weight and an output are rounded to 8 bits.
+  np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.02)
+
+
+@pytest.fixture
+def small_kernels(monkeypatch):
+  """The kernels of the TPU in Pallas's interpreter, on blocks of 128."""
+  interpreted = functools.partial(splash.attention, interpret=True)
+  monkeypatch.setitem(BACKENDS, "tpu", interpreted)
+  monkeypatch.setattr(splash, "_LARGEST_BLOCK", 128)
+
+
+@pytest.mark.parametrize(
+  ("heads", "key_heads", "gradient_parts"), [(4, 1, 2), (4, 2, 1), (2, 2, 2)]
+)
+def test_kernels_against_a_loop_and_autodiff(
+  small_kernels, monkeypatch, heads, key_heads, gradient_parts
+):
+  # With one part for two blocks of keys the backward pass is two kernels.
+  monkeypatch.setattr(splash, "_MOST_GRADIENT_PARTS", gradient_parts)
+  q, k, v, dy, segments = inputs(256, heads, key_heads, width=16)
+  assert 0 in segments
+  y, gradients = differentiated(
+    lambda *x: causal_attention(*x, segments, backend="tpu"), (q, k, v), dy
+  )
+  np.testing.assert_allclose(
+    y, naive_attention(q, k, v, segments), rtol=1e-5, atol=2e-6
+  )
+  _, wanted = differentiated(
+    lambda *x: library_attention(*x, segments), (q, k, v), dy
+  )
+  for got, want in zip(gradients, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=5e-6)
+
+
+def count(jaxpr, primitive):
+  """How often a primitive occurs outside of kernels, in what is of use."""
+  found = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == primitive:
+      found += 1
+    elif equation.primitive.name != "pallas_call" and equation.outvars:
+      for inner in jaxprs_in_params(equation.params):
+        found += count(inner, primitive)
+  return found
+
+
+def traced(length, function=causal_attention):
+  q, k, v, _, segments = inputs(length, width=16)
+  return jax.make_jaxpr(function)(q, k, v, segments).jaxpr
+
+
+@pytest.mark.parametrize(
+  ("length", "platform", "kernels"),
+  [
+    (256, "tpu", 1),
+    (256, "cpu", 0),
+    (256, "cuda", 0),
+    (200, "tpu", 0),
+    # Known only after tracing, which goes both ways.
+    (256, None, 1),
+    (200, None, 0),
+  ],
+)
+def test_platform_and_length_choose_the_kernels(length, platform, kernels):
+  device = platform and AbstractDevice("some", num_cores=1, platform=platform)
+  mesh = AbstractMesh((1,), ("data",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jaxpr = traced(length)
+  assert count(jaxpr, "pallas_call") == kernels
+  both = platform is None and kernels
+  assert bool(count(jaxpr, "dot_general")) == (both or not kernels)
+
+
+@pytest.mark.parametrize(
+  ("backend", "primitive"), [("tpu", "pallas_call"), ("default", "dot_general")]
+)
+def test_its_output_can_be_saved_by_name(backend, primitive):
+  def gradient(policy):
+    def loss(*x):
+      return causal_attention(*x, backend=backend).sum()
+
+    rematerialized = jax.checkpoint(loss, policy=policy)
+    jaxpr = traced(256, jax.grad(rematerialized, (0, 1, 2)))
+    return count(jaxpr, primitive)
+
+  names = jax.checkpoint_policies.save_only_these_names
+  # The kernel's whole forward pass; of XLA's the last product in four blocks.
+  spared = gradient(names()) - gradient(names("attention"))
+  assert spared == {"tpu": 1, "default": 4}[backend]
+
+
+@pytest.mark.parametrize(
+  ("shards", "length", "backend"),
+  [(2, 10, "default"), (8, 64, "default"), (2, 512, "tpu"), (1, 128, "tpu")],
+)
+def test_a_spread_sequence_is_attended_as_a_whole_one(
+  small_kernels, shards, length, backend
+):
+  q, k, v, dy, segments = inputs(length, heads=2, key_heads=1, width=8)
+  rows = PartitionSpec(None, "sequence")
+  spread = jax.shard_map(
+    lambda *x: causal_attention(*x, "sequence", backend),
+    mesh=jax.make_mesh((shards,), ("sequence",), (AxisType.Auto,)),
+    in_specs=(rows,) * 4,
+    out_specs=rows,
+    check_vma=False,
+  )
+  y, gradients = differentiated(lambda *x: spread(*x, segments), (q, k, v), dy)
+  whole, wanted = differentiated(
+    lambda *x: library_attention(*x, segments), (q, k, v), dy
+  )
+  np.testing.assert_allclose(y, whole, rtol=1e-5, atol=2e-6)
+  for got, want in zip(gradients, wanted, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("length", [128, 384, 1152, 4096, 16384])
+def test_flops_count_blocks_that_the_mask_does_not_empty(length):
+  block = splash._block(length, shards=1)
+  start = np.arange(0, length, block)
+  # A block has a pair if its last query comes no earlier than its first key.
+  met = (start[:, None] + block - 1 >= start).sum()
+  pairs = met * block**2 * 3 * 5
+  forward, backward = splash.flops(3, length, heads=5, width=64)
+  assert forward == 4 * 64 * pairs
+  assert backward == (10 if length < 16384 else 14) * 64 * pairs
+
+
+def test_devices_share_the_queries_evenly():
+  def shares(positions_BT):
+    return splash._to_even_shares(positions_BT, "sequence")
+
+  rows = PartitionSpec(None, "sequence")
+  position = np.arange(64)
+  share = jax.shard_map(
+    shares,
+    mesh=jax.make_mesh((8,), ("sequence",), (AxisType.Auto,)),
+    in_specs=rows,
+    out_specs=rows,
+  )(position[None])
+  np.testing.assert_array_equal(np.sort(share[0]), position)
+  # A query at position t meets t + 1 keys.
+  met = (share.reshape(8, 8) + 1).sum(1)
+  assert set(met.tolist()) == {64 * 65 // 2 // 8}
+  whole = splash.flops(1, 16384, heads=2, width=64)
+  spread = splash.flops(1, 16384, heads=2, width=64, shards=8)
+  # Blocks have the same size, as it divides a sixteenth of the row.
+  assert spread == tuple(count // 8 for count in whole)
+
+
+def test_norm_against_autodiff_of_its_formula():
+  random = np.random.default_rng(0)
+  norm = RMSNorm(12, 1e-3)
+  x = random.standard_normal((3, 5, 12), np.float32)
+  scale = random.standard_normal(12, np.float32)
+  dy = random.standard_normal(x.shape, np.float32)
+
+  norm.scale[...] = jnp.asarray(scale)
+
+  def formula(x, scale):
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale
+
+  y, pull_back = jax.vjp(lambda x, norm: norm(x), x, norm)
+  want, formula_pull_back = jax.vjp(formula, x, scale)
+  np.testing.assert_allclose(y, want, rtol=1e-5)
+  dx, dnorm = pull_back(dy)
+  got_and_want = zip((dx, dnorm.scale[...]), formula_pull_back(dy), strict=True)
+  for got, want in got_and_want:
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,342 @@
+"""The transformer against itself in NumPy float64, written out in loops."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from edl_jax import config, sharding
+from edl_jax.config import ModelConfig
+from edl_jax.model.transformer import (
+  Model,
+  abstract_model,
+  parameter_counts,
+  training_flops,
+)
+from edl_jax.text.batch import Batch
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+CONFIG = ModelConfig(
+  vocabulary_size=31,
+  num_layers=3,
+  width=12,
+  num_heads=4,
+  num_kv_heads=2,
+  head_width=6,
+  num_experts=5,
+  num_active_experts=2,
+  expert_width=7,
+  num_shared_experts=2,
+  num_dense_layers=1,
+  dense_width=10,
+  rope_theta=100.0,
+)
+ROWS, LENGTH = 2, 12
+
+
+@functools.cache
+def random_model(config=CONFIG):
+  random = np.random.default_rng(0)
+
+  def draw(path, leaf):
+    value = random.standard_normal(leaf.shape)
+    is_norm = sharding.path_name(path).endswith("norm/scale")
+    return jnp.asarray(1 + 0.2 * value if is_norm else 0.4 * value, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, abstract_model(config))
+
+
+def tokens():
+  random = np.random.default_rng(1)
+  return random.integers(0, CONFIG.vocabulary_size, (ROWS, LENGTH))
+
+
+def float64(parameter, layer=None):
+  array = np.asarray(parameter[...], np.float64)
+  return array if layer is None else array[layer]
+
+
+def rms_norm(x, scale):
+  return x / np.sqrt(np.mean(x**2) + CONFIG.norm_epsilon) * scale
+
+
+def rotate(x, position):
+  half = len(x) // 2
+  turned = np.empty_like(x)
+  for i in range(half):
+    angle = position * CONFIG.rope_theta ** (-2 * i / len(x))
+    pair = complex(x[i], x[i + half]) * np.exp(1j * angle)
+    turned[i], turned[i + half] = pair.real, pair.imag
+  return turned
+
+
+def swiglu(x, gate_up, down):
+  gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
+  return (gate / (1 + np.exp(-gate)) * up) @ down
+
+
+def naive_attention(x_TM, attention, layer):
+  get = functools.partial(float64, layer=layer)
+  query_scale = get(attention.query_norm.scale)
+  key_scale = get(attention.key_norm.scale)
+  out = np.zeros_like(x_TM)
+  for n in range(CONFIG.num_heads):
+    k = n // (CONFIG.num_heads // CONFIG.num_kv_heads)
+    queries, keys, values = [], [], []
+    for t, x in enumerate(x_TM):
+      query = rms_norm(x @ get(attention.query_MNH)[:, n], query_scale)
+      key = rms_norm(x @ get(attention.key_MKH)[:, k], key_scale)
+      queries.append(rotate(query, t))
+      keys.append(rotate(key, t))
+      values.append(x @ get(attention.value_MKH)[:, k])
+    for t in range(len(x_TM)):
+      scores = np.array([queries[t] @ key for key in keys[: t + 1]])
+      weights = np.exp(scores / np.sqrt(CONFIG.head_width))
+      weights /= weights.sum()
+      mixed = sum(w * value for w, value in zip(weights, values))
+      out[t] += mixed @ get(attention.out_NHM)[n]
+  return out
+
+
+def naive_experts(x, moe, layer):
+  get = functools.partial(float64, layer=layer)
+  probs = np.exp(x @ get(moe.router_ME))
+  probs /= probs.sum()
+  chosen = np.argsort(-probs)[: CONFIG.num_active_experts]
+  y = swiglu(x, get(moe.shared.gate_up_M2F), get(moe.shared.down_FM))
+  for e in chosen:
+    gate = probs[e] / probs[chosen].sum()
+    y = y + gate * swiglu(x, get(moe.gate_up_EM2F)[e], get(moe.down_EFM)[e])
+  return y
+
+
+def naive_logits(model, tokens_T):
+  x_TM = float64(model.embedding_VM)[tokens_T]
+  layers = [(model.dense_blocks, 0), (model.blocks, 0), (model.blocks, 1)]
+  for block, layer in layers:
+    get = functools.partial(float64, layer=layer)
+    scale = get(block.attention_norm.scale)
+    normed = np.array([rms_norm(x, scale) for x in x_TM])
+    x_TM = x_TM + naive_attention(normed, block.attention, layer)
+    scale = get(block.feed_forward_norm.scale)
+    for t in range(len(x_TM)):
+      h = rms_norm(x_TM[t], scale)
+      if block is model.dense_blocks:
+        y = swiglu(h, get(block.mlp.gate_up_M2F), get(block.mlp.down_FM))
+      else:
+        y = naive_experts(h, block.moe, layer)
+      x_TM[t] = x_TM[t] + y
+  final = float64(model.final_norm.scale)
+  return np.array([rms_norm(x, final) for x in x_TM]) @ float64(model.head_MV)
+
+
+@jax.jit
+def logits(model, tokens_BT):
+  return model(tokens_BT)
+
+
+@jax.jit
+def hidden(model, tokens_BT, segments_BT, positions_BT):
+  weights_BT = jnp.ones(tokens_BT.shape, jnp.float32)
+  return model.hidden(tokens_BT, segments_BT, positions_BT, weights_BT)[0]
+
+
+def test_logits_against_naive_float64():
+  got = logits(random_model(), tokens())
+  assert got.dtype == jnp.float32
+  want = [naive_logits(random_model(), row) for row in tokens()]
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  assert np.std(want) > 0.1
+
+
+def test_a_position_sees_no_later_token():
+  before = logits(random_model(), tokens())
+  changed = tokens()
+  changed[:, 7] = (changed[:, 7] + 1) % CONFIG.vocabulary_size
+  after = logits(random_model(), changed)
+  np.testing.assert_array_equal(before[:, :7], after[:, :7])
+  assert (np.abs(before - after).max(-1)[:, 7:] > 1e-4).all()
+
+
+def test_packed_documents_are_as_if_alone():
+  lengths = (5, 4, 3)
+  segments_BT = np.repeat([1, 2, 3], lengths)[None].repeat(ROWS, 0)
+  positions_BT = np.concatenate([np.arange(n) for n in lengths])
+  positions_BT = positions_BT[None].repeat(ROWS, 0)
+  packed = hidden(random_model(), tokens(), segments_BT, positions_BT)
+  start = 0
+  for number, length in enumerate(lengths):
+    # The document first in its row; what follows it is of no matter.
+    alone = np.roll(tokens(), -start, 1)
+    got = hidden(
+      random_model(),
+      alone,
+      np.broadcast_to(np.arange(LENGTH) >= length, alone.shape) + 1,
+      np.broadcast_to(np.arange(LENGTH), alone.shape),
+    )
+    np.testing.assert_allclose(
+      got[:, :length],
+      packed[:, start : start + length],
+      rtol=1e-5,
+      atol=1e-5,
+      err_msg=f"document {number}",
+    )
+    start += length
+  whole = hidden(
+    random_model(),
+    tokens(),
+    np.ones_like(segments_BT),
+    np.broadcast_to(np.arange(LENGTH), segments_BT.shape),
+  )
+  assert np.abs(whole - packed)[:, 5:].max() > 1e-2
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_parameter_counts(dense, shared):
+  config = dataclasses.replace(
+    CONFIG, num_dense_layers=dense, num_shared_experts=shared
+  )
+  c = config
+  attention = c.width * c.head_width * 2 * (c.num_heads + c.num_kv_heads)
+  attention += 2 * c.head_width + 2 * c.width  # norms
+  expert = 3 * c.width * c.expert_width
+  moe_layers = c.num_layers - dense
+  outside = 2 * c.vocabulary_size * c.width + c.width
+
+  def count(experts):
+    per_moe = c.width * c.num_experts + (experts + shared) * expert
+    return (
+      outside
+      + c.num_layers * attention
+      + dense * 3 * c.width * c.dense_width
+      + moe_layers * per_moe
+    )
+
+  total, active = parameter_counts(config)
+  assert total == count(c.num_experts)
+  # A token looks one row of the embedding up.
+  embedding = c.vocabulary_size * c.width
+  assert active == count(c.num_active_experts) - embedding
+  arrays = jax.tree.leaves(random_model(config))
+  assert total == sum(array.size for array in arrays)
+
+
+def test_training_flops_are_six_a_token_for_each_weight_at_work():
+  rows, length = 3, 10
+  _, active = parameter_counts(CONFIG)
+  norms = sum(
+    leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      abstract_model(CONFIG)
+    )
+    if sharding.path_name(path).endswith("norm/scale")
+  )
+  weights = active - norms
+  # A query and a key of one head, then a weight and a value.
+  pairs = sum(range(1, length + 1)) * CONFIG.num_layers * CONFIG.num_heads
+  products = length * weights + pairs * 2 * CONFIG.head_width
+  flops = training_flops(CONFIG, rows, length)
+  assert sum(flops.values()) == 6 * rows * products
+
+
+def batch():
+  ones = np.ones((ROWS, LENGTH))
+  return Batch(
+    tokens_BT=tokens(),
+    targets_BT=np.roll(tokens(), -1, 1),
+    segments_BT=ones.astype(np.int32),
+    positions_BT=np.broadcast_to(np.arange(LENGTH), ones.shape),
+    weights_BT=ones.astype(np.float32),
+    domain_B=np.arange(ROWS),
+  )
+
+
+def test_bfloat16_computes_on_float32_parameters():
+  config = dataclasses.replace(CONFIG, dtype="bfloat16")
+  model = random_model(config)
+  x, rows, _ = jax.eval_shape(
+    lambda model, b: model.hidden(
+      b.tokens_BT, b.segments_BT, b.positions_BT, b.weights_BT
+    ),
+    model,
+    batch(),
+  )
+  assert x.dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in rows} == {jnp.dtype("float32")}
+  gradient = jax.eval_shape(
+    jax.grad(lambda model: model.batch_sums(batch(), ROWS)[0].nats), model
+  )
+  for tree in (abstract_model(config), gradient):
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(tree)}
+    assert dtypes == {jnp.dtype("float32")}
+  exact = np.asarray(logits(random_model(), tokens()))
+  rounded = np.asarray(logits(model, tokens()))
+  assert rounded.dtype == np.float32
+  # Near, but not equal: routing may flip for a token, so compare the most.
+  difference = np.abs(rounded - exact) / exact.std()
+  assert 1e-4 < np.median(difference) < 0.05
+
+
+def test_initialisation_has_its_stated_deviations():
+  config = ModelConfig(
+    vocabulary_size=512, num_layers=2, width=64, num_experts=4, expert_width=64
+  )
+  model = jax.jit(
+    lambda: Model(config, jax.random.key(0)),
+    compiler_options={"xla_backend_optimization_level": 0},
+  )()
+  # A normal cut at three standard deviations has 0.9866 of its deviation.
+  fan_in, residual = 0.9866 / 64**0.5, 1 / 2
+  moe, attention = model.blocks.moe, model.blocks.attention
+  for parameter, deviation in (
+    (model.embedding_VM, 0.02),
+    (model.head_MV, fan_in),
+    (moe.router_ME, fan_in),
+    (moe.gate_up_EM2F, fan_in),
+    (moe.down_EFM, fan_in * residual),
+    (attention.query_MNH, fan_in),
+    (attention.out_NHM, 0.9866 / 128**0.5 * residual),
+  ):
+    array = np.asarray(parameter[...])
+    tolerance = 4 / (2 * array.size) ** 0.5
+    assert array.std() == pytest.approx(deviation, rel=tolerance)
+    assert abs(array.mean()) < 4 * deviation / array.size**0.5
+  # No two layers or experts start alike.
+  assert not np.array_equal(moe.down_EFM[0], moe.down_EFM[1])
+  assert not np.array_equal(moe.down_EFM[0, 0], moe.down_EFM[0, 1])
+
+
+@pytest.mark.parametrize(
+  ("preset", "total", "active"),
+  [
+    ("edl_3b", 3e9, 0.3e9),
+    ("edl_4b", 4e9, 0.4e9),
+    ("edl_8b", 8e9, 0.8e9),
+    ("edl_15b", 15e9, 1.5e9),
+  ],
+)
+def test_presets_have_the_sizes_of_their_names(preset, total, active):
+  path = ROOT / "experiments" / f"{preset}.py"
+  weights = {}
+  for variant in ("baseline", "coarse", "fine"):
+    experiment = config.load(f"{path}:{variant}")
+    weights[variant] = (
+      experiment.losses.divergence_weight,
+      experiment.data.granularity,
+    )
+  assert weights["baseline"] == (0, "fine")
+  assert weights["coarse"] == (weights["fine"][0], "coarse")
+  assert weights["fine"][0] > 0 and weights["fine"][1] == "fine"
+  assert config.load(str(path)) == experiment
+  assert parameter_counts(experiment.model) == pytest.approx(
+    (total, active), rel=0.03
+  )
+  train = experiment.train
+  tokens = train.num_steps * train.batch_size * train.sequence_length
+  assert tokens == pytest.approx(100e9, rel=1e-3)
