@@ -31,10 +31,11 @@ from benchmarks import measure
 from data import labels, topics
 from data.prepare import Options, prepare
 from edl_jax.config import DataConfig, Experiment, ModelConfig, TrainConfig
+from edl_jax.text.documents import Document
 from edl_jax.text.input_pipeline import train_dataset, train_iterator
 from edl_jax.text.prepared import load_prepared
 from edl_jax.text.readers import read_records
-from edl_jax.text.sources import Document, read_documents
+from edl_jax.text.sources import read_documents
 
 _JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each measurement.")

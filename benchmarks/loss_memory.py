@@ -21,7 +21,7 @@ from absl import app, flags
 
 from benchmarks import measure
 from edl_jax.losses import divergence
-from edl_jax.losses import objective as losses
+from edl_jax.losses.cross_entropy import chunked_cross_entropy
 
 _JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
 _RUN = flags.DEFINE_integer(
@@ -37,7 +37,7 @@ def chunked(x_BTM: jax.Array, head_MV: jax.Array) -> jax.Array:
   """The library's cross-entropy; every target is token 0."""
   shape = x_BTM.shape[:2]
   zeros, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
-  return losses.chunked_cross_entropy(x_BTM, head_MV, zeros, ones)[0]
+  return chunked_cross_entropy(x_BTM, head_MV, zeros, ones)[0]
 
 
 def all_logits(x_BTM: jax.Array, head_MV: jax.Array) -> jax.Array:

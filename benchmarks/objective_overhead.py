@@ -25,7 +25,7 @@ from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.steps import TrainingStep
-from edl_jax import config, sharding
+from edl_jax import config_files, sharding
 from edl_jax.config import Experiment, LossesConfig, MeshConfig
 from edl_jax.losses import objective as losses
 from edl_jax.losses import routing
@@ -95,7 +95,7 @@ class DivergenceAlone:
 
 def main(arguments: list[str]) -> None:
   del arguments
-  base = config.load(_EXPERIMENT.value)
+  base = config_files.load(_EXPERIMENT.value)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
     contestants: dict[str, Callable[[], float]] = {

@@ -42,9 +42,9 @@ from typing import Any
 from absl import app, flags
 
 from benchmarks import contestants, measure
-from edl_jax import config
+from edl_jax import config, config_files
+from edl_jax.cache import cache_directory
 from edl_jax.config import UserError
-from edl_jax.text.tokenizer import cache_directory
 
 _PEERS = flags.DEFINE_list(
   "peers", list(contestants.CONTESTANTS), "Contestants to run."
@@ -257,7 +257,9 @@ def compare(names: list[str], folder: str, caches: str) -> None:
     folder: where the environments are.
     caches: an empty folder, for compiled programs.
   """
-  experiment = config.flatten(config.load(str(ROOT / "experiments/bench.py")))
+  experiment = config.flatten(
+    config_files.load(str(ROOT / "experiments/bench.py"))
+  )
   cold: dict[str, dict[str, Any]] = {}
   warm: dict[str, list[dict[str, Any]]] = {}
   turns: dict[str, Callable[[], float]] = {}

@@ -25,7 +25,7 @@ from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.steps import TrainingStep
-from edl_jax import config, runtime, sharding
+from edl_jax import config_files, runtime, sharding
 from edl_jax.config import MeshConfig
 from edl_jax.model.transformer import training_flops
 
@@ -164,7 +164,7 @@ def breakdown(
 def main(arguments: list[str]) -> None:
   del arguments
   runtime.configure()
-  experiment = config.load(_EXPERIMENT.value)
+  experiment = config_files.load(_EXPERIMENT.value)
   settings = experiment.train
   flops = training_flops(
     experiment.model, settings.batch_size, settings.sequence_length

@@ -29,7 +29,7 @@ from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.steps import TrainingStep
-from edl_jax import config, runtime, sharding
+from edl_jax import config_files, runtime, sharding
 from edl_jax.config import Experiment, MeshConfig
 
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns that each one takes.", 1)
@@ -54,7 +54,7 @@ VALUES = {
 
 def point(series: str, value: int) -> tuple[Experiment, int]:
   """Returns the experiment and the number of domains of one measurement."""
-  base = config.load("experiments/bench.py")
+  base = config_files.load("experiments/bench.py")
   if series == "domains":
     return base, value
   if series.startswith("experts"):

@@ -4,9 +4,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks import measure
-from edl_jax import sharding, train
+from edl_jax import sharding
 from edl_jax.config import Experiment
 from edl_jax.optim import make_optimizer
+from edl_jax.step import StepOutput, init_state, make_train_step
 from edl_jax.text.batch import Batch
 from edl_jax.text.mixture import Taxonomy
 
@@ -36,18 +37,18 @@ class TrainingStep:
     output: what the last step reported.
   """
 
-  output: train.StepOutput
+  output: StepOutput
 
   def __init__(self, experiment: Experiment, num_domains: int, mesh: Mesh):
     names = [f"domain{d}" for d in range(num_domains)]
     optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
-    step = train.make_train_step(
+    step = make_train_step(
       experiment, optimizer, Taxonomy.from_names(names), mesh
     )
     self._batch = sharding.put_batch(
       random_batch(experiment, num_domains), mesh
     )
-    self._state = train.init_state(experiment, optimizer, mesh)
+    self._state = init_state(experiment, optimizer, mesh)
     self.compiled = step.lower(self._state, self._batch).compile()
 
   def __call__(self) -> float:

@@ -35,9 +35,9 @@ from data.command import Parser, run
 from data.corpora_clean import Scrub, Text
 from data.corpora_packages import PackageError, fetch, licence
 from data.corpora_sources import MIXTURES, Source
+from edl_jax.cache import cache_directory
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.mixture import held_out_origins, origin_digest
-from edl_jax.text.tokenizer import cache_directory
 
 
 def build(

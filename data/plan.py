@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from edl_jax.config import DataConfig, UserError
+from edl_jax.text.documents import DomainNames
 from edl_jax.text.mixture import held_out_origins
 from edl_jax.text.readers import SeenIds
-from edl_jax.text.sources import DomainNames
 from edl_jax.text.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
 
 # Messages about bad records that are kept for the report.

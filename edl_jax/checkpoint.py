@@ -24,21 +24,11 @@ from edl_jax import config, storage
 from edl_jax.config import Experiment, UserError
 from edl_jax.model.transformer import Model, abstract_model
 from edl_jax.sharding import parameter_shardings, path_name
+from edl_jax.step import TrainState
 from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import Tokenizer
 
 _FOLDER = "checkpoints"
-
-
-class TrainState(NamedTuple):
-  """What a training step maps to its successor."""
-
-  # Optimizer steps taken, int32 scalar.
-  step: jax.Array
-  model: Model
-  optimizer: Any
-  # Loss weights "auto:TARGET" as the first batch set them, float32 scalars.
-  auto_weights: dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from edl_jax.checkpoint import Provenance, load, write_json
 from edl_jax.config import Experiment
-from edl_jax.losses import routing
+from edl_jax.losses import routing, routing_metrics
 from edl_jax.model.transformer import Model
 from edl_jax.sharding import put_batch
 from edl_jax.text.batch import Batch
@@ -113,9 +113,9 @@ def evaluate(
 def _routing_figures(stats: routing.RoutingStats) -> dict[str, Any]:
   p_LDE, _ = routing.domain_probabilities(stats)
   return {
-    "metrics": routing.metrics_by_layer(stats),
+    "metrics": routing_metrics.metrics_by_layer(stats),
     "probabilities": p_LDE,
-    "pairwise_divergence": routing.pairwise_divergence(stats),
+    "pairwise_divergence": routing_metrics.pairwise_divergence(stats),
   }
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from edl_jax import config
+from edl_jax import config_files
 from edl_jax.config import Experiment, UserError
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
       name, equals, value = argument.partition("=")
       if name in ("--experiment", "-experiment"):
         path = value if equals else following
-        config.check_experiment_file(path)
-    config.check_override_keys(arguments[1:])
-    with config.one_line_flag_errors(path):
+        config_files.check_experiment_file(path)
+    config_files.check_override_keys(arguments[1:])
+    with config_files.one_line_flag_errors(path):
       rest = flags.FLAGS(arguments)
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}; options start with --")
@@ -191,8 +191,8 @@ def main(arguments: Sequence[str]) -> None:
   try:
     flag = flags.FLAGS["experiment"]
     path = flag.config_filename if flag.present else None
-    config.check_experiment_file(path)
-    experiment = config.check_experiment(_EXPERIMENT.value, path)
+    config_files.check_experiment_file(path)
+    experiment = config_files.check_experiment(_EXPERIMENT.value, path)
     if not _WORKDIR.value:
       raise UserError("--workdir is missing: name the folder of the run")
     _run(experiment, _WORKDIR.value, _MODE.value)

@@ -14,7 +14,7 @@ import sys
 
 import jax
 
-from edl_jax.text.tokenizer import cache_directory
+from edl_jax.cache import cache_directory
 
 # What makes the TPU compiler send and compute at once. Gathers of weights are
 # cut in steps that run inside the fusions before they are needed, ...

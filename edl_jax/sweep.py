@@ -32,7 +32,7 @@ from typing import IO, Any, Self
 
 from absl import flags
 
-from edl_jax import config
+from edl_jax import config, config_files
 from edl_jax.analysis import report, sweep_report
 from edl_jax.config import Experiment, UserError
 
@@ -60,7 +60,7 @@ def parse_grid(grids: Sequence[str]) -> dict[str, list[str]]:
   for grid in grids:
     key, _, text = grid.partition("=")
     values = text.split(";" if ";" in text else ",")
-    config.check_override_keys([f"--experiment.{key}={text}"])
+    config_files.check_override_keys([f"--experiment.{key}={text}"])
     if not all(value.strip() for value in values):
       raise UserError(
         f"--grid={grid}: empty value; write --grid={key}=VALUE,VALUE,..."
@@ -77,14 +77,14 @@ def points(
   """Returns the product of the grids, the last one varying fastest.
 
   Args:
-    experiment: experiment file, as for `config.load`.
+    experiment: experiment file, as for `config_files.load`.
     grids: KEY=V1,V2,... each.
     common: overrides shared by all points, text by dotted key.
 
   Raises:
     UserError: a point is impossible, or two points are the same.
   """
-  config.check_experiment_file(experiment)
+  config_files.check_experiment_file(experiment)
   grid = parse_grid(grids)
   for key in grid:
     if key in common:
@@ -93,7 +93,7 @@ def points(
   made: list[Point] = []
   for values in itertools.product(*grid.values()):
     overrides = {**common, **dict(zip(grid, values))}
-    loaded = config.load(experiment, overrides)
+    loaded = config_files.load(experiment, overrides)
     flat = config.flatten(loaded)
     # From the values as loaded: 0.01 and 1e-2 are the same run.
     name = ",".join(
@@ -314,9 +314,9 @@ def _help(values: flags.FlagValues) -> str:
 
 
 def _run(arguments: Sequence[str]) -> int:
-  rest, common = config.split_overrides(arguments)
+  rest, common = config_files.split_overrides(arguments)
   values = _define_flags()
-  with config.one_line_flag_errors():
+  with config_files.one_line_flag_errors():
     positional = values(rest)[1:]
   if values.help:
     print(_help(values))

@@ -30,6 +30,7 @@ from edl_jax.config import (
   UserError,
 )
 from edl_jax.optim import make_optimizer
+from edl_jax.step import abstract_state
 from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import byte_tokenizer
 
@@ -64,7 +65,7 @@ DATA_STATE = {"next_index": 7, "inner": {"epoch": 0}}
 
 def abstract(config, devices=8):
   mesh = sharding.make_mesh(config, jax.devices()[:devices])
-  return train.abstract_state(EXPERIMENT, OPTIMIZER, mesh)
+  return abstract_state(EXPERIMENT, OPTIMIZER, mesh)
 
 
 @functools.cache

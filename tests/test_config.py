@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from edl_jax import config
+from edl_jax import config, config_files
 from edl_jax.config import Experiment, UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -21,7 +21,9 @@ def error(function, *arguments):
 
 
 def test_flatten_and_unflatten_are_inverse():
-  experiment = config.load(TINY, {"data.domains": "('a/b', 'c')", "seed": 3})
+  experiment = config_files.load(
+    TINY, {"data.domains": "('a/b', 'c')", "seed": 3}
+  )
   flat = config.flatten(experiment)
   assert flat["model.num_experts"] == 4
   assert flat["data.domains"] == ("a/b", "c")
@@ -40,22 +42,22 @@ def test_flatten_and_unflatten_are_inverse():
 
 def test_defaults_and_tiny_are_valid():
   config.validate(Experiment())
-  assert config.load(TINY).name == "tiny"
+  assert config_files.load(TINY).name == "tiny"
 
 
 def test_overrides_take_the_type_of_their_field():
-  experiment = config.load(
+  experiment = config_files.load(
     TINY, {"losses.divergence_weight": "1e-2", "data.weights": "0.5,2"}
   )
   assert experiment.losses.divergence_weight == 0.01
   assert experiment.data.weights == (0.5, 2.0)
-  assert config.load(TINY).losses.divergence_weight == 0.01
-  assert config.load(TINY).data.weights == ()
+  assert config_files.load(TINY).losses.divergence_weight == 0.01
+  assert config_files.load(TINY).data.weights == ()
 
 
 def test_nested_values_survive_flags_and_json():
   text = "((0.5, 1.0, 2.0), (0.75, 0.0, 1.0))"
-  experiment = config.load(TINY, {"data.weight_phases": text})
+  experiment = config_files.load(TINY, {"data.weight_phases": text})
   assert experiment.data.weight_phases == ((0.5, 1.0, 2.0), (0.75, 0.0, 1.0))
   flat = config.flatten(experiment)
   saved = json.loads(json.dumps(flat))
@@ -76,9 +78,9 @@ def test_nested_values_survive_flags_and_json():
 )
 def test_unknown_key_names_the_nearest(wrong, nearest):
   for message in (
-    error(config.load, TINY, {wrong: 1}),
-    error(config.check_override_keys, [f"--experiment.{wrong}=1"]),
-    error(config.check_override_keys, [f"--experiment.{wrong}", "1"]),
+    error(config_files.load, TINY, {wrong: 1}),
+    error(config_files.check_override_keys, [f"--experiment.{wrong}=1"]),
+    error(config_files.check_override_keys, [f"--experiment.{wrong}", "1"]),
   ):
     assert message == (
       f"unknown key experiment.{wrong}; did you mean {nearest}?"
@@ -86,12 +88,12 @@ def test_unknown_key_names_the_nearest(wrong, nearest):
 
 
 def test_key_that_resembles_none_lists_all():
-  message = error(config.load, TINY, {"qqqqqqqq": 1})
+  message = error(config_files.load, TINY, {"qqqqqqqq": 1})
   assert "experiment.qqqqqqqq" in message and "mesh.tensor" in message
 
 
 def test_group_cannot_be_set():
-  assert "group" in error(config.load, TINY, {"model": 1})
+  assert "group" in error(config_files.load, TINY, {"model": 1})
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_group_cannot_be_set():
   ],
 )
 def test_wrong_type_names_key_and_value(key, value):
-  message = error(config.load, TINY, {key: value})
+  message = error(config_files.load, TINY, {key: value})
   assert key in message
   assert value.split(",")[0] in message
 
@@ -196,7 +198,7 @@ INVALID = [
   ("overrides", "named"), INVALID, ids=[str(case[0]) for case in INVALID]
 )
 def test_impossible_value_names_path_and_values(overrides, named):
-  message = error(config.load, TINY, overrides)
+  message = error(config_files.load, TINY, overrides)
   assert next(iter(overrides)) in message
   for text in named:
     assert text in message
@@ -204,7 +206,7 @@ def test_impossible_value_names_path_and_values(overrides, named):
 
 def test_weights_are_numbers_or_targets():
   for given, want in (("0.5", 0.5), (2, 2), ("auto:1e-4", "auto:1e-4")):
-    experiment = config.load(TINY, {"losses.variance_weight": given})
+    experiment = config_files.load(TINY, {"losses.variance_weight": given})
     assert experiment.losses.variance_weight == want
     assert config.unflatten(config.flatten(experiment)) == experiment
   assert config.auto_target("auto:1e-4") == 1e-4
@@ -219,13 +221,13 @@ def test_experiment_files(tmp_path):
     "  return Experiment(name=f'other {variant}')\n"
   )
   (tmp_path / "dict.py").write_text("def get_config(): return {'seed': 1}\n")
-  message = error(config.load, missing)
+  message = error(config_files.load, missing)
   assert missing in message and "other.py" in message
-  assert "--experiment" in error(config.load, "")
-  assert "dict" in error(config.load, str(tmp_path / "dict.py"))
+  assert "--experiment" in error(config_files.load, "")
+  assert "dict" in error(config_files.load, str(tmp_path / "dict.py"))
   other = str(tmp_path / "other.py")
-  assert config.load(other).name == "other "
-  assert config.load(f"{other}:big").name == "other big"
+  assert config_files.load(other).name == "other "
+  assert config_files.load(f"{other}:big").name == "other big"
 
 
 @pytest.mark.parametrize(
@@ -244,15 +246,15 @@ def test_wrong_field_in_a_file_is_named(tmp_path, field, named):
     "def get_config(variant=''):\n"
     f"  return config.Experiment({field})\n"
   )
-  message = error(config.load, str(path))
+  message = error(config_files.load, str(path))
   assert named in message
   assert "Traceback" not in message
 
 
 def test_differing_keys_ignores_what_may_change():
-  saved = config.flatten(config.load(TINY))
+  saved = config.flatten(config_files.load(TINY))
   current = config.flatten(
-    config.load(
+    config_files.load(
       TINY,
       {
         "seed": 1,

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
-from edl_jax import sharding, train
+from edl_jax import sharding
 from edl_jax.config import (
   DataConfig,
   Experiment,
@@ -31,9 +31,10 @@ from edl_jax.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from edl_jax.losses import routing
+from edl_jax.losses import routing_metrics
 from edl_jax.model.transformer import abstract_model
 from edl_jax.optim import make_optimizer
+from edl_jax.step import init_state, loss_and_gradient, make_train_step
 from edl_jax.text.batch import Batch
 from edl_jax.text.mixture import Taxonomy
 
@@ -131,14 +132,12 @@ def shuffled(batch):
   compiler_options={"xla_cpu_use_fusion_emitters": False},
 )
 def step(model, batch, experiment):
-  sums, terms, gradient = train.loss_and_gradient(
-    model, batch, experiment, TAXONOMY
-  )
+  sums, terms, gradient = loss_and_gradient(model, batch, experiment, TAXONOMY)
   return {
     "sums": sums,
     "terms": terms,
     "gradient": gradient,
-    "metrics": routing.metrics_by_layer(sums.routing),
+    "metrics": routing_metrics.metrics_by_layer(sums.routing),
   }
 
 
@@ -336,7 +335,7 @@ def test_domains_that_the_rows_cannot_hold_are_not_compared():
   experiment = Experiment(
     model=MODEL, losses=LOSSES, data=DataConfig(granularity="hierarchical")
   )
-  program = jax.make_jaxpr(train.loss_and_gradient, static_argnums=(2, 3))(
+  program = jax.make_jaxpr(loss_and_gradient, static_argnums=(2, 3))(
     random_model(), random_batch(), experiment, taxonomy
   )
   shapes = re.findall(r"f32\[([\d,]+)\]", str(program))
@@ -415,8 +414,8 @@ def test_moments_in_the_memory_of_the_host_change_nothing():
     )
     optimizer = make_optimizer(experiment.optimizer, 10)
     with jax.set_mesh(mesh):
-      state = train.init_state(experiment, optimizer, mesh)
-      step = train.make_train_step(experiment, optimizer, TAXONOMY, mesh)
+      state = init_state(experiment, optimizer, mesh)
+      step = make_train_step(experiment, optimizer, TAXONOMY, mesh)
       for _ in range(2):
         state, _ = step(state, sharding.put_batch(random_batch(), mesh))
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer)}

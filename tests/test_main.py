@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from edl_jax import config, main
+from edl_jax import config_files, main
 from edl_jax.checkpoint import Provenance, check_workdir, describe_workdir
 from edl_jax.config import UserError
 from edl_jax.text.mixture import load_corpus
@@ -61,7 +61,7 @@ def refused(experiment, workdir, mode="train"):
 
 def start_of_run(workdir, **overrides):
   """Makes `workdir` what it is when a run has begun."""
-  experiment = config.load(TINY, overrides)
+  experiment = config_files.load(TINY, overrides)
   corpus = load_corpus(experiment.data)
   provenance = Provenance(
     experiment,
@@ -157,7 +157,7 @@ def test_bad_line_names_file_and_line_and_makes_nothing(tmp_path, files):
   with open(files, "a") as file:
     file.write("not json\n")
   before = snapshot(tmp_path)
-  experiment = config.load(TINY, {"data.files": files})
+  experiment = config_files.load(TINY, {"data.files": files})
   assert f"{files}:61" in refused(experiment, tmp_path / "run")
   assert snapshot(tmp_path) == before
 
@@ -175,14 +175,14 @@ def test_bad_line_names_file_and_line_and_makes_nothing(tmp_path, files):
   ],
 )
 def test_unfit_text_makes_nothing(tmp_path, files, overrides, named):
-  experiment = config.load(TINY, {"data.files": files} | overrides)
+  experiment = config_files.load(TINY, {"data.files": files} | overrides)
   before = snapshot(tmp_path)
   assert named in refused(experiment, tmp_path / "run")
   assert snapshot(tmp_path) == before
 
 
 def test_nothing_to_evaluate(tmp_path, files):
-  experiment = config.load(TINY, {"data.files": files})
+  experiment = config_files.load(TINY, {"data.files": files})
   message = refused(experiment, tmp_path / "run", "eval")
   assert "no checkpoint to evaluate" in message
   assert not (tmp_path / "run").exists()
@@ -192,7 +192,9 @@ def test_workdir_of_another_experiment_shows_the_keys(tmp_path, files):
   run = tmp_path / "run"
   start_of_run(run, **{"data.files": files})
   before = snapshot(tmp_path)
-  other = config.load(TINY, {"data.files": files, "seed": 4, "name": "new"})
+  other = config_files.load(
+    TINY, {"data.files": files, "seed": 4, "name": "new"}
+  )
   message = refused(other, run)
   assert "another experiment: seed: 0 -> 4; choose" in message
   assert "name:" not in message
@@ -244,7 +246,7 @@ def test_damaged_description_is_named(tmp_path, files):
 
 
 def test_workdir_below_a_file_or_read_only(tmp_path, files):
-  experiment = config.load(TINY, {"data.files": files})
+  experiment = config_files.load(TINY, {"data.files": files})
   message = refused(experiment, tmp_path / "texts.jsonl" / "run")
   assert "cannot write to --workdir" in message
   message = refused(experiment, files)
@@ -285,6 +287,6 @@ def test_full_workdir(tmp_path, files, monkeypatch):
 
 
 def test_prepared_text_that_is_not_there_is_refused(tmp_path):
-  experiment = config.load(TINY, {"data.prepared": f"{tmp_path}/none"})
+  experiment = config_files.load(TINY, {"data.prepared": f"{tmp_path}/none"})
   message = refused(experiment, tmp_path / "run")
   assert message == f"data.prepared={tmp_path}/none: no such folder"

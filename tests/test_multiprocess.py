@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 import edl_jax
-from edl_jax import sharding, train
+from edl_jax import sharding
 from edl_jax.checkpoint import Checkpointer, checkpoint_steps
 from edl_jax.config import MeshConfig
 from edl_jax.metrics import read_metrics
 from edl_jax.optim import make_optimizer
+from edl_jax.step import abstract_state
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,8 @@ TERMINATE, KILL = int(signal.SIGTERM), int(signal.SIGKILL)
 PROGRAM = """
 import functools, json, os, runpy, sys, time
 import jax
-from edl_jax import input_pipeline, sharding
+from edl_jax import sharding
+from edl_jax.text import input_pipeline
 at, number, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 del sys.argv[1:4]
 jax.distributed.initialize = functools.partial(
@@ -193,7 +195,7 @@ def restored(workdir):
   checkpointer = Checkpointer(str(workdir), 2)
   state, data = checkpointer.restore(
     checkpointer.latest_step(),
-    train.abstract_state(experiment, optimizer, mesh),
+    abstract_state(experiment, optimizer, mesh),
   )
   checkpointer.close()
   return jax.device_get(jax.tree.leaves(state)), data

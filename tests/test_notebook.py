@@ -14,7 +14,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-from edl_jax import config
+from edl_jax import config, config_files
 from edl_jax.model.transformer import Model, parameter_counts
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,7 +99,9 @@ def test_notebook_shows_a_run(environment, tmp_path):
   for domain in ("python_source", "legal", "arithmetic"):
     assert domain in loaded
     assert domain in printed(notebook, "batch")
-  experiment = config.load(str(ROOT / "experiments" / "tiny.py"), OVERRIDES)
+  experiment = config_files.load(
+    str(ROOT / "experiments" / "tiny.py"), OVERRIDES
+  )
   counts = re.search(
     r"total ([\d,]+), active ([\d,]+)", printed(notebook, "parameters-table")
   )

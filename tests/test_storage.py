@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import edl_jax
 from data.prepare import Options, prepare
-from edl_jax import checkpoint, config, main, metrics, storage
+from edl_jax import checkpoint, config, config_files, main, metrics, storage
 from edl_jax.analysis import report
 from edl_jax.config import UserError
 from edl_jax.text.mixture import Taxonomy
@@ -192,9 +192,9 @@ def test_buckets_that_cannot_be_used_are_refused(bucket):
   assert "(Forbidden: b/locked no access); log in" in refused("gs://locked/a")
   for mode in ("train", "eval"):
     with pytest.raises(UserError, match=r"^--workdir=gs://none/run: there is"):
-      main._run(config.load(TINY), "gs://none/run", mode)
+      main._run(config_files.load(TINY), "gs://none/run", mode)
   for key in ("data.prepared", "train.initial_checkpoint"):
-    experiment = config.load(TINY, {key: "gs://none/a"})
+    experiment = config_files.load(TINY, {key: "gs://none/a"})
     with pytest.raises(UserError, match=f"{key}.*there is no bucket gs://none"):
       main._run(experiment, "runs/none", "train")
 
@@ -229,7 +229,7 @@ def upload(folder, target):
 
 
 def tokens_of(folder):
-  experiment = config.load(TINY, {"data.prepared": folder})
+  experiment = config_files.load(TINY, {"data.prepared": folder})
   corpus = load_prepared(experiment)
   text = b"".join(np.asarray(array).tobytes() for array in corpus._arrays)
   return corpus.content_hash, hashlib.sha256(text).hexdigest(), corpus.sizes()

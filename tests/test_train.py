@@ -19,11 +19,12 @@ import pytest
 
 import edl_jax
 from data.prepare import Options, prepare
-from edl_jax import config, sharding, train
+from edl_jax import config_files, sharding, train
 from edl_jax.checkpoint import Checkpointer, Provenance, checkpoint_steps
 from edl_jax.config import MeshConfig
 from edl_jax.metrics import read_metrics
 from edl_jax.optim import make_optimizer
+from edl_jax.step import abstract_state
 from edl_jax.text import input_pipeline
 from edl_jax.text.input_pipeline import train_dataset
 from edl_jax.text.mixture import load_corpus
@@ -153,7 +154,7 @@ def restored(workdir):
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   checkpointer = Checkpointer(str(workdir), 2)
   state, data = checkpointer.restore(
-    steps(workdir)[-1], train.abstract_state(experiment, optimizer, mesh)
+    steps(workdir)[-1], abstract_state(experiment, optimizer, mesh)
   )
   checkpointer.close()
   return jax.device_get(jax.tree.leaves(state)), data
@@ -229,7 +230,7 @@ def test_prepared_text_trains_and_repeats_are_told(runs):
 
 def small_run(runs):
   """Returns the arguments of `train.train`, but for mesh and folder."""
-  experiment = config.load(TINY, {"data.files": str(runs.files)})
+  experiment = config_files.load(TINY, {"data.files": str(runs.files)})
   corpus = load_corpus(experiment.data)
   tokenizer = load_tokenizer(experiment, corpus)
   return (

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from absl import flags
 
-from edl_jax import config
+from edl_jax import config, config_files
 from edl_jax.aot import topologies
 from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment, UserError
@@ -93,9 +93,9 @@ def _help(values: flags.FlagValues) -> str:
 
 
 def _run(arguments: Sequence[str]) -> int:
-  rest, overrides = config.split_overrides(arguments)
+  rest, overrides = config_files.split_overrides(arguments)
   values = _define_flags()
-  with config.one_line_flag_errors():
+  with config_files.one_line_flag_errors():
     positional = values(rest)[1:]
   if values.help:
     print(_help(values))
@@ -104,10 +104,12 @@ def _run(arguments: Sequence[str]) -> int:
     raise UserError(
       f"unexpected argument {positional[0]!r}; options start with --"
     )
-  variants = {"": config.load(values.experiment, overrides)}
+  variants = {"": config_files.load(values.experiment, overrides)}
   if values.compare:
-    _, changed = config.split_overrides([f"--experiment.{values.compare}"])
-    variants[values.compare] = config.load(
+    _, changed = config_files.split_overrides(
+      [f"--experiment.{values.compare}"]
+    )
+    variants[values.compare] = config_files.load(
       values.experiment, overrides | changed
     )
   if not values.topology:

@@ -14,9 +14,9 @@ from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment
 from edl_jax.optim import make_optimizer
 from edl_jax.runtime import compiler_options
+from edl_jax.step import abstract_state, make_train_step
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy, load_taxonomy
-from edl_jax.train import abstract_state, make_train_step
 
 # Of the paper's finer taxonomy; for experiments that leave domains to the data.
 NUM_DOMAINS = 49

@@ -7,150 +7,18 @@ same number on any mesh and for any number of micro-batches.
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from edl_jax import sharding
 from edl_jax.config import LossesConfig, auto_target
 from edl_jax.losses import routing
 from edl_jax.losses.divergence import hierarchical_divergence_loss
+from edl_jax.losses.routing import BatchSums
 
 # Elements, domains x domains x experts, of layers whose divergence is computed
 # at once.
 _LAYERS_ELEMENTS = 1 << 20
-
-
-class BatchSums(NamedTuple):
-  """All that the objective needs of a batch; adds leaf by leaf."""
-
-  # Summed cross-entropy of counted tokens, nats, scalar.
-  nats: jax.Array
-  # Counted tokens, scalar.
-  tokens: jax.Array
-  routing: routing.RoutingStats
-
-
-def chunked_cross_entropy(
-  x_BTM: jax.Array,
-  head_MV: jax.Array,
-  targets_BT: jax.Array,
-  weights_BT: jax.Array,
-  chunk_elements: int = 1 << 22,
-) -> tuple[jax.Array, jax.Array]:
-  """Weighted cross-entropy of a linear head, without all logits at once.
-
-  Logits exist for one chunk of tokens at a time. The gradient is formed in the
-  forward pass, chunk by chunk, from the same logits: nothing is computed
-  twice and only arrays of the size of `x_BTM` and `head_MV` are kept.
-
-  Inside `sharding.per_shard` the arguments are a device's own: its rows, and
-  its piece of the head, whose gradient sums over all rows already. So all
-  devices' sums must be added up with the same weight, as they are in a total.
-
-  Args:
-    x_BTM: final activations; their dtype is the matmul's, sums are float32.
-    head_MV: float32 master weights.
-    targets_BT: int32 in [0, V).
-    weights_BT: float32, 0 for padding; no gradient.
-    chunk_elements: of the largest array of logits.
-
-  Returns:
-    The weighted sum in nats over these rows, a float32 scalar, and float32
-    nats_BT (weighted) for reports, through which no gradient flows.
-  """
-  total, nats_BT = _cross_entropy(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements
-  )
-  return total, jax.lax.stop_gradient(nats_BT)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(x_BTM, head_MV, targets_BT, weights_BT, chunk_elements):
-  nats_BT, _, _ = _in_chunks(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, False
-  )
-  return nats_BT.sum(), nats_BT
-
-
-def _cross_entropy_forward(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements
-):
-  nats_BT, dx_BTM, dhead_MV = _in_chunks(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, True
-  )
-  return (nats_BT.sum(), nats_BT), (dx_BTM, dhead_MV)
-
-
-def _cross_entropy_backward(chunk_elements, residuals, cotangents):
-  del chunk_elements
-  dx_BTM, dhead_MV = residuals
-  # Devices along `tensor` hold the same sum, and a part of its cotangent each.
-  scale = sharding.sum_over(cotangents[0], ("tensor",))
-  return (scale * dx_BTM).astype(dx_BTM.dtype), scale * dhead_MV, None, None
-
-
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
-
-
-def _in_chunks(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, with_gradient
-):
-  """Returns nats_BT, and dx_BTM and dhead_MV (None without gradient).
-
-  Along `tensor` each device has the logits of its part of the vocabulary, and
-  returns the part of dx_BTM that these make.
-  """
-  batch, length, width = x_BTM.shape
-  head = sharding.gather("head_MV", head_MV.astype(x_BTM.dtype))
-  vocabulary = head.shape[1]
-  first = sharding.index_along("tensor") * vocabulary
-  tokens = batch * length
-  num_chunks = max(1, -(-tokens * vocabulary // chunk_elements))
-  chunk = -(-tokens // num_chunks)
-
-  def in_chunks(x):
-    flat = x.reshape(tokens, *x.shape[2:])
-    padding = [(0, num_chunks * chunk - tokens)] + [(0, 0)] * (flat.ndim - 1)
-    return jnp.pad(flat, padding).reshape(num_chunks, chunk, *flat.shape[1:])
-
-  def body(dhead_MV, inputs):
-    x_PM, target_P, weight_P = inputs
-    logits_PV = jnp.dot(x_PM, head, preferred_element_type=jnp.float32)
-    hit_PV = target_P[:, None] - first == jnp.arange(vocabulary)
-    # Kept apart from the logits: log(p) = shifted - log(sum exp(shifted)).
-    largest_P = sharding.max_over(logits_PV.max(-1), ("tensor",))
-    shifted_PV = logits_PV - largest_P[:, None]
-    exp_PV = jnp.exp(shifted_PV)
-    sum_P, target_logit_P = sharding.sum_over(
-      (exp_PV.sum(-1), jnp.where(hit_PV, shifted_PV, 0).sum(-1)), ("tensor",)
-    )
-    nats_P = (jnp.log(sum_P) - target_logit_P) * weight_P
-    if not with_gradient:
-      return dhead_MV, (nats_P, None)
-    dlogits_PV = exp_PV * (weight_P / sum_P)[:, None]
-    dlogits_PV = jnp.where(hit_PV, dlogits_PV - weight_P[:, None], dlogits_PV)
-    dlogits_PV = dlogits_PV.astype(x_PM.dtype)
-    dx_PM = jnp.dot(dlogits_PV, head.T)
-    dhead_MV += jnp.dot(x_PM.T, dlogits_PV, preferred_element_type=jnp.float32)
-    return dhead_MV, (nats_P, dx_PM)
-
-  dhead_MV = (
-    jnp.zeros((width, vocabulary), jnp.float32) if with_gradient else None
-  )
-  dhead_MV, (nats, dx) = jax.lax.scan(
-    body,
-    dhead_MV,
-    (in_chunks(x_BTM), in_chunks(targets_BT), in_chunks(weights_BT)),
-  )
-  nats_BT = nats.reshape(-1)[:tokens].reshape(batch, length)
-  if with_gradient:
-    dx = dx.reshape(-1, width)[:tokens].reshape(x_BTM.shape)
-    # Scattered here, so that no device keeps the whole until the backward pass.
-    dhead_MV = sharding.scatter("head_MV", dhead_MV.astype(x_BTM.dtype))
-    dhead_MV = dhead_MV.astype(jnp.float32)
-  return nats_BT, dx, dhead_MV
 
 
 def load_balance_loss(

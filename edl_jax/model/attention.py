@@ -10,58 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from edl_jax import sharding
 from edl_jax.config import ModelConfig
 from edl_jax.model import splash
-
-
-def fan_in_normal(
-  key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: float = 1.0
-) -> jax.Array:
-  """Truncated normal of standard deviation scale / sqrt(fan_in), float32.
-
-  LeCun et al., *Efficient BackProp*, 1998.
-  """
-  initializer = jax.nn.initializers.truncated_normal(
-    scale / fan_in**0.5, lower=-3.0, upper=3.0
-  )
-  return initializer(key, shape, jnp.float32)
-
-
-@jax.custom_vjp
-def _rms_normalize(x, scale, epsilon):
-  """Autodiff's derivative of the same formula reads x three times as often."""
-  return _rms_normalize_forward(x, scale, epsilon)[0]
-
-
-def _rms_normalize_forward(x, scale, epsilon):
-  x32 = x.astype(jnp.float32)
-  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-  inverse = jax.lax.rsqrt(mean_square + epsilon)
-  return (x32 * inverse * scale).astype(x.dtype), (x, inverse, scale)
-
-
-def _rms_normalize_backward(residuals, dy):
-  x, inverse, scale = residuals
-  normal = x.astype(jnp.float32) * inverse
-  dy = dy.astype(jnp.float32)
-  dscale = (dy * normal).reshape(-1, x.shape[-1]).sum(0)
-  dnormal = dy * scale
-  along = (dnormal * normal).mean(-1, keepdims=True)
-  dx = inverse * (dnormal - normal * along)
-  return dx.astype(x.dtype), dscale, None
-
-
-_rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)
-
-
-class RMSNorm(nnx.Module):
-  """Root-mean-square normalisation (Zhang and Sennrich, arXiv:1910.07467)."""
-
-  def __init__(self, width: int, epsilon: float):
-    self.scale = nnx.Param(jnp.ones((width,)))
-    self._epsilon = epsilon
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Normalises the last axis in float32; keeps the dtype of `x`."""
-    return _rms_normalize(x, self.scale[...], self._epsilon)
+from edl_jax.model.layers import RMSNorm, fan_in_normal
 
 
 def rotary_embedding(

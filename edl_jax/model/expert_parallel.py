@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from edl_jax.model.grouped_matmul import grouped_matmul
+from edl_jax.model.layers import swiglu
 
 _AXIS = "expert"
 
@@ -34,35 +35,6 @@ def _num_devices() -> int:
 
 
 # --- Experts -----------------------------------------------------------------
-
-
-@jax.custom_vjp
-def swiglu(both: jax.Array) -> jax.Array:
-  """Multiplies `up` by the SiLU of `gate` (Shazeer, arXiv:2002.05202).
-
-  Keeps its argument and nothing else for the backward pass.
-
-  Args:
-    both: gate and up, (..., 2, F).
-
-  Returns:
-    The hidden activations (..., F).
-  """
-  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
-
-
-def _swiglu_forward(both):
-  return swiglu(both), both
-
-
-def _swiglu_backward(both, dy):
-  gate, up = both[..., 0, :], both[..., 1, :]
-  sigmoid = jax.nn.sigmoid(gate)
-  dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-  return (jnp.stack([dgate, dy * gate * sigmoid], axis=-2),)
-
-
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 @jax.named_scope("experts")

@@ -10,37 +10,12 @@ from flax import nnx
 from edl_jax import sharding
 from edl_jax.config import ModelConfig, MoEConfig
 from edl_jax.losses.routing import OutputStats, output_stats, row_routing
-from edl_jax.model.attention import fan_in_normal
 from edl_jax.model.expert_parallel import (
   combine,
   expert_outputs,
   mixed_outputs,
-  swiglu,
 )
-
-
-class SwiGLU(nnx.Module):
-  """Gated feed-forward layer (Shazeer, arXiv:2002.05202)."""
-
-  def __init__(self, config: ModelConfig, hidden: int, key: jax.Array):
-    up, down = jax.random.split(key)
-    residual_scale = (2 * config.num_layers) ** -0.5
-    self.gate_up_M2F = nnx.Param(
-      fan_in_normal(up, (config.width, 2, hidden), config.width)
-    )
-    self.down_FM = nnx.Param(
-      fan_in_normal(down, (hidden, config.width), hidden, residual_scale)
-    )
-
-  def __call__(self, x_BTM: jax.Array) -> jax.Array:
-    dtype = x_BTM.dtype
-    gate_up_M2F = sharding.gather(
-      "gate_up_M2F", self.gate_up_M2F[...].astype(dtype)
-    )
-    down_FM = sharding.gather("down_FM", self.down_FM[...].astype(dtype))
-    both_BT2F = jnp.einsum("BTM,MGF->BTGF", x_BTM, gate_up_M2F)
-    y_BTM = jnp.einsum("BTF,FM->BTM", swiglu(both_BT2F), down_FM)
-    return sharding.sum_over(y_BTM, ("tensor",))
+from edl_jax.model.layers import SwiGLU, fan_in_normal
 
 
 class MoE(nnx.Module):

@@ -11,10 +11,11 @@ from jax.sharding import PartitionSpec
 
 from edl_jax import sharding
 from edl_jax.config import ModelConfig, MoEConfig
-from edl_jax.losses import objective as losses
 from edl_jax.losses import routing
-from edl_jax.model.attention import Attention, RMSNorm, fan_in_normal
-from edl_jax.model.moe import MoE, SwiGLU
+from edl_jax.losses.cross_entropy import chunked_cross_entropy
+from edl_jax.model.attention import Attention
+from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal
+from edl_jax.model.moe import MoE
 from edl_jax.text.batch import Batch
 
 # What each layer keeps for the backward pass, beside its input; the rest is
@@ -167,7 +168,7 @@ class Model(nnx.Module):
     num_domains: int,
     outputs_form: str | None = None,
     moe: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
-  ) -> tuple[losses.BatchSums, jax.Array]:
+  ) -> tuple[routing.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
 
     Args:
@@ -197,7 +198,7 @@ class Model(nnx.Module):
         moe=moe,
       )
       with jax.named_scope("head"):
-        nats, nats_BT = losses.chunked_cross_entropy(
+        nats, nats_BT = chunked_cross_entropy(
           x_BTM,
           model.head_MV[...],
           batch.targets_BT,
@@ -219,7 +220,7 @@ class Model(nnx.Module):
       ),
     )(self, batch)
     # The one place where rows meet: every sum is that of the global batch.
-    sums = losses.BatchSums(
+    sums = routing.BatchSums(
       nats=nats_S.sum(),
       tokens=batch.weights_BT.sum(),
       routing=routing.collect(

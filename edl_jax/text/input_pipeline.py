@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 import grain
 import numpy as np
 
+from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment, UserError
 from edl_jax.text.batch import Batch
+from edl_jax.text.documents import Document
 from edl_jax.text.mixture import Corpus, Phases, mix_phases, mixture_phases
 from edl_jax.text.prepared import PreparedCorpus
-from edl_jax.text.sources import Document
 from edl_jax.text.token_stream import EncodedDocuments, TokenStream
-from edl_jax.text.tokenizer import Tokenizer, cache_key, read_cache, write_cache
+from edl_jax.text.tokenizer import Tokenizer
 
 # Batches made ahead in the background.
 _PREFETCHED_BATCHES = 8

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 import grain
 
 from edl_jax.config import DataConfig, TrainConfig, UserError
-from edl_jax.text.sources import Document, read_documents
+from edl_jax.text.documents import Document
+from edl_jax.text.sources import read_documents
 from edl_jax.text.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
 
 # Rows that no run will ever reach. Grain takes no more than 2**63 - 1.

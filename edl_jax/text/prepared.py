@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 
 from edl_jax import storage
+from edl_jax.cache import cache_directory, cache_key
 from edl_jax.config import Experiment, UserError
 from edl_jax.text.taxonomy import (
   Taxonomy,
@@ -33,7 +34,7 @@ from edl_jax.text.taxonomy import (
   split_label,
 )
 from edl_jax.text.token_stream import EncodedDocuments
-from edl_jax.text.tokenizer import Tokenizer, cache_directory, cache_key
+from edl_jax.text.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.npy"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from edl_jax import config
+from edl_jax import config_files
 from edl_jax.aot import __main__ as aot
 from edl_jax.aot import bounds, topologies
 from edl_jax.aot import compile as aot_compile
@@ -163,7 +163,7 @@ def parameters(mesh):
   [(1, "exact", 2, 1), (2, "exact", 6, 4), (2, "per_micro_batch", 4, 2)],
 )
 def test_least_bytes_of_gathered_weights(steps, accumulation, layers, once):
-  experiment = config.load(
+  experiment = config_files.load(
     TINY,
     {
       "model.dtype": "bfloat16",
@@ -184,12 +184,12 @@ def test_least_bytes_of_gathered_weights(steps, accumulation, layers, once):
 
 def test_one_chip_sends_nothing():
   mesh = AbstractMesh((1, 1, 1, 1, 1), MESH_AXES)
-  experiment = config.load(TINY)
+  experiment = config_files.load(TINY)
   assert bounds.collective_bytes(experiment, parameters(mesh), mesh) == 0
 
 
 def test_tensor_parallel_layers_add_partial_outputs():
-  experiment = config.load(TINY, {"model.remat": "full"})
+  experiment = config_files.load(TINY, {"model.remat": "full"})
   mesh = AbstractMesh((1, 1, 1, 2, 1), MESH_AXES)
   found = bounds.collective_bytes(experiment, {}, mesh)
   stream = 8 * 64 * 32 * 4
@@ -199,7 +199,7 @@ def test_tensor_parallel_layers_add_partial_outputs():
 
 @pytest.mark.parametrize(("remat", "ways"), [("none", 2), ("full", 3)])
 def test_spread_sequences_gather_keys_and_values(remat, ways):
-  experiment = config.load(TINY, {"model.remat": remat})
+  experiment = config_files.load(TINY, {"model.remat": remat})
   mesh = AbstractMesh((2, 1, 1, 1, 4), MESH_AXES)
   found = bounds.collective_bytes(experiment, parameters(mesh), mesh)
   # Two layers, keys and values of one head of 16 numbers, 4 rows, the 48
@@ -222,7 +222,7 @@ def test_spread_sequences_gather_keys_and_values(remat, ways):
   ],
 )
 def test_forms_of_dispatch_send_tokens_or_experts(form, sent):
-  experiment = config.load(
+  experiment = config_files.load(
     TINY, {"moe.dispatch": form, "moe.capacity_factor": 1.5}
   )
   assert experiment.model.num_active_experts == 2
@@ -246,7 +246,7 @@ def test_forms_of_dispatch_send_tokens_or_experts(form, sent):
 
 def test_memory_moves_state_and_gathered_weights():
   mesh = AbstractMesh((1, 2, 1, 1, 1), MESH_AXES)
-  experiment = config.load(TINY, {"model.remat": "full"})
+  experiment = config_files.load(TINY, {"model.remat": "full"})
   found = bounds.memory_bytes(experiment, parameters(mesh), mesh, 1000, 500)
   layers = 2 * (2 + 1) * 2 * 8 * 16 * 4
   head, norm = 2 * (1 + 1) * 8 * 16 * 4, 2 * 8 * 4
@@ -302,7 +302,7 @@ def test_overflow_names_shortfall_and_arrays():
   topology = topologies.Topology("v5e:2x4", *topologies.parse("v5e:2x4"), [])
   largest = [aot_compile.Array(3 * 2**30, "float32[3]", "head/dot_general")]
   first, _, array = aot_report.describe_overflow(
-    config.load(TINY),
+    config_files.load(TINY),
     topology,
     aot_compile.DoesNotFit(20 * 2**30, 15.75 * 2**30, largest),
   )

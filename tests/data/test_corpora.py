@@ -17,7 +17,8 @@ from data.corpora import build, select
 from data.corpora_clean import Scrub, clean
 from data.corpora_packages import Package, PackageError, fetch, licence
 from data.corpora_sources import Source
-from edl_jax.config import DataConfig, UserError, load
+from edl_jax.config import DataConfig, UserError
+from edl_jax.config_files import load
 from edl_jax.text.mixture import load_corpus
 
 ROOT = Path(__file__).parents[2]

@@ -10,6 +10,8 @@ from edl_jax import config
 from edl_jax.config import Experiment, LossesConfig, UserError
 from edl_jax.losses import divergence, routing
 from edl_jax.losses import objective as losses
+from edl_jax.losses.cross_entropy import chunked_cross_entropy
+from edl_jax.losses.routing import BatchSums
 
 LAYERS, BATCH, LENGTH, EXPERTS, ACTIVE, DOMAINS = 2, 6, 5, 4, 2, 4
 WIDTH, VOCABULARY = 3, 11
@@ -63,7 +65,7 @@ def ours(variables, constants, config=WEIGHTS, **keywords):
     )
     for layer in range(LAYERS)
   ]
-  nats, _ = losses.chunked_cross_entropy(
+  nats, _ = chunked_cross_entropy(
     variables["x"], variables["head"], constants["targets"], weights
   )
   stats = routing.collect(
@@ -72,7 +74,7 @@ def ours(variables, constants, config=WEIGHTS, **keywords):
     DOMAINS,
     jax.tree.map(lambda *x: jnp.stack(x), *outputs),
   )
-  sums = losses.BatchSums(nats, weights.sum(), stats)
+  sums = BatchSums(nats, weights.sum(), stats)
   return losses.objective(sums, config, **keywords)
 
 
@@ -284,7 +286,7 @@ def test_one_expert_and_one_domain_give_zero_loss_and_gradient():
     top, expert = jax.lax.top_k(probs, 1)
     row = rows(logits, probs, expert, top / top, weights)
     stats = routing.collect(row, domain, DOMAINS)
-    sums = losses.BatchSums(jnp.zeros(()), weights.sum(), stats)
+    sums = BatchSums(jnp.zeros(()), weights.sum(), stats)
     return losses.objective(sums, LossesConfig())[1]
 
   several, same = jnp.arange(BATCH) % DOMAINS, jnp.ones(BATCH, jnp.int32)
@@ -319,7 +321,7 @@ def test_no_array_of_all_logits():
 
   def loss(x, head):
     ones = jnp.ones((batch, length))
-    return losses.chunked_cross_entropy(
+    return chunked_cross_entropy(
       x, head, jnp.zeros((batch, length), jnp.int32), ones, elements
     )[0]
 
@@ -345,7 +347,7 @@ def test_cross_entropy_in_chunks_against_all_logits(elements):
     return -(picked * weights).sum()
 
   def chunked(x, head):
-    return losses.chunked_cross_entropy(x, head, targets, weights, elements)[0]
+    return chunked_cross_entropy(x, head, targets, weights, elements)[0]
 
   want, want_gradient = jax.value_and_grad(plain, (0, 1))(x, head)
   got, got_gradient = jax.value_and_grad(lambda *a: 1.5 * chunked(*a), (0, 1))(
@@ -354,7 +356,7 @@ def test_cross_entropy_in_chunks_against_all_logits(elements):
   assert float(got) == pytest.approx(1.5 * float(want), rel=1e-6)
   for g, w in zip(got_gradient, want_gradient):
     np.testing.assert_allclose(g, 1.5 * w, rtol=1e-5, atol=1e-6)
-  _, nats_BT = losses.chunked_cross_entropy(x, head, targets, weights)
+  _, nats_BT = chunked_cross_entropy(x, head, targets, weights)
   assert float(nats_BT.sum()) == pytest.approx(float(want), rel=1e-6)
   assert not np.any(nats_BT[weights == 0])
 
@@ -365,7 +367,7 @@ def test_cross_entropy_survives_large_logits():
   weights = jnp.ones((1, 2))
   targets = jnp.array([[0, 1]])
   value, gradient = jax.value_and_grad(
-    lambda x: losses.chunked_cross_entropy(x, head, targets, weights)[0]
+    lambda x: chunked_cross_entropy(x, head, targets, weights)[0]
   )(x)
   assert float(value) == pytest.approx(2e4)
   assert jnp.all(jnp.isfinite(gradient))

@@ -7,7 +7,7 @@ import pytest
 
 from edl_jax.config import LossesConfig
 from edl_jax.losses import objective as losses
-from edl_jax.losses import routing
+from edl_jax.losses import routing, routing_metrics
 
 NUM_DOMAINS = 4
 
@@ -158,17 +158,22 @@ def test_diversity_and_divergence_against_pairs(batch):
       for k, q in means.items():
         table[j, k] = jensen_shannon(p, q)
     np.testing.assert_allclose(
-      routing.pairwise_divergence(stats)[layer], table, rtol=1e-4, atol=1e-7
+      routing_metrics.pairwise_divergence(stats)[layer],
+      table,
+      rtol=1e-4,
+      atol=1e-7,
     )
     pairs = [table[j, k] for j in means for k in means if j < k]
-    assert float(routing.routing_diversity(stats)[layer]) == pytest.approx(
-      np.mean(pairs) / math.log(2), rel=1e-5
-    )
+    assert float(
+      routing_metrics.routing_diversity(stats)[layer]
+    ) == pytest.approx(np.mean(pairs) / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("unit", ["sequence", "token"])
 def test_decomposition_against_loops(batch, unit):
-  total_L, inter_L = routing.diversity_decomposition(stats_of(batch), unit)
+  total_L, inter_L = routing_metrics.diversity_decomposition(
+    stats_of(batch), unit
+  )
   for layer in range(2):
     rows = list(sequences(batch, layer))
     mean = np.mean([p for _, p, _ in rows], 0)
@@ -190,7 +195,7 @@ def test_inter_part_is_exact_where_domains_are_close():
   p[0, :32] *= 1 + 1e-4
   p[0, 32:] *= 1 - 1e-4
   empty = stats_of_domains(p)
-  _, inter_L = routing.diversity_decomposition(empty)
+  _, inter_L = routing_metrics.diversity_decomposition(empty)
   # For two equal shares D_inter is the JSD, about mean d^2 / 8.
   assert float(inter_L[0]) == pytest.approx(1e-8 / 8, rel=1e-3)
 
@@ -256,20 +261,22 @@ def stats_of_domains(p_DE, assignments_DE=None) -> routing.RoutingStats:
 
 def test_disjoint_and_equal_domains_are_the_extremes():
   disjoint = stats_of_domains(np.eye(4))
-  assert float(routing.routing_diversity(disjoint)[0]) == pytest.approx(1)
-  assert float(routing.inter_fraction(disjoint)[0]) == pytest.approx(1)
-  assert float(routing.clustering_purity(disjoint)[0]) == 1
+  assert float(routing_metrics.routing_diversity(disjoint)[0]) == pytest.approx(
+    1
+  )
+  assert float(routing_metrics.inter_fraction(disjoint)[0]) == pytest.approx(1)
+  assert float(routing_metrics.clustering_purity(disjoint)[0]) == 1
   assert float(
-    routing.normalized_mutual_information(disjoint)[0]
+    routing_metrics.normalized_mutual_information(disjoint)[0]
   ) == pytest.approx(1)
-  assert float(routing.max_violation(disjoint)[0]) == 0
+  assert float(routing_metrics.max_violation(disjoint)[0]) == 0
 
   equal = stats_of_domains(np.full((4, 4), 0.25))
-  assert float(routing.routing_diversity(equal)[0]) == 0
-  assert float(routing.inter_fraction(equal)[0]) == 0
-  assert float(routing.clustering_purity(equal)[0]) == 0.25
+  assert float(routing_metrics.routing_diversity(equal)[0]) == 0
+  assert float(routing_metrics.inter_fraction(equal)[0]) == 0
+  assert float(routing_metrics.clustering_purity(equal)[0]) == 0.25
   assert float(
-    routing.normalized_mutual_information(equal)[0]
+    routing_metrics.normalized_mutual_information(equal)[0]
   ) == pytest.approx(0, abs=1e-6)
 
 
@@ -278,10 +285,12 @@ def test_assignment_metrics_against_definitions(batch):
   for layer in range(2):
     table = assignments(batch, layer)
     load = table.sum(0)
-    assert float(routing.max_violation(stats)[layer]) == pytest.approx(
+    assert float(routing_metrics.max_violation(stats)[layer]) == pytest.approx(
       load.max() / load.mean() - 1, rel=1e-5
     )
-    assert float(routing.clustering_purity(stats)[layer]) == pytest.approx(
+    assert float(
+      routing_metrics.clustering_purity(stats)[layer]
+    ) == pytest.approx(
       sum(table[:, e].max() for e in range(6)) / table.sum(), rel=1e-5
     )
     joint = table / table.sum()
@@ -294,7 +303,7 @@ def test_assignment_metrics_against_definitions(batch):
     )
     want = information / ((entropy(domain) + entropy(expert)) / 2)
     assert float(
-      routing.normalized_mutual_information(stats)[layer]
+      routing_metrics.normalized_mutual_information(stats)[layer]
     ) == pytest.approx(want, rel=1e-4)
 
 
@@ -302,9 +311,9 @@ def test_specialisation_metrics_against_definitions(batch):
   stats = stats_of(batch)
   for layer in range(2):
     gates = sparse_gates(batch, layer)
-    assert float(routing.routing_variance(stats)[layer]) == pytest.approx(
-      np.mean([np.var(s) for s in gates]), rel=1e-5
-    )
+    assert float(
+      routing_metrics.routing_variance(stats)[layer]
+    ) == pytest.approx(np.mean([np.var(s) for s in gates]), rel=1e-5)
     table = assignments(batch, layer)
     profiles = [column / column.sum() for column in table.T if column.sum()]
     shared = [
@@ -312,17 +321,19 @@ def test_specialisation_metrics_against_definitions(batch):
       for i in range(len(profiles))
       for j in range(i)
     ]
-    assert float(routing.expert_overlap(stats)[layer]) == pytest.approx(
+    assert float(routing_metrics.expert_overlap(stats)[layer]) == pytest.approx(
       np.mean(shared), rel=1e-5
     )
 
 
 def test_overlap_of_disjoint_equal_and_idle_experts():
-  assert float(routing.expert_overlap(stats_of_domains(np.eye(4)))[0]) == 0
+  assert (
+    float(routing_metrics.expert_overlap(stats_of_domains(np.eye(4)))[0]) == 0
+  )
   equal = stats_of_domains(np.full((3, 4), 0.25))
-  assert float(routing.expert_overlap(equal)[0]) == pytest.approx(1)
+  assert float(routing_metrics.expert_overlap(equal)[0]) == pytest.approx(1)
   idle = np.array([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]])
-  overlap = routing.expert_overlap(stats_of_domains(idle, 100 * idle))
+  overlap = routing_metrics.expert_overlap(stats_of_domains(idle, 100 * idle))
   assert float(overlap[0]) == pytest.approx(1)
 
 
@@ -428,7 +439,7 @@ def test_output_metrics_against_definitions(outputs, batch):
     for j in range(3)
     for k in range(j)
   ]
-  assert float(routing.output_similarity(stats)[0]) == pytest.approx(
+  assert float(routing_metrics.output_similarity(stats)[0]) == pytest.approx(
     np.mean(cosines), rel=1e-5
   )
   clusters = [
@@ -444,6 +455,6 @@ def test_output_metrics_against_definitions(outputs, batch):
       for f in (e, *(f for f in range(4) if f != e))
     )
     values += [(min(others) - own) / max(min(others), own)] * len(clusters[e])
-  assert float(routing.silhouette(stats)[0]) == pytest.approx(
+  assert float(routing_metrics.silhouette(stats)[0]) == pytest.approx(
     np.mean(values), rel=1e-4
   )

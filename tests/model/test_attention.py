@@ -15,7 +15,8 @@ from jax.sharding import (
 )
 
 from edl_jax.model import splash
-from edl_jax.model.attention import BACKENDS, RMSNorm, causal_attention
+from edl_jax.model.attention import BACKENDS, causal_attention
+from edl_jax.model.layers import RMSNorm
 
 
 def naive_attention(q, k, v, segments):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from edl_jax import config, sharding
+from edl_jax import config_files, sharding
 from edl_jax.config import ModelConfig
 from edl_jax.model.transformer import (
   Model,
@@ -325,7 +325,7 @@ def test_presets_have_the_sizes_of_their_names(preset, total, active):
   path = ROOT / "experiments" / f"{preset}.py"
   weights = {}
   for variant in ("baseline", "coarse", "fine"):
-    experiment = config.load(f"{path}:{variant}")
+    experiment = config_files.load(f"{path}:{variant}")
     weights[variant] = (
       experiment.losses.divergence_weight,
       experiment.data.granularity,
@@ -333,7 +333,7 @@ def test_presets_have_the_sizes_of_their_names(preset, total, active):
   assert weights["baseline"] == (0, "fine")
   assert weights["coarse"] == (weights["fine"][0], "coarse")
   assert weights["fine"][0] > 0 and weights["fine"][1] == "fine"
-  assert config.load(str(path)) == experiment
+  assert config_files.load(str(path)) == experiment
   assert parameter_counts(experiment.model) == pytest.approx(
     (total, active), rel=0.03
   )

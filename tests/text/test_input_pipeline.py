@@ -14,6 +14,7 @@ from edl_jax.config import (
   UserError,
 )
 from edl_jax.text.batch import Batch
+from edl_jax.text.documents import Document
 from edl_jax.text.input_pipeline import (
   PackedRows,
   eval_batches,
@@ -21,7 +22,6 @@ from edl_jax.text.input_pipeline import (
   train_iterator,
 )
 from edl_jax.text.mixture import Corpus, Taxonomy
-from edl_jax.text.sources import Document
 from edl_jax.text.tokenizer import Tokenizer, byte_tokenizer
 
 START = 256

@@ -11,7 +11,7 @@ import pytest
 
 from data.export import export
 from edl_jax.config import DataConfig, UserError
-from edl_jax.text import sources
+from edl_jax.text import embedded as embedded_lib
 from edl_jax.text.arithmetic import worked_problems
 from edl_jax.text.mixture import load_corpus
 from edl_jax.text.sources import read_documents
@@ -113,7 +113,7 @@ def _parses(source):
 def test_headers_of_packages_replace_those_of_the_interpreter(
   tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(sources, "_HEADERS", tmp_path / "not-installed")
+  monkeypatch.setattr(embedded_lib, "_HEADERS", tmp_path / "not-installed")
   _, documents = read_documents(DataConfig(domains=("c_headers",)))
   assert len(documents) > 10
   assert all(d.origin.startswith("packages/") for d in documents)

@@ -3,10 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edl_jax import cache
 from edl_jax.config import DataConfig, Experiment, ModelConfig
 from edl_jax.text import tokenizer as tokenizer_lib
+from edl_jax.text.documents import Document
 from edl_jax.text.mixture import Corpus, Taxonomy
-from edl_jax.text.sources import Document
 from edl_jax.text.tokenizer import (
   DOCUMENT_START,
   Tokenizer,
@@ -156,7 +157,7 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 def test_cache_directory(monkeypatch, tmp_path):
   monkeypatch.delenv("EDL_JAX_CACHE", raising=False)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert tokenizer_lib.cache_directory() == tmp_path / "edl_jax"
+  assert cache.cache_directory() == tmp_path / "edl_jax"
   monkeypatch.delenv("XDG_CACHE_HOME")
   monkeypatch.setenv("HOME", str(tmp_path))
-  assert tokenizer_lib.cache_directory() == tmp_path / ".cache" / "edl_jax"
+  assert cache.cache_directory() == tmp_path / ".cache" / "edl_jax"

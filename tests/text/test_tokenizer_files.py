@@ -16,8 +16,8 @@ from tokenizers import (
 )
 
 from edl_jax.config import DataConfig, Experiment, ModelConfig, UserError
+from edl_jax.text.documents import Document
 from edl_jax.text.mixture import Corpus, Taxonomy
-from edl_jax.text.sources import Document
 from edl_jax.text.tokenizer import (
   DOCUMENT_START,
   Tokenizer,

@@ -1,0 +1,248 @@
+"""One training step: objective, gradient, update."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from edl_jax import sharding
+from edl_jax.config import Experiment
+from edl_jax.losses import routing
+from edl_jax.losses.objective import auto_weights, objective
+from edl_jax.model.transformer import Model
+from edl_jax.optim import make_schedule
+from edl_jax.text.batch import Batch
+from edl_jax.text.taxonomy import Taxonomy
+
+
+class TrainState(NamedTuple):
+  """What a training step maps to its successor."""
+
+  # Optimizer steps taken, int32 scalar.
+  step: jax.Array
+  model: Model
+  optimizer: Any
+  # Loss weights "auto:TARGET" as the first batch set them, float32 scalars.
+  auto_weights: dict[str, jax.Array]
+
+
+class StepOutput(NamedTuple):
+  """What a training step reports; stays on the device until it is read."""
+
+  # Float32 scalars: the loss terms, "grad_norm" and "learning_rate".
+  scalars: dict[str, jax.Array]
+  routing: routing.RoutingStats
+
+
+def _coarse_weight(experiment: Experiment) -> float:
+  """Share of the coarse level in L_ED, by data.granularity."""
+  by_granularity = {
+    "coarse": 1.0,
+    "hierarchical": experiment.losses.coarse_weight,
+  }
+  return by_granularity.get(experiment.data.granularity, 0.0)
+
+
+def loss_and_gradient(
+  model: Model,
+  batch: Batch,
+  experiment: Experiment,
+  taxonomy: Taxonomy,
+  kept_weights: Mapping[str, jax.Array] | None = None,
+) -> tuple[routing.BatchSums, dict[str, jax.Array], Model]:
+  """The objective of a global batch, its terms, and its gradient.
+
+  With `train.accumulation_steps` = k > 1 the result is the same, exactly: the
+  objective is not a sum over micro-batches (a divergence of means is not a
+  mean of divergences), but a function of sums. A first pass adds up the sums
+  of all micro-batches; a second one back-propagates each micro-batch with the
+  objective's gradient with respect to those sums. It costs one more forward
+  pass, and the memory of one micro-batch. With `train.accumulation` =
+  "per_micro_batch" the forward pass is saved and the terms and gradient are
+  means over micro-batches of their own objectives: another loss, whose domains
+  have fewer rows each.
+
+  Args:
+    model, batch: parameters and the rows of the global batch.
+    experiment: losses, accumulation and granularity.
+    taxonomy: fine domains and their parents.
+    kept_weights: see `objective`.
+
+  Returns:
+    The sums, the terms by name, and the gradient as a model-shaped pytree.
+  """
+  settings = experiment.losses
+  outputs_form = (
+    settings.specialization_form if settings.orthogonality_weight else None
+  )
+
+  @jax.named_scope("objective")
+  def of_sums(sums: routing.BatchSums):
+    return objective(
+      sums,
+      settings,
+      taxonomy.parent,
+      _coarse_weight(experiment),
+      kept_weights,
+      max_present=len(batch.domain_B),
+    )
+
+  def forward(model: Model, batch: Batch) -> routing.BatchSums:
+    sums, _ = model.batch_sums(
+      batch, len(taxonomy.fine), outputs_form, experiment.moe
+    )
+    return sums
+
+  def whole(model: Model, batch: Batch):
+    sums = forward(model, batch)
+    loss, terms = of_sums(sums)
+    return loss, (sums, terms)
+
+  count = experiment.train.accumulation_steps
+  if count == 1:
+    gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, batch)
+    return sums, terms, gradient
+
+  # Row i goes to micro-batch i % k: every device keeps rows of its own.
+  micro = jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
+  )
+  if experiment.train.accumulation == "per_micro_batch":
+
+    def of_part(part: Batch):
+      gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, part)
+      return sums, terms, gradient
+
+    sums, terms, gradient = _sum_over_parts(of_part, micro)
+    mean = functools.partial(jax.tree.map, lambda x: x / count)
+    return sums, mean(terms), mean(gradient)
+
+  sums = _sum_over_parts(functools.partial(forward, model), micro)
+  by_sums, terms = jax.grad(of_sums, has_aux=True)(sums)
+
+  def gradient_of_part(part: Batch) -> Model:
+    _, pull_back = jax.vjp(lambda model: forward(model, part), model)
+    return pull_back(by_sums)[0]
+
+  return sums, terms, _sum_over_parts(gradient_of_part, micro)
+
+
+def _sum_over_parts(function: Callable[[Batch], Any], micro: Batch) -> Any:
+  """Adds up `function` of every micro-batch, one at a time."""
+  zero = jax.tree.map(
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+    jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro)),
+  )
+  total, _ = jax.lax.scan(
+    lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None),
+    zero,
+    micro,
+  )
+  return total
+
+
+def make_train_step(
+  experiment: Experiment,
+  optimizer: optax.GradientTransformation,
+  taxonomy: Taxonomy,
+  mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]:
+  """Returns the jitted step; the state's buffers are donated."""
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  shardings = state_shardings(experiment, optimizer, mesh)
+  on_device = jax.tree.map(lambda x: x.with_memory_kind("device"), shardings)
+  schedule = make_schedule(experiment.optimizer, experiment.train.num_steps)
+
+  @functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere)
+  )
+  def train_step(state: TrainState, batch: Batch):
+    sums, terms, gradient = loss_and_gradient(
+      state.model, batch, experiment, taxonomy, state.auto_weights
+    )
+    with jax.named_scope("optimizer"):
+      moments = state.optimizer
+      if experiment.optimizer.offload:
+        moments = jax.device_put(moments, on_device.optimizer)
+      updates, optimizer_state = optimizer.update(
+        gradient, moments, state.model
+      )
+      model = optax.apply_updates(state.model, updates)
+    scalars = {
+      **terms,
+      "grad_norm": optax.tree.norm(gradient),
+      "learning_rate": schedule(state.step),
+    }
+    auto_weights = {key: terms[key] for key in state.auto_weights}
+    state = TrainState(state.step + 1, model, optimizer_state, auto_weights)
+    return state, StepOutput(scalars, sums.routing)
+
+  return train_step
+
+
+def _new_state(
+  experiment: Experiment, optimizer: optax.GradientTransformation
+) -> TrainState:
+  model = Model(experiment.model, jax.random.key(experiment.seed))
+  return TrainState(
+    jnp.int32(0),
+    model,
+    optimizer.init(model),
+    auto_weights(experiment.losses),
+  )
+
+
+def state_shardings(
+  experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Returns the sharding of every leaf of the state.
+
+  Moments lie where their parameters lie, or beside that in the memory of the
+  host (`optimizer.offload`), all else everywhere.
+  """
+  abstract = jax.eval_shape(lambda: _new_state(experiment, optimizer))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  by_parameter = sharding.parameter_shardings(abstract.model, mesh)
+  return TrainState(
+    step=everywhere,
+    model=by_parameter,
+    optimizer=optax.tree.map_params(
+      optimizer,
+      lambda _, placed: (
+        placed.with_memory_kind("pinned_host")
+        if experiment.optimizer.offload
+        else placed
+      ),
+      abstract.optimizer,
+      by_parameter,
+      transform_non_params=lambda _: everywhere,
+    ),
+    auto_weights={key: everywhere for key in abstract.auto_weights},
+  )
+
+
+def abstract_state(
+  experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Returns the state as shapes, dtypes and shardings; allocates nothing."""
+  return jax.tree.map(
+    lambda leaf, placed: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=placed
+    ),
+    jax.eval_shape(lambda: _new_state(experiment, optimizer)),
+    state_shardings(experiment, optimizer, mesh),
+  )
+
+
+def init_state(
+  experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+  """Initialises parameters and optimizer where they will live."""
+  return jax.jit(
+    lambda: _new_state(experiment, optimizer),
+    out_shardings=state_shardings(experiment, optimizer, mesh),
+  )()

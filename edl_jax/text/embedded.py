@@ -1,0 +1,279 @@
+"""The embedded mixture `python_install`: text that every machine has.
+
+It needs no download. Its domains are labelled by where the text was found,
+never by looking at the text.
+"""
+
+import ast
+import collections
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sysconfig
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from edl_jax.config import DataConfig, UserError
+from edl_jax.text.arithmetic import worked_problems
+from edl_jax.text.documents import DomainNames, Gatherer
+
+# Readers yield (origin, text).
+_Texts = Iterator[tuple[str, str]]
+
+
+# Folders that are not the library itself. The topics are prose in a Python
+# file: a domain of documentation, not of code.
+_SKIPPED_FOLDERS = frozenset(
+  {
+    "__pycache__",
+    "dist-packages",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+  }
+)
+
+
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+
+
+_HEADERS = Path(sysconfig.get_path("include"))
+
+
+# What requirements.txt names; the rest follows from their own requirements.
+_REQUIRED = (
+  "jax",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "absl-py",
+  "ml_collections",
+  "tokenizers",
+  "tensorboardx",
+  "matplotlib",
+)
+
+
+_PYTHON_FILE = re.compile(r"\.py$")
+
+
+_HEADER_FILE = re.compile(r"\.(h|hh|hpp)$")
+
+
+_LEGAL_FILE = re.compile(
+  r"^(licen[cs]e|copying|copyright|notice|third.?party.?notices?)"
+  r"(?!.*\.(py|pyc|pyi|so|json|html|js|css)$)",
+  re.IGNORECASE,
+)
+
+
+_CODE_POINTS_PER_TABLE = 64
+
+
+def read_embedded(
+  data: DataConfig, domains: DomainNames, gathered: Gatherer
+) -> None:
+  """Adds the texts of the wanted domains."""
+  name_of = {name.rsplit("/", 1)[-1]: name for name in _EMBEDDED}
+  wanted = domains.declared or name_of
+  for fine in wanted:
+    if fine not in name_of:
+      raise UserError(
+        f"{domains.setting}: the embedded mixture has no domain {fine!r}; it"
+        f" has {', '.join(_EMBEDDED)}"
+      )
+  # One huge file must not be a whole domain where the cap is small.
+  longest = -(-data.max_characters_per_domain // 16)
+  for fine, name in name_of.items():
+    if fine not in wanted:
+      continue
+    domains.add(name, "embedded")
+    for origin, text in _EMBEDDED[name]():
+      gathered.add(text[:longest], fine, origin)
+      if not gathered.has_room(fine):
+        break
+
+
+def _by_hash(origin: str) -> bytes:
+  """Sort key: an order that has nothing to do with what the text is about.
+
+  Nor with the split, which hashes origins too: the first files of this order,
+  all that a cap leaves, must not be the held-out ones.
+  """
+  return hashlib.sha256(f"order {origin}".encode(errors="replace")).digest()
+
+
+def _find(name: str, root: Path, pattern: re.Pattern) -> dict[str, Path]:
+  """Files under `root` whose name matches, by `name`/relative path."""
+  found = {}
+  for folder, folders, files in os.walk(root):
+    folders[:] = [inner for inner in folders if inner not in _SKIPPED_FOLDERS]
+    for file in files:
+      if pattern.search(file):
+        path = Path(folder, file)
+        found[f"{name}/{path.relative_to(root).as_posix()}"] = path
+  return found
+
+
+def _find_in_packages(pattern: re.Pattern) -> dict[str, Path]:
+  """Matching files of the packages that this library needs, at any depth.
+
+  Not of all that is installed: another package, added between two starts of a
+  run, would change the text that the run is made from.
+  """
+  found: dict[str, Path] = {}
+  waiting, known = list(_REQUIRED), set(_REQUIRED)
+  while waiting:
+    name = waiting.pop()
+    try:
+      distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue  # Needed on other platforms only, or by an extra.
+    for path in distribution.files or ():
+      inner = _SKIPPED_FOLDERS.intersection(path.parts)
+      if pattern.search(path.name) and not inner:
+        found[f"packages/{path.as_posix()}"] = Path(path.locate())
+    for requirement in distribution.requires or ():
+      needed = re.match(r"[A-Za-z0-9._-]+", requirement).group().lower()
+      if "extra ==" not in requirement and needed not in known:
+        known.add(needed)
+        waiting.append(needed)
+  return found
+
+
+def _read(files: dict[str, Path]) -> _Texts:
+  """Yields the readable files in the order of their hash."""
+  for origin in sorted(files, key=_by_hash):
+    try:
+      yield origin, files[origin].read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+      continue
+
+
+def _python_source() -> _Texts:
+  """The standard library, without its tests."""
+  return _read(_find("python", _STANDARD_LIBRARY, _PYTHON_FILE))
+
+
+def _c_headers() -> _Texts:
+  """C and C++ headers of the interpreter and of installed packages."""
+  return _read(
+    _find("include", _HEADERS, _HEADER_FILE) | _find_in_packages(_HEADER_FILE)
+  )
+
+
+def _documentation() -> _Texts:
+  """Language reference topics, and the docstrings of each module as one text.
+
+  Origins are those of the module's source, which python_source may hold too.
+  """
+  files = _find("python", _STANDARD_LIBRARY, _PYTHON_FILE)
+  for package in ("numpy", "jax"):
+    found = importlib.util.find_spec(package)
+    if found and found.origin:
+      files |= _find(package, Path(found.origin).parent, _PYTHON_FILE)
+  try:
+    from pydoc_data.topics import topics
+  except ImportError:  # Small system packages of Python leave it out.
+    topics = {}
+  for name in sorted(topics):
+    yield f"pydoc_data/topics/{name}", topics[name]
+  for origin, source in _read(files):
+    text = _docstrings(origin, source)
+    if text:
+      yield origin, text
+
+
+def _docstrings(origin: str, source: str) -> str:
+  """Every docstring of a module under its dotted name; found without import."""
+  if '"""' not in source:
+    return ""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      module = ast.parse(source)
+  except (SyntaxError, ValueError, RecursionError):
+    return ""
+  name = origin.removeprefix("python/").removesuffix(".py").replace("/", ".")
+  sections = []
+  definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+  def visit(node: ast.AST, name: str) -> None:
+    docstring = ast.get_docstring(node)
+    if docstring:
+      sections.append(f"{name}\n\n{docstring}\n")
+    for inner in node.body:
+      if isinstance(inner, definitions):
+        visit(inner, f"{name}.{inner.name}")
+
+  visit(module, name.removesuffix(".__init__"))
+  # An escape in a docstring can spell half a surrogate pair.
+  return "\n".join(sections).encode(errors="replace").decode()
+
+
+def _legal() -> _Texts:
+  """Licences and notices of the interpreter and of installed packages.
+
+  Most are one of few texts under another copyright line. The origin is what
+  remains without that, so that all copies of a licence are held out together.
+  """
+  files = _find_in_packages(_LEGAL_FILE)
+  files["python/LICENSE.txt"] = _STANDARD_LIBRARY / "LICENSE.txt"
+  for _, text in _read(files):
+    lines = text.lower().splitlines()
+    lines = [line for line in lines if "copyright (c)" not in line]
+    yield "legal/" + " ".join(re.findall(r"[a-z]+", " ".join(lines))), text
+
+
+def _unicode() -> _Texts:
+  """Tables of the Unicode character data base, tab-separated.
+
+  Characters whose name is made by rule from their code (Han, Hangul, Tangut)
+  would be most of it and say nothing; they are left out.
+  """
+  rows = collections.defaultdict[int, list[str]](list)
+  for code in range(0x110000):
+    character = chr(code)
+    name = unicodedata.name(character, "")
+    if (
+      name
+      and not name.startswith("HANGUL SYLLABLE")
+      and not name.endswith(f"-{code:04X}")
+    ):
+      row = (
+        f"U+{code:04X}",
+        character if character.isprintable() else "",
+        unicodedata.category(character),
+        unicodedata.bidirectional(character),
+        unicodedata.decomposition(character),
+        str(unicodedata.numeric(character, "")),
+        name,
+      )
+      rows[code // _CODE_POINTS_PER_TABLE].append("\t".join(row))
+  header = "code\tcharacter\tcategory\tdirection\tdecomposition\tvalue\tname"
+  tables = {f"unicode/{number}": lines for number, lines in rows.items()}
+  for origin in sorted(tables, key=_by_hash):
+    yield origin, "\n".join([header, *tables[origin], ""])
+
+
+def _arithmetic() -> _Texts:
+  """Worked arithmetic and algebra: generated, not found."""
+  for number, text in enumerate(worked_problems()):
+    yield f"arithmetic/{number}", text
+
+
+_EMBEDDED: dict[str, Callable[[], _Texts]] = {
+  "code/python_source": _python_source,
+  "code/c_headers": _c_headers,
+  "prose/documentation": _documentation,
+  "prose/legal": _legal,
+  "tables/unicode": _unicode,
+  "math/arithmetic": _arithmetic,
+}
