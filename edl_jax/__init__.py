@@ -2,15 +2,34 @@
 
 Axis letters, used as suffixes of array names and in einsum strings:
 
-  B batch row           T query position        S key position
-  M model width         N query heads           K key-value heads
-  H head width          F expert hidden width   V vocabulary
-  L layers              E experts               A active experts per token
-  D domains             R rows of routed tokens (tokens x active experts)
-  C rows of a block, or places of an expert
-  G blocks of rows        X devices along the mesh axis `expert`
-  S slots: places of all experts
-  P tokens of a shard, rows and positions flattened
+  B batch rows
+  T query positions
+  S key positions
+  P tokens of a shard, its rows and positions flattened
+  V vocabulary
+  L layers
+  D domains
+  G coarse domains (groups of domains)
+  M model width
+  N query heads
+  K key-value heads
+  Q query heads that share a key-value head (N / K)
+  H head width
+  E experts
+  A active experts of a token
+  F hidden width of an expert
+  O gate and up projection, of size 2; a suffix writes 2
+  R rows of routed tokens, one for each token and active expert (P A)
+  C capacity: places of an expert
+  U places of all experts, used or unused (E C)
+  W rows of a window on R
+  X devices along the mesh axis `expert`
+  Z shards of the batch: devices with tokens of their own
+  I items of a list: documents, logged steps, pairs
+  J domains of a tile
+
+A 1 stands for an axis of size one. In einsum strings a lower-case letter is a
+second axis of the same kind, as in "PAM,PaM->PAa".
 """
 
 from typing import Any

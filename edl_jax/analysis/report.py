@@ -96,23 +96,23 @@ def style_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 def series(
   lines: Sequence[Mapping[str, Any]], key: str
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the steps and the values of one metric, float64 (N,) each."""
+  """Returns the steps and the values of one metric, float64 (I,) each."""
   pairs = [(line["step"], line[key]) for line in lines if key in line]
-  steps_N, values_N = np.array(pairs, np.float64).reshape(-1, 2).T
-  return steps_N, values_N
+  steps_I, values_I = np.array(pairs, np.float64).reshape(-1, 2).T
+  return steps_I, values_I
 
 
-def smooth(values_N: np.ndarray) -> np.ndarray:
-  """Averages over a centred window of about a twentieth of the points, (N,).
+def smooth(values_I: np.ndarray) -> np.ndarray:
+  """Averages over a centred window of about a twentieth of the points, (I,).
 
   The window narrows symmetrically towards both ends, so that nothing lags.
   """
-  count = len(values_N)
-  total_N1 = np.concatenate([[0.0], np.cumsum(values_N)])
-  index_N = np.arange(count)
-  half_N = np.minimum(index_N, index_N[::-1]).clip(max=max(count // 40, 1))
-  low_N, high_N = index_N - half_N, index_N + half_N + 1
-  return (total_N1[high_N] - total_N1[low_N]) / (high_N - low_N)
+  count = len(values_I)
+  total_I1 = np.concatenate([[0.0], np.cumsum(values_I)])
+  index_I = np.arange(count)
+  half_I = np.minimum(index_I, index_I[::-1]).clip(max=max(count // 40, 1))
+  low_I, high_I = index_I - half_I, index_I + half_I + 1
+  return (total_I1[high_I] - total_I1[low_I]) / (high_I - low_I)
 
 
 def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
@@ -130,10 +130,10 @@ def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
       "routing/inter_fraction": "share between domains: D_inter / D_total",
     }.items()
   ):
-    steps_N, values_N = series(lines, key)
+    steps_I, values_I = series(lines, key)
     color = COLORS[index]
-    routing.plot(steps_N, values_N, color=color, alpha=0.25, linewidth=0.8)
-    routing.plot(steps_N, smooth(values_N), color=color, label=label)
+    routing.plot(steps_I, values_I, color=color, alpha=0.25, linewidth=0.8)
+    routing.plot(steps_I, smooth(values_I), color=color, label=label)
     routing.plot(*series(lines, f"eval/{key}"), "o", color=color, markersize=4)
   routing.plot([], [], "o", color="#555555", markersize=4, label="held-out")
   routing.set_ylim(bottom=0)
@@ -141,9 +141,9 @@ def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
   routing.legend(fontsize=8, frameon=False)
   auxiliary = panels["auxiliary"]
   for index, term in enumerate(("divergence", "balance", "z")):
-    steps_N, values_N = series(lines, f"train/{term}_loss")
+    steps_I, values_I = series(lines, f"train/{term}_loss")
     auxiliary.plot(
-      steps_N, smooth(values_N), label=term, **line_style(index + 2)
+      steps_I, smooth(values_I), label=term, **line_style(index + 2)
     )
   # The terms differ by orders of magnitude; 0 (no second domain) is left out.
   auxiliary.set_yscale("log", nonpositive="mask")
@@ -161,10 +161,10 @@ def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
 
 
 def _draw_lm_loss(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-  steps_N, values_N = series(lines, "train/lm_loss")
-  axes.plot(steps_N, values_N, color="#999999", alpha=0.35, linewidth=0.8)
+  steps_I, values_I = series(lines, "train/lm_loss")
+  axes.plot(steps_I, values_I, color="#999999", alpha=0.35, linewidth=0.8)
   axes.plot(
-    steps_N, smooth(values_N), color="#777777", label="training, smoothed"
+    steps_I, smooth(values_I), color="#777777", label="training, smoothed"
   )
   prefix = "eval/lm_loss/"
   found = dict.fromkeys(key for line in lines for key in line)

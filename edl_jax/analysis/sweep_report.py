@@ -405,10 +405,10 @@ def _draw_over_steps(workdir: str, groups: Sequence[Group]) -> Figure:
       lines = metrics.read_metrics(os.path.join(workdir, run.name))
       style = report.line_style(index) | {"linewidth": 1.1}
       style |= {"label": group.label} if number == 0 else {}
-      steps_N, loss_N = report.series(lines, "train/lm_loss")
-      train.plot(steps_N, report.smooth(loss_N), **style)
-      steps_N, loss_N = report.series(lines, "eval/lm_loss")
-      held_out.plot(steps_N, loss_N, marker="o", markersize=3, **style)
+      steps_I, loss_I = report.series(lines, "train/lm_loss")
+      train.plot(steps_I, report.smooth(loss_I), **style)
+      steps_I, loss_I = report.series(lines, "eval/lm_loss")
+      held_out.plot(steps_I, loss_I, marker="o", markersize=3, **style)
   label = "LM loss (nats per token)"
   report.style_axes(train, "Training, smoothed", "step", label)
   report.style_axes(held_out, "Held-out", "step", label)

@@ -4,8 +4,8 @@ Stands alone: imports only JAX, so that other codebases can use this file.
 Logarithms are natural. Source of the loss: Li et al., *Expert Divergence
 Learning for MoE-based Language Models*, ICLR 2026, arXiv:2603.00054.
 
-Axis letters: B batch row, T position, D domains, C coarse domains, E experts,
-P tokens, N pairs or tiles, R domains in a tile.
+Axis letters: B batch row, T position, D domains, G coarse domains (groups),
+E experts, P tokens, I items of a list (pairs, tiles), J domains of a tile.
 """
 
 import math
@@ -184,12 +184,12 @@ def wasserstein(
     return jnp.sum(_absolute(surplus), axis=-1) / max(1, num_experts - 1)
   _check_metric(ground_cost_EE, num_experts)
   cost_EE = jnp.asarray(ground_cost_EE, p.dtype)
-  surplus_NE = (p - q).reshape(-1, num_experts)
-  potential_NE = jax.vmap(_potential, (0, None))(
-    *jax.lax.stop_gradient((surplus_NE, cost_EE))
+  surplus_IE = (p - q).reshape(-1, num_experts)
+  potential_IE = jax.vmap(_potential, (0, None))(
+    *jax.lax.stop_gradient((surplus_IE, cost_EE))
   )
-  distance_N = jnp.maximum(jnp.sum(potential_NE * surplus_NE, axis=-1), 0)
-  return distance_N.reshape(p.shape[:-1])
+  distance_I = jnp.maximum(jnp.sum(potential_IE * surplus_IE, axis=-1), 0)
+  return distance_I.reshape(p.shape[:-1])
 
 
 def _check_metric(cost_EE: jax.Array, num_experts: int) -> None:
@@ -397,17 +397,17 @@ def expert_divergence_loss(
   present_D = jnp.pad(present_D, (0, padding))
   p_DE = jnp.pad(p_DE, ((0, padding), (0, 0)))
   p_DE = jnp.where(present_D[:, None], p_DE, 1 / num_experts)
-  p_NRE = p_DE.reshape(num_tiles, tile, num_experts)
-  present_NR = present_D.reshape(num_tiles, tile)
-  upper_RR = jnp.triu(jnp.ones((tile, tile), bool), 1)
+  p_IJE = p_DE.reshape(num_tiles, tile, num_experts)
+  present_IJ = present_D.reshape(num_tiles, tile)
+  upper_JJ = jnp.triu(jnp.ones((tile, tile), bool), 1)
 
   def add_tile_pair(total, pair):
     j, k = pair
-    counts_RR = present_NR[j][:, None] & present_NR[k] & (upper_RR | (j < k))
-    d_RR = _DIVERGENCES[divergence](p_NRE[j][:, None], p_NRE[k], *costs)
+    counts_JJ = present_IJ[j][:, None] & present_IJ[k] & (upper_JJ | (j < k))
+    d_JJ = _DIVERGENCES[divergence](p_IJE[j][:, None], p_IJE[k], *costs)
     # Pairs that do not count must not reach a derivative that is infinite.
-    loss_RR = -jnp.log(jnp.where(counts_RR, d_RR + eps, 1))
-    return total + loss_RR.sum(), None
+    loss_JJ = -jnp.log(jnp.where(counts_JJ, d_JJ + eps, 1))
+    return total + loss_JJ.sum(), None
 
   total, _ = jax.lax.scan(
     jax.checkpoint(add_tile_pair, prevent_cse=False),
@@ -462,10 +462,10 @@ def hierarchical_divergence_loss(
   count_D1 = jnp.asarray(count_D)[:, None]
   sum_DE = jnp.where(count_D1 > 0, count_D1 * _as_float(p_DE), 0)
   parents = (jnp.array(parent_D), max(parent_D) + 1)
-  count_C = jax.ops.segment_sum(count_D1[:, 0], *parents)
-  sum_CE = jax.ops.segment_sum(sum_DE, *parents)
-  p_CE = sum_CE / jnp.maximum(count_C, 1)[:, None]
-  coarse = expert_divergence_loss(p_CE, count_C, **options)
+  count_G = jax.ops.segment_sum(count_D1[:, 0], *parents)
+  sum_GE = jax.ops.segment_sum(sum_DE, *parents)
+  p_GE = sum_GE / jnp.maximum(count_G, 1)[:, None]
+  coarse = expert_divergence_loss(p_GE, count_G, **options)
   return coarse_weight * coarse + (1 - coarse_weight) * fine
 
 
@@ -498,19 +498,19 @@ def token_pair_divergence_loss(
   rank_P = jnp.cumsum(weights_P > 0)
   num_tokens = rank_P[-1]
   first_key, second_key = jax.random.split(key)
-  first_N = jax.random.randint(first_key, num_pairs, 0, num_tokens)
+  first_I = jax.random.randint(first_key, num_pairs, 0, num_tokens)
   # Uniform over all tokens but the first: it and those behind move up by one.
-  second_N = jax.random.randint(second_key, num_pairs, 0, num_tokens - 1)
-  second_N += second_N >= first_N
+  second_I = jax.random.randint(second_key, num_pairs, 0, num_tokens - 1)
+  second_I += second_I >= first_I
   # The r-th token that counts, from 0, is the first of a rank above r.
-  i_N = jnp.searchsorted(rank_P, first_N, side="right")
-  j_N = jnp.searchsorted(rank_P, second_N, side="right")
+  i_I = jnp.searchsorted(rank_P, first_I, side="right")
+  j_I = jnp.searchsorted(rank_P, second_I, side="right")
   domain_P, probs_PE = jnp.asarray(domain_P), jnp.asarray(probs_PE)
-  divergence_N = jensen_shannon(probs_PE[i_N], probs_PE[j_N])
-  same_N = domain_P[i_N] == domain_P[j_N]
+  divergence_I = jensen_shannon(probs_PE[i_I], probs_PE[j_I])
+  same_I = domain_P[i_I] == domain_P[j_I]
 
-  def mean(counts_N):
-    counts_N &= num_tokens > 1
-    return divergence_N.sum(where=counts_N) / jnp.maximum(counts_N.sum(), 1)
+  def mean(counts_I):
+    counts_I &= num_tokens > 1
+    return divergence_I.sum(where=counts_I) / jnp.maximum(counts_I.sum(), 1)
 
-  return mean(same_N) - mean(~same_N)
+  return mean(same_I) - mean(~same_I)

@@ -196,7 +196,7 @@ def output_stats(
   """
   y_PAM = y_PAM.astype(jnp.float32)
   active = y_PAM.shape[1]
-  gram_PAA = jnp.einsum("PAM,PBM->PAB", y_PAM, y_PAM, precision=_HIGHEST)
+  gram_PAA = jnp.einsum("PAM,PaM->PAa", y_PAM, y_PAM, precision=_HIGHEST)
   square_PA = jnp.diagonal(gram_PAA, axis1=1, axis2=2)
   other_AA = ~jnp.eye(active, dtype=bool)
   pairs = max(1, active * (active - 1))

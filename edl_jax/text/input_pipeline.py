@@ -317,7 +317,7 @@ def _tokenize(
 def _pack(encoded: EncodedDocuments) -> bytes:
   file = io.BytesIO()
   (tokens,) = encoded.arrays
-  np.savez(file, tokens=tokens, lengths=encoded.length_N)
+  np.savez(file, tokens=tokens, lengths=encoded.length_I)
   return file.getvalue()
 
 
@@ -365,7 +365,7 @@ def _check_lengths(
         f" than one row of train.sequence_length={length}; add text or shorten"
         " the rows"
       )
-  longest_of = {name: int(d.length_N.max()) + 1 for name, d in used.items()}
+  longest_of = {name: int(d.length_I.max()) + 1 for name, d in used.items()}
   name = max(longest_of, key=longest_of.__getitem__)
   longest = longest_of[name]
   if length > longest:

@@ -8,40 +8,40 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedDocuments:
-  """Tokens of N documents, each a part of one of `arrays`."""
+  """Tokens of I documents, each a part of one of `arrays`."""
 
   # Tokens of any integer type; mapped files as a rule, or one array.
   arrays: Sequence[np.ndarray]
-  # Which of `arrays`, the first token there, and how many, each (N,).
-  array_N: np.ndarray
-  start_N: np.ndarray
-  length_N: np.ndarray
+  # Which of `arrays`, the first token there, and how many, each (I,).
+  array_I: np.ndarray
+  start_I: np.ndarray
+  length_I: np.ndarray
 
   @classmethod
   def from_array(
-    cls, tokens: np.ndarray, length_N: np.ndarray
+    cls, tokens: np.ndarray, length_I: np.ndarray
   ) -> "EncodedDocuments":
     """Takes documents that lie one after the other in one array."""
-    length_N = np.asarray(length_N, np.int64)
+    length_I = np.asarray(length_I, np.int64)
     return cls(
       [tokens],
-      np.zeros(len(length_N), np.int32),
-      np.cumsum(length_N) - length_N,
-      length_N,
+      np.zeros(len(length_I), np.int32),
+      np.cumsum(length_I) - length_I,
+      length_I,
     )
 
   def __len__(self) -> int:
-    return len(self.length_N)
+    return len(self.length_I)
 
   def __getitem__(self, part: slice | np.ndarray) -> "EncodedDocuments":
     """Returns the documents of a slice, a mask or a list of numbers."""
-    columns = (self.array_N, self.start_N, self.length_N)
+    columns = (self.array_I, self.start_I, self.length_I)
     return EncodedDocuments(self.arrays, *(column[part] for column in columns))
 
   @property
   def token_count(self) -> int:
     """Tokens in all, the start token of each document among them."""
-    return int(self.length_N.sum()) + len(self)
+    return int(self.length_I.sum()) + len(self)
 
 
 class TokenStream:
@@ -54,7 +54,7 @@ class TokenStream:
     self._documents, self._start_id = documents, document_start_id
     # Where each document's start token lies, and the last start token.
     self._begin = np.zeros(len(documents) + 1, np.int64)
-    np.cumsum(documents.length_N + 1, out=self._begin[1:])
+    np.cumsum(documents.length_I + 1, out=self._begin[1:])
 
   def __len__(self) -> int:
     return int(self._begin[-1]) + 1
@@ -69,8 +69,8 @@ class TokenStream:
       first, last = begin[number] + 1, begin[number + 1]
       low, high = max(first, start), min(last, stop)
       if low < high:
-        offset = documents.start_N[number] - first
-        array = documents.arrays[documents.array_N[number]]
+        offset = documents.start_I[number] - first
+        array = documents.arrays[documents.array_I[number]]
         tokens[low - start : high - start] = array[offset + low : offset + high]
       number += 1
     return tokens
