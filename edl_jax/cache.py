@@ -1,14 +1,16 @@
-"""The cache folder: files that can be made again."""
+"""The cache folder, whose files can be deleted: they are made again."""
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
+
+from edl_jax import storage
 
 
 def cache_directory() -> Path:
-  """$EDL_JAX_CACHE, or edl_jax in $XDG_CACHE_HOME or in ~/.cache."""
+  """Returns $EDL_JAX_CACHE, else edl_jax in $XDG_CACHE_HOME or in ~/.cache."""
   if directory := os.environ.get("EDL_JAX_CACHE"):
     return Path(directory)
   parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -16,12 +18,12 @@ def cache_directory() -> Path:
 
 
 def cache_key(*parts: str | int | float) -> str:
-  """Returns a short name for all that a cached file depends on."""
+  """Returns a short hash of everything that a cached file depends on."""
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def read_cache(name: str) -> bytes | None:
-  """Returns a cached file, or None if there is none that can be read."""
+  """Returns the content of a cached file, None if it cannot be read."""
   try:
     return (cache_directory() / name).read_bytes()
   except OSError:
@@ -29,19 +31,11 @@ def read_cache(name: str) -> bytes | None:
 
 
 def write_cache(name: str, content: bytes) -> None:
-  """Writes a cached file as a whole or, where that is impossible, not at all.
+  """Writes a cached file, if the folder can be written.
 
   Several processes may write the same file at once.
   """
-  try:
+  with contextlib.suppress(OSError):
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
-      try:
-        file.write(content)
-        file.flush()
-        os.replace(file.name, directory / name)
-      except OSError:
-        os.unlink(file.name)
-  except OSError:
-    pass
+    storage.write_bytes(directory / name, content)

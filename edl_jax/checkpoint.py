@@ -132,7 +132,7 @@ def describe_workdir(workdir: str, provenance: Provenance) -> None:
   path = os.path.join(workdir, "run.json")
   if not epath.Path(path).exists():
     storage.make_folder(workdir)
-    write_json(path, provenance.to_dict())
+    storage.write_json(path, provenance.to_dict())
 
 
 def saved_provenance(workdir: str) -> dict[str, Any] | None:
@@ -155,11 +155,6 @@ def _read_json(path: str) -> dict[str, Any]:
     return json.loads(epath.Path(path).read_text())
   except (OSError, ValueError) as error:
     raise UserError(f"{path} is damaged ({error}); remove it") from error
-
-
-def write_json(path: str, value: Any) -> None:
-  """Writes a JSON file that is either complete or not there."""
-  storage.write_bytes(path, json.dumps(value).encode())
 
 
 def checkpoint_steps(folder: str) -> list[int]:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from edl_jax.checkpoint import Provenance, load, write_json
+from edl_jax import storage
+from edl_jax.checkpoint import Provenance, load
 from edl_jax.config import Experiment
 from edl_jax.losses import routing, routing_metrics
 from edl_jax.model.transformer import Model
@@ -199,7 +200,7 @@ def evaluate_checkpoint(
   if jax.process_index():
     return
   path = os.path.join(workdir, "eval.json")
-  write_json(
+  storage.write_json(
     path,
     {
       "step": loaded.step,

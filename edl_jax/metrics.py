@@ -1,4 +1,4 @@
-"""Where figures go: `metrics.jsonl`, TensorBoard, and a line for the eye.
+"""The figures of a run: `metrics.jsonl` and TensorBoard.
 
 Imports no JAX: reports and sweeps read metrics without starting a device.
 """
@@ -6,13 +6,11 @@ Imports no JAX: reports and sweeps read metrics without starting a device.
 import contextlib
 import json
 import os
-import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from etils import epath
 
@@ -219,90 +217,3 @@ def _drop_after(workdir: str, first_step: int, path: str) -> None:
   present = os.path.getsize(path) if os.path.exists(path) else 0
   if present != len(kept):
     storage.write_bytes(path, kept)
-
-
-class Progress:
-  """How far a run is: one live line on a terminal, plain lines elsewhere."""
-
-  def __init__(
-    self, num_steps: int, first_step: int, stream: IO[str] | None = None
-  ):
-    """Starts at `first_step` of `num_steps`; `stream` defaults to stdout."""
-    self._num_steps = num_steps
-    self._stream = sys.stdout if stream is None else stream
-    self._live = self._stream.isatty()
-    self._line = ""
-    self.restart(first_step)
-
-  def restart(self, step: int) -> None:
-    """Takes the rate, and with it the ETA, from `step` and now on."""
-    self._origin = (step, time.monotonic())
-
-  def update(self, step: int, text_values: Mapping[str, float]) -> None:
-    """Shows a step.
-
-    Args:
-      step: steps taken so far.
-      text_values: scalars to show, in order, named by the last part of their
-        keys; `tokens_per_second` is shown in its unit.
-    """
-    now = time.monotonic()
-    parts = [
-      f"step {step}/{self._num_steps}",
-      f"{100 * step // self._num_steps}%",
-    ]
-    origin_step, origin_time = self._origin
-    if step > origin_step:
-      seconds_per_step = (now - origin_time) / (step - origin_step)
-      seconds = seconds_per_step * (self._num_steps - step)
-      parts.append(f"ETA {format_duration(seconds)}")
-    for key, value in text_values.items():
-      name = key.rsplit("/", 1)[-1]
-      if name == "tokens_per_second":
-        parts.append(f"{format_quantity(value)} tokens/s")
-      else:
-        parts.append(f"{name} {value:.4g}")
-    self._line = "  ".join(parts)
-    self._show()
-
-  def print(self, text: str) -> None:
-    """Prints `text` on lines of its own, above the live line if there is one."""
-    if self._live and self._line:
-      self._stream.write(f"\r\x1b[K{text}\n")
-      self._show()
-    else:
-      self._stream.write(f"{text}\n")
-      self._stream.flush()
-
-  def close(self) -> None:
-    """Ends the live line, which stays visible."""
-    if self._live and self._line:
-      self._stream.write("\n")
-      self._stream.flush()
-    self._line = ""
-
-  def _show(self) -> None:
-    if self._live:
-      # A line wider than the terminal would wrap and could not be rewritten.
-      width = shutil.get_terminal_size().columns - 1
-      self._stream.write(f"\r\x1b[K{self._line[:width]}")
-    else:
-      self._stream.write(f"{self._line}\n")
-    self._stream.flush()
-
-
-def format_duration(seconds: float) -> str:
-  """Formats seconds as 1:02:03, or 2:03 below an hour."""
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f"{hours}:{minutes:02}:{rest:02}"
-  return f"{minutes}:{rest:02}"
-
-
-def format_quantity(value: float) -> str:
-  """Formats a rate or a size as 950, 12.3k, 4.6M or 15.1G."""
-  for suffix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-    if value >= scale:
-      return f"{value / scale:.1f}{suffix}"
-  return f"{value:.0f}"

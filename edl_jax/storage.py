@@ -1,80 +1,135 @@
-"""Folders that may lie in a bucket: what objects cannot do as files do.
+"""Files of this machine or in a bucket, and the one writer of whole files.
 
-Paths stay strings: of this machine, or gs://BUCKET/FOLDER. An object in a
-bucket is written whole or not at all; it cannot be renamed, mapped or added
-to, and its folders need no making.
+A path is a string: a local path, or gs://BUCKET/FOLDER. An object in a bucket
+cannot be renamed, mapped into memory or appended to, and needs no folder.
 """
 
+import contextlib
 import errno
+import io
+import json
 import logging
 import os
 import uuid
+from collections.abc import Iterator
+from typing import IO, Any
 
 import fsspec
 from etils import epath
 
 from edl_jax.config import UserError
 
-# Orbax and other processes write to the same folders: a listing kept in memory
-# would hide their checkpoints. Set before epath makes its client.
+# Orbax and other processes write to the same folders, and a cached listing would
+# hide their checkpoints. This must be set before epath creates its client.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def in_bucket(path: str) -> bool:
-  """Returns whether a path is no folder of this machine."""
+  """Returns whether a path lies in a bucket, not on this machine."""
   return "://" in path
 
 
 def absolute(path: str) -> str:
-  """Returns a path independent of the working directory, without end slash."""
+  """Returns a path that does not depend on the working directory.
+
+  It ends without a slash.
+  """
   return path.rstrip("/") if in_bucket(path) else os.path.abspath(path)
 
 
 def make_folder(path: str) -> None:
-  """Makes a local folder and those above it, where they are missing."""
+  """Creates a local folder and its parents; does nothing in a bucket."""
   if not in_bucket(path):
     os.makedirs(path, exist_ok=True)
 
 
-def write_bytes(path: str, content: bytes) -> None:
-  """Writes a file that is either complete or not there.
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+  """Opens a file that becomes visible, complete, when the block ends.
+
+  If the block raises, whatever was at `path` stays as it was. Several processes
+  may write the same file at once; the last to finish wins. The folder must
+  exist. A device or a pipe, such as /dev/stdout, is written to directly.
+
+  Yields:
+    The file, open for writing bytes.
 
   Raises:
     OSError: it cannot be written; `strerror` says why, in one line.
   """
+  path = os.fspath(path)
   if in_bucket(path):
+    content = io.BytesIO()
+    yield content
     try:
-      epath.Path(path).write_bytes(content)
-    except Exception as error:  # The library's own, and of those below it.
+      epath.Path(path).write_bytes(content.getvalue())
+    except Exception as error:  # Of gcsfs, or of a library that it uses.
       raise OSError(errno.EIO, _reason(error), path) from error
     return
-  temporary = f"{path}.tmp"
-  with open(temporary, "wb") as file:
+  if os.path.exists(path) and not os.path.isfile(path):
+    with open(path, "wb") as file:
+      yield file
+    return
+  folder, name = os.path.split(path)
+  # Process ids do not tell apart the machines that share a folder.
+  temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
+    raise
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+  """Writes a file whole or not at all; see `whole_file`."""
+  with whole_file(path) as file:
     file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+
+
+def write_json(
+  path: str | os.PathLike[str], value: Any, *, indent: int | None = None
+) -> None:
+  """Writes a JSON file whole or not at all; see `whole_file`.
+
+  Args:
+    path: of the file.
+    value: what `json.dumps` takes.
+    indent: spaces a level, for files that people read: these keep characters
+      beyond ASCII, and end with a newline. None: one line without it.
+  """
+  if indent is None:
+    text = json.dumps(value)
+  else:
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+  write_bytes(path, text.encode())
 
 
 def check_access(path: str, setting: str = "") -> None:
-  """Checks that the bucket of `path` is there and readable.
+  """Checks that the bucket of `path` exists and can be read.
 
   Does nothing for a local path.
 
   Args:
     path: a folder.
-    setting: what names the path, such as "--workdir=", for messages.
+    setting: the flag or key that holds the path, such as "--workdir=", for
+      messages.
 
   Raises:
-    UserError: it is not, or what buckets need is not installed.
+    UserError: there is no such bucket, it cannot be read, or gcsfs is not
+      installed.
   """
   if not in_bucket(path):
     return
   scheme, _, rest = path.partition("://")
   named = f"{setting}{path}"
   if scheme != "gs":
-    raise UserError(f"{named}: of buckets only gs:// can be used")
-  # It logs, with a traceback, what it raises.
+    raise UserError(f"{named}: only gs:// buckets can be used")
+  # gcsfs logs a traceback for every error that it raises.
   logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   bucket = f"gs://{rest.partition('/')[0]}"
   try:
@@ -93,12 +148,12 @@ def check_access(path: str, setting: str = "") -> None:
 
 
 def check_writable(path: str) -> None:
-  """Writes an object below `path`, a folder in a bucket, and removes it.
+  """Writes an object in `path`, a folder of a bucket, and deletes it again.
 
   Raises:
-    OSError: one of both is not allowed; `strerror` says why, in one line.
+    OSError: one of the two is not allowed; `strerror` says why, in one line.
   """
-  # A name of its own: processes that start together must not meet.
+  # Processes that start together need different names.
   trial = f"{path}/{uuid.uuid4().hex}"
   write_bytes(trial, b"")
   try:
@@ -108,4 +163,5 @@ def check_writable(path: str) -> None:
 
 
 def _reason(error: Exception) -> str:
+  """Returns an error's message in one line."""
   return " ".join(str(error).split()) or type(error).__name__

@@ -16,20 +16,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from edl_jax import sharding
+from edl_jax import sharding, storage
 from edl_jax.checkpoint import (
   Checkpointer,
   Provenance,
   describe_workdir,
   load,
-  write_json,
 )
 from edl_jax.config import Experiment
 from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
 from edl_jax.losses import routing, routing_metrics
-from edl_jax.metrics import MetricsWriter, Progress, read_metrics
+from edl_jax.metrics import MetricsWriter, read_metrics
 from edl_jax.model.transformer import parameter_counts
 from edl_jax.optim import make_optimizer
+from edl_jax.progress import Progress
 from edl_jax.runtime import compiler_options
 from edl_jax.step import abstract_state, init_state, make_train_step
 from edl_jax.text.batch import Batch
@@ -302,7 +302,7 @@ class _Loop:
     if not self._is_first:
       return
     total, active = parameter_counts(self._experiment.model)
-    write_json(
+    storage.write_json(
       os.path.join(self._workdir, "routing.json"), self.evaluation.report
     )
     result = {
@@ -327,7 +327,7 @@ class _Loop:
 
     write_run_report(self._workdir)
     # Last: its presence says that the run is complete.
-    write_json(os.path.join(self._workdir, "result.json"), result)
+    storage.write_json(os.path.join(self._workdir, "result.json"), result)
 
   def close(self) -> None:
     self.progress.close()

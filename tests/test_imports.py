@@ -15,11 +15,14 @@ ARROWS = {
     *("config", "config_files", "model", "optim", "runtime", "sharding"),
     *("step", "text"),
   },
-  "cache": set(),
+  "cache": {"storage"},
   "checkpoint": {"config", "model", "sharding", "step", "storage", "text"},
   "config": set(),
   "config_files": {"config"},
-  "evaluate": {"checkpoint", "config", "losses", "model", "sharding", "text"},
+  "evaluate": {
+    *("checkpoint", "config", "losses", "model", "sharding", "storage"),
+    "text",
+  },
   "losses": {"config", "sharding"},
   "main": {
     *("checkpoint", "config", "config_files", "evaluate", "runtime"),
@@ -28,6 +31,7 @@ ARROWS = {
   "metrics": {"config", "storage"},
   "model": {"config", "losses", "sharding", "text"},
   "optim": {"config", "sharding"},
+  "progress": set(),
   "runtime": {"cache"},
   "sharding": {"config"},
   "step": {"config", "losses", "model", "optim", "sharding", "text"},
@@ -37,7 +41,8 @@ ARROWS = {
   "text": {"cache", "config", "storage"},
   "train": {
     *("analysis", "checkpoint", "config", "evaluate", "losses", "metrics"),
-    *("model", "optim", "runtime", "sharding", "step", "text"),
+    *("model", "optim", "progress", "runtime", "sharding", "step"),
+    *("storage", "text"),
   },
 }
 

@@ -1,6 +1,5 @@
-"""Metrics: exact files after a resume, and progress on terminals and pipes."""
+"""Metrics: files that a resumed run continues exactly."""
 
-import io
 import os
 import re
 import struct
@@ -148,66 +147,3 @@ def test_importing_loads_neither_jax_nor_tensorboard():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   ).stdout
   assert output.strip() == "[]"
-
-
-class Terminal(io.StringIO):
-  def isatty(self):
-    return True
-
-
-def screen(text):
-  """What a terminal shows: carriage return plus erase starts a line anew."""
-  return [line.rsplit("\r\x1b[K", 1)[-1] for line in text.split("\n")]
-
-
-def test_progress_piped_prints_plain_lines():
-  stream = io.StringIO()
-  progress = metrics.Progress(40, 0, stream)
-  progress.update(10, {"train/loss": 4.32149, "train/tokens_per_second": 12345})
-  progress.print("eval done")
-  progress.update(20, {"train/loss": 4.0})
-  progress.close()
-  text = re.sub(r"ETA \d+:\d\d", "ETA", stream.getvalue())
-  assert text == (
-    "step 10/40  25%  ETA  loss 4.321  12.3k tokens/s\n"
-    "eval done\n"
-    "step 20/40  50%  ETA  loss 4\n"
-  )
-
-
-def test_progress_on_a_terminal_rewrites_one_line(monkeypatch):
-  monkeypatch.setenv("COLUMNS", "60")
-  stream = Terminal()
-  progress = metrics.Progress(40, 0, stream)
-  progress.print("start")
-  progress.update(10, {"loss": 4.0})
-  progress.update(20, {"loss": 3.0, **{f"term_{i}": 1.0 for i in range(9)}})
-  progress.print("eval done")
-  assert [line[:10] for line in screen(stream.getvalue())] == [
-    "start",
-    "eval done",
-    "step 20/40",
-  ]
-  assert len(screen(stream.getvalue())[-1]) == 59
-  progress.close()
-  progress.print("end")
-  assert screen(stream.getvalue())[-2:] == ["end", ""]
-
-
-def test_eta_leaves_compilation_out(monkeypatch):
-  clock = iter([0.0, 100.0, 110.0])
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-  stream = io.StringIO()
-  progress = metrics.Progress(1000, 500, stream)
-  progress.restart(500)  # Compiled.
-  progress.update(510, {})
-  assert stream.getvalue() == "step 510/1000  51%  ETA 8:10\n"  # 490 of 1 s
-
-
-def test_formats():
-  assert metrics.format_duration(3723.4) == "1:02:03"
-  assert metrics.format_duration(59.7) == "1:00"
-  assert metrics.format_duration(7) == "0:07"
-  assert metrics.format_quantity(950) == "950"
-  assert metrics.format_quantity(12_345) == "12.3k"
-  assert metrics.format_quantity(15_100_000_000) == "15.1G"

@@ -91,6 +91,56 @@ def test_files_are_replaced_as_a_whole(bucket, tmp_path):
     assert [path.name for path in epath.Path(folder).iterdir()] == ["a"]
 
 
+def test_file_stays_as_it_was_when_its_writer_fails(bucket, tmp_path):
+  for folder in (str(tmp_path), "gs://test/run"):
+    storage.write_bytes(f"{folder}/a", b"first")
+    with pytest.raises(ZeroDivisionError):  # noqa: SIM117
+      with storage.whole_file(f"{folder}/a") as file:
+        file.write(b"half of the sec")
+        1 / 0  # noqa: B018
+    assert epath.Path(folder, "a").read_bytes() == b"first"
+    assert [path.name for path in epath.Path(folder).iterdir()] == ["a"]
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path):
+  path = tmp_path / "a"
+  with storage.whole_file(path) as one, storage.whole_file(path) as other:
+    one.write(b"one")
+    other.write(b"other")
+    assert not path.exists()
+  # The inner block ended first, the outer one last.
+  assert path.read_bytes() == b"one"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_devices_are_not_replaced(tmp_path):
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+  storage.write_bytes(pipe, b"content")
+  assert os.read(reader, 100) == b"content"
+  os.close(reader)
+  assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_folder_that_is_missing_is_an_error_in_one_line(tmp_path):
+  with pytest.raises(OSError) as caught:
+    storage.write_bytes(tmp_path / "none" / "a", b"content")
+  assert caught.value.strerror == "No such file or directory"
+
+
+def test_json_for_machines_and_for_people(tmp_path):
+  value = {"name": "Ünïcode", "values": [1, 0.1]}
+  path = tmp_path / "a.json"
+  storage.write_json(path, value)
+  assert path.read_bytes() == json.dumps(value).encode()
+  storage.write_json(path, value, indent=2)
+  assert path.read_text(encoding="utf-8").splitlines()[1] == (
+    '  "name": "Ünïcode",'
+  )
+  assert json.loads(path.read_bytes()) == value
+
+
 def test_absolute_paths(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   assert storage.absolute("runs/a/") == str(tmp_path / "runs" / "a")

@@ -69,8 +69,8 @@ def write_run_report(workdir: str) -> list[str]:
 
 
 def save_figure(figure: Figure, path: str) -> None:
-  """Writes a figure as PNG."""
-  with epath.Path(path).open("wb") as file:
+  """Writes a figure as a PNG file."""
+  with storage.whole_file(path) as file:
     figure.savefig(file, dpi=110)
 
 

@@ -5,6 +5,7 @@ experiments recorded in their result.json differ.
 """
 
 import csv
+import io
 import json
 import os
 import statistics
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from edl_jax import metrics
+from edl_jax import metrics, storage
 from edl_jax.analysis import report
 from edl_jax.config import Experiment, UserError, flatten
 
@@ -189,8 +190,7 @@ def write_report(workdir: str) -> str:
   runs = read_runs(workdir)
   groups = group_runs(runs)
   text = _tables(runs, groups)
-  with open(os.path.join(workdir, "report.md"), "w") as file:
-    file.write(text + "\n")
+  storage.write_bytes(os.path.join(workdir, "report.md"), f"{text}\n".encode())
   _write_csv(os.path.join(workdir, "report.csv"), runs)
   names = short_names(swept_keys(runs))
   for key, name in names.items():
@@ -224,10 +224,11 @@ def _write_csv(path: str, runs: Sequence[Run]) -> None:
     for run in runs
   ]
   columns = list(dict.fromkeys(name for row in rows for name in row))
-  with open(path, "w", newline="") as file:
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
-    writer.writerows(rows)
+  file = io.StringIO(newline="")
+  writer = csv.DictWriter(file, columns)
+  writer.writeheader()
+  writer.writerows(rows)
+  storage.write_bytes(path, file.getvalue().encode())
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
