@@ -4,9 +4,9 @@
 
 Domains that still route alike are as close as 1e-11 to 1e-5, and there the
 loss -log(JSD) has its steepest gradient. Two textbook forms in float32 are
-compared with the one of `edl_jax.losses.divergence` by their largest relative errors
-against 50-digit arithmetic, over pairs of distributions on 64 experts: the
-entropy form, H((p+q)/2) - (H(p) + H(q))/2, and the Kullback-Leibler form,
+compared with the one of `edl_jax.losses.divergence` by their largest relative
+errors against 50-digit arithmetic, over pairs of distributions on 64 experts:
+the entropy form, H((p+q)/2) - (H(p) + H(q))/2, and the Kullback-Leibler form,
 (KL(p||m) + KL(q||m))/2 with m = (p+q)/2. An error of 1 is a wrong result.
 """
 

@@ -3,8 +3,8 @@
   python -m benchmarks.roofline --json=roofline.json
 
 Steps of `experiments/bench.py` and square float32 matrix products of several
-sizes take turns of a second each. The ratio is the step's model FLOP/s, its need alone and no
-recomputation, over the FLOP/s of the best of the products.
+sizes take turns of a second each. The ratio is the step's model FLOP/s (without
+recomputation) over the FLOP/s of the best of the products.
 
 Then steps run under JAX's profiler. An operation belongs to the innermost
 `jax.named_scope` around it, and a fusion to the scope of its result: with

@@ -33,7 +33,7 @@ _FOLDER = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-  """What a run was made from; two runs may only continue each other if equal."""
+  """What a run was made from; a run continues only one that has the same."""
 
   experiment: Experiment
   taxonomy: Taxonomy

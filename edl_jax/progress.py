@@ -38,7 +38,7 @@ class ProgressLine:
     self._stream.flush()
 
   def print(self, text: str) -> None:
-    """Prints `text` on lines of its own, above the live line if there is one."""
+    """Prints `text` on lines of its own, above the live line, if any."""
     if self.live and self._line:
       self._stream.write(f"{_ERASE}{text}\n")
       self.show(self._line)

@@ -6,10 +6,10 @@ of each row over the last. Parameters are stored spread over `fsdp`, `expert`
 and `tensor`, and gathered where they are used.
 
 A model runs inside one `per_shard`, in which every axis is manual: arrays are
-a device's own, and what crosses devices is written down: parameters and sums
-here, tokens in `expert_parallel`, keys and values in `attention`. JAX adds the
-sums of gradients over axes that a parameter is not spread over, and XLA the sums
-over rows behind the model and that of the gradient's norm.
+a device's own, and every transfer is an explicit call: parameters and sums
+here, tokens in `expert_parallel`, keys and values in `attention`. JAX sums
+gradients over the axes that a parameter is not spread over; XLA adds the sums
+over rows behind the model and the sum of the gradient's norm.
 """
 
 import collections

@@ -19,8 +19,8 @@ from etils import epath
 
 from edl_jax.config import UserError
 
-# Orbax and other processes write to the same folders, and a cached listing would
-# hide their checkpoints. This must be set before epath creates its client.
+# Orbax and other processes write to the same folders, and a cached listing
+# would hide their checkpoints. This must be set before epath makes a client.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
@@ -142,8 +142,9 @@ def check_access(path: str, setting: str = "") -> None:
     raise UserError(f"{named}: there is no bucket {bucket}") from error
   except Exception as error:
     raise UserError(
-      f"{named}: cannot read {bucket} ({_reason(error)}); log in with `gcloud"
-      " auth application-default login`, or give the VM's service account access"
+      f"{named}: cannot read {bucket} ({_reason(error)}); log in with"
+      " `gcloud auth application-default login`, or give the VM's service"
+      " account access"
     ) from error
 
 

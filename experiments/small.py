@@ -1,4 +1,4 @@
-"""About 20M parameters: about an hour on two CPU cores, or for a first TPU chip.
+"""About 20M parameters: an hour on two CPU cores, or for a first TPU chip.
 
 The hour is an estimate from the first steps (1.2k to 1.8k tokens per second).
 

@@ -326,8 +326,15 @@ def test_prepared_text_that_is_damaged_or_too_large(
 
 def start(workdir, *flags):
   return subprocess.Popen(
-    [sys.executable, "-m", "edl_jax.main", f"--experiment={TINY}"]
-    + [f"--workdir={workdir}", "--experiment.train.num_steps=100", *flags],
+    [
+      sys.executable,
+      "-m",
+      "edl_jax.main",
+      f"--experiment={TINY}",
+      f"--workdir={workdir}",
+      "--experiment.train.num_steps=100",
+      *flags,
+    ],
     cwd=ROOT,
     stdout=subprocess.PIPE,
     text=True,

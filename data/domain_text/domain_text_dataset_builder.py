@@ -5,8 +5,8 @@
 
 takes every file in the folder that `edl_jax.text.readers` can read (JSON lines,
 also compressed, Parquet, plain files in folders named after their domain). An
-experiment reads the result by `data.files="tfds/domain_text/**/*.array_record*"`,
-anything else by
+experiment reads the result with
+`data.files="tfds/domain_text/**/*.array_record*"`, and any other program with
 
   builder = tfds.builder_from_directory("tfds/domain_text/1.0.0")
   examples = builder.as_data_source(split="train")

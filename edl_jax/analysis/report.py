@@ -469,6 +469,6 @@ def _table_sections(results: Sequence[Mapping[str, Any]]) -> list[Figures]:
 def layers(
   result: Mapping[str, Any],
 ) -> list[tuple[int, Mapping[str, float]]]:
-  """Returns the routing figures of each MoE layer with its index in the model."""
+  """Returns each MoE layer's routing figures, with its index in the model."""
   first = result["experiment"].get("model.num_dense_layers", 0)
   return list(enumerate(result["routing"]["layers"], start=first))

@@ -1,4 +1,4 @@
-"""Reads optimised HLO text: computations, instructions, and how often they run."""
+"""Reads optimised HLO text: computations, instructions, their run counts."""
 
 import collections
 import math

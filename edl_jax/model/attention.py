@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions and normalised queries, keys."""
+"""Grouped-query attention with rotary positions and QK normalisation."""
 
 import functools
 

@@ -59,7 +59,7 @@ class Tokenizer:
 
   @property
   def byte_lengths_V(self) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int32 (V,); 0 for special ones."""
+    """UTF-8 bytes of each token, int32 (V,); 0 for special tokens."""
     return np.array([len(token) for token in self._bytes], np.int32)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

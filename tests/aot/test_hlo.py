@@ -83,26 +83,32 @@ HloModule step, is_scheduled=true, num_partitions=8
 
 %start (p0: bf16[4,8]) -> (bf16[4,8], bf16[16,8]) {
   %p0 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-gather.1 = bf16[16,8]{1,0} all-gather(%p0), channel_id=1, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
+  %all-gather.1 = bf16[16,8]{1,0} all-gather(%p0), channel_id=1,\
+ replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
   ROOT %t = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) tuple(%p0, %all-gather.1)
 }
 
 %async_collective_fusion.7 (p1: bf16[4,8], q: bf16[16,32]) -> bf16[16,32] {
   %p1 = bf16[4,8]{1,0} parameter(0)
   %q = bf16[16,32]{1,0} parameter(1)
-  %all-gather.2 = bf16[16,8]{1,0} all-gather(%p1), channel_id=1, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
-  ROOT %convolution.3 = bf16[16,16]{1,0} convolution(%q, %q), dim_labels=bf_oi->bf
+  %all-gather.2 = bf16[16,8]{1,0} all-gather(%p1), channel_id=1,\
+ replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
+  ROOT %convolution.3 = bf16[16,16]{1,0} convolution(%q, %q),\
+ dim_labels=bf_oi->bf
 }
 
 %done (p2: bf16[4,8]) -> bf16[16,8] {
   %p2 = bf16[4,8]{1,0} parameter(0)
-  ROOT %all-gather.3 = bf16[16,8]{1,0} all-gather(%p2), channel_id=1, replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
+  ROOT %all-gather.3 = bf16[16,8]{1,0} all-gather(%p2), channel_id=1,\
+ replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}
 }
 
 %all-reduce-scatter.4 (p3: f32[32]) -> f32[16] {
   %p3 = f32[32]{0} parameter(0)
-  %all-reduce.5 = f32[32]{0} all-reduce(%p3), channel_id=1, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
-  ROOT %slice = f32[16]{0} dynamic-slice(%all-reduce.5), dynamic_slice_sizes={16}
+  %all-reduce.5 = f32[32]{0} all-reduce(%p3), channel_id=1,\
+ replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  ROOT %slice = f32[16]{0} dynamic-slice(%all-reduce.5),\
+ dynamic_slice_sizes={16}
 }
 
 %body (s: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
@@ -110,9 +116,12 @@ HloModule step, is_scheduled=true, num_partitions=8
   %i = s32[] get-tuple-element(%s), index=0
   %x = bf16[4,8]{1,0} get-tuple-element(%s), index=1
   %w = bf16[16,32]{1,0} constant({...})
-  %async-collective-start.9 = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) fusion(%x), kind=kCustom, calls=%start
-  %y = bf16[16,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%async_collective_fusion.7
-  %async-collective-done.9 = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%done
+  %async-collective-start.9 = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) fusion(%x),\
+ kind=kCustom, calls=%start
+  %y = bf16[16,16]{1,0} fusion(%x, %w), kind=kOutput,\
+ calls=%async_collective_fusion.7
+  %async-collective-done.9 = bf16[16,8]{1,0} fusion(%x), kind=kCustom,\
+ calls=%done
   %z = bf16[16,16]{1,0} convolution(%w, %w), dim_labels=bf_oi->bf
   ROOT %r = (s32[], bf16[4,8]{1,0}) tuple(%i, %x)
 }
@@ -128,12 +137,15 @@ ENTRY %main (a: (s32[], bf16[4,8]), g: f32[32]) -> f32[16] {
   %a = (s32[], bf16[4,8]{1,0}) parameter(0)
   %g = f32[32]{0} parameter(1)
   %while = (s32[], bf16[4,8]{1,0}) while(%a), condition=%condition, body=%body
-  %gmm.12 = bf16[64,48]{1,0} custom-call(%k, %l, %m), custom_call_target="tpu_custom_call"
+  %gmm.12 = bf16[64,48]{1,0} custom-call(%k, %l, %m),\
+ custom_call_target="tpu_custom_call"
   %k = s32[] constant(0)
   %l = bf16[64,32]{1,0} constant({...})
   %m = bf16[2,32,48]{2,1,0} constant({...})
-  %strange.1 = bf16[64,48]{1,0} custom-call(%l), custom_call_target="tpu_custom_call"
-  ROOT %reduced = f32[16]{0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.4
+  %strange.1 = bf16[64,48]{1,0} custom-call(%l),\
+ custom_call_target="tpu_custom_call"
+  ROOT %reduced = f32[16]{0} fusion(%g), kind=kCustom,\
+ calls=%all-reduce-scatter.4
 }
 """
 
@@ -209,7 +221,9 @@ HloModule m
 ENTRY %e (x: f32[6,{size},3], w: f32[{kernel},3,4]) -> f32[6,{output},4] {{
   %x = f32[6,{size},3]{{2,1,0}} parameter(0)
   %w = f32[{kernel},3,4]{{2,1,0}} parameter(1)
-  ROOT %c = f32[6,{output},4]{{2,1,0}} convolution(%x, %w), window={{size={kernel} stride={stride} pad={low}_{high} lhs_dilate={lhs_dilate} rhs_dilate={rhs_dilate}}}, dim_labels=b0f_0io->b0f
+  ROOT %c = f32[6,{output},4]{{2,1,0}} convolution(%x, %w),\
+ window={{size={kernel} stride={stride} pad={low}_{high}\
+ lhs_dilate={lhs_dilate} rhs_dilate={rhs_dilate}}}, dim_labels=b0f_0io->b0f
 }}
 """
   found = hlo_costs.costs(hlo.parse(text), 1)

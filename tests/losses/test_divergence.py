@@ -329,7 +329,8 @@ def test_transport_against_a_linear_programme(num_experts):
     want = linear_programme(p[n], q[n], cost)
     # q[2] is known to 1e-7 in 1e-4.
     assert float(value[n]) == pytest.approx(want, rel=2e-3 if n == 2 else 1e-5)
-    # The gradient certifies the value: a feasible dual solution that attains it.
+    # The gradient is a feasible dual solution that attains the value, which
+    # proves the value optimal.
     slope = np.asarray(gradient[n], np.float64)
     assert np.all(slope[:, None] - slope <= cost + 1e-5)
     assert slope @ (p[n] - q[n]) == pytest.approx(float(value[n]), abs=1e-6)
