@@ -82,7 +82,8 @@ class DivergenceAlone:
 
     def loss(p_LDE: jax.Array) -> jax.Array:
       return losses.divergence_loss(
-        stats._replace(probability_LDE=p_LDE), experiment.losses
+        stats._replace(probability_LDE=p_LDE),
+        losses.LossContext(experiment.losses),
       ).mean()
 
     self.compiled = (

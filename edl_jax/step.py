@@ -12,7 +12,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from edl_jax import sharding
 from edl_jax.config import Experiment
 from edl_jax.losses import routing
-from edl_jax.losses.objective import auto_weights, objective
+from edl_jax.losses.objective import (
+  LossContext,
+  auto_weights,
+  objective,
+  outputs_form,
+)
 from edl_jax.model.transformer import Model
 from edl_jax.optim import make_schedule
 from edl_jax.text.batch import Batch
@@ -75,25 +80,23 @@ def loss_and_gradient(
   Returns:
     The sums, the terms by name, and the gradient as a model-shaped pytree.
   """
-  settings = experiment.losses
-  outputs_form = (
-    settings.specialization_form if settings.orthogonality_weight else None
+  context = LossContext(
+    experiment.losses,
+    taxonomy.parent,
+    _coarse_weight(experiment),
+    max_present=len(batch.domain_B),
   )
 
   @jax.named_scope("objective")
   def of_sums(sums: routing.BatchSums):
-    return objective(
-      sums,
-      settings,
-      taxonomy.parent,
-      _coarse_weight(experiment),
-      kept_weights,
-      max_present=len(batch.domain_B),
-    )
+    return objective(sums, context, kept_weights)
 
   def forward(model: Model, batch: Batch) -> routing.BatchSums:
     sums, _ = model.batch_sums(
-      batch, len(taxonomy.fine), outputs_form, experiment.moe
+      batch,
+      len(taxonomy.fine),
+      outputs_form(experiment.losses),
+      experiment.moe,
     )
     return sums
 

@@ -26,6 +26,7 @@ from edl_jax.checkpoint import (
 from edl_jax.config import Experiment
 from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
 from edl_jax.losses import routing, routing_metrics
+from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.metrics import MetricsWriter, read_metrics
 from edl_jax.model.transformer import parameter_counts
 from edl_jax.optim import make_optimizer
@@ -236,7 +237,7 @@ class _Loop:
     self.write(step, values)
     shown = (
       "train/lm_loss",
-      "train/divergence_loss",
+      *(f"train/{term.name}" for term in LOSS_TERMS if term.in_progress_line),
       "routing/diversity",
       "train/tokens_per_second",
     )

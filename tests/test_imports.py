@@ -23,7 +23,7 @@ ARROWS = {
     *("checkpoint", "config", "losses", "model", "sharding", "storage"),
     "text",
   },
-  "losses": {"config", "sharding"},
+  "losses": {"config", "sharding", "tables"},
   "main": {
     *("checkpoint", "config", "config_files", "evaluate", "runtime"),
     *("sharding", "storage", "text", "train"),

@@ -140,10 +140,11 @@ def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
   style_axes(routing, "Routing, mean over layers", "step", "ratio, 0 to 1")
   routing.legend(fontsize=8, frameon=False)
   auxiliary = panels["auxiliary"]
-  for index, term in enumerate(("divergence", "balance", "z")):
-    steps_I, values_I = series(lines, f"train/{term}_loss")
+  for index, key in enumerate(_auxiliary_losses(lines)):
+    steps_I, values_I = series(lines, key)
+    label = key.removeprefix("train/").removesuffix("_loss")
     auxiliary.plot(
-      steps_I, smooth(values_I), label=term, **line_style(index + 2)
+      steps_I, smooth(values_I), label=label, **line_style(index + 2)
     )
   # The terms differ by orders of magnitude; 0 (no second domain) is left out.
   auxiliary.set_yscale("log", nonpositive="mask")
@@ -158,6 +159,19 @@ def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
   auxiliary.tick_params(which="minor", labelsize=8)
   auxiliary.legend(fontsize=8, frameon=False)
   return figure
+
+
+def _auxiliary_losses(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns the keys of the auxiliary losses that a logarithmic axis shows."""
+  keys = sorted({key for line in lines for key in line})
+  return [
+    key
+    for key in keys
+    if key.startswith("train/")
+    and key.endswith("_loss")
+    and key != "train/lm_loss"
+    and np.any(series(lines, key)[1] > 0)
+  ]
 
 
 def _draw_lm_loss(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:

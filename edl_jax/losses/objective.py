@@ -1,44 +1,82 @@
-"""Cross-entropy in chunks, the router's losses, and the fused objective.
+"""The training objective, and the one table of its terms.
 
-L = L_LM + alpha L_LB + beta L_ED + zeta L_z, and in post-training + L_o and
-L_v, every term a function of sums over the *global* batch, so that it is the
-same number on any mesh and for any number of micro-batches.
+L = L_LM + the weighted sum of `LOSS_TERMS`. Every term is a function of sums
+over the *global* batch, so its value does not depend on the mesh or on the
+number of micro-batches.
+
+To add a term, write its function, enter it in `LOSS_TERMS`, and give
+`LossesConfig` a field for its weight. The metrics, the progress line and the
+documentation's table of losses follow from the entry.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from edl_jax import tables
 from edl_jax.config import LossesConfig, auto_target
 from edl_jax.losses import routing
 from edl_jax.losses.divergence import hierarchical_divergence_loss
-from edl_jax.losses.routing import BatchSums
 
-# Elements, domains x domains x experts, of layers whose divergence is computed
-# at once.
+# The divergence loss works on several layers at once while the arrays of
+# domains x domains x experts hold fewer elements than this.
 _LAYERS_ELEMENTS = 1 << 20
 
 
+class LossContext(NamedTuple):
+  """What the loss terms read beside the routing statistics."""
+
+  config: LossesConfig
+  # Coarse label of each fine domain; needed where `coarse_weight` > 0.
+  parent_D: tuple[int, ...] = ()
+  # Share of the coarse level in the divergence loss, in [0, 1].
+  coarse_weight: float = 0.0
+  # Rows of the global batch, which bound the number of domains present. None:
+  # all domains may be present.
+  max_present: int | None = None
+
+
+class LossTerm(NamedTuple):
+  """One auxiliary loss: an entry of `LOSS_TERMS`."""
+
+  # Name in the metrics, unweighted.
+  name: str
+  # Field of `LossesConfig` that holds the weight.
+  weight: str
+  # Maps statistics of the global batch to the loss of each layer, (L,).
+  function: Callable[[routing.RoutingStats, LossContext], jax.Array]
+  # For documents.
+  formula: str
+  source: str
+  # Other `*_weight` fields that belong to the term.
+  other_weights: tuple[str, ...] = ()
+  # The term reads `RoutingStats.outputs`, which are summed on demand.
+  needs_outputs: bool = False
+  # The progress line of a run shows the term.
+  in_progress_line: bool = False
+
+
 def load_balance_loss(
-  stats: routing.RoutingStats, scope: str = "global"
+  stats: routing.RoutingStats, context: LossContext
 ) -> jax.Array:
   """L_LB = E sum_e f_e P_e, (L,); 1 at perfect balance.
 
   `f_e` is the share of routed assignments that went to expert e, without
-  gradient, and `P_e` the mean probability. Fedus et al., arXiv:2101.03961; over
-  the global batch: Qiu et al., arXiv:2501.11873.
+  gradient, and `P_e` is the mean probability. Fedus et al., arXiv:2101.03961;
+  over the global batch: Qiu et al., arXiv:2501.11873.
 
-  Args:
-    stats: of the global batch.
-    scope: what is balanced: the "global" batch, or each "sequence" by itself,
-      the mean over sequences. The latter also balances every domain, which
-      suppresses specialisation: it is here for comparison.
+  With `config.balance_scope` = "sequence" the loss is the mean of every
+  sequence's own L_LB. This form exists for comparison: it also balances every
+  domain, which suppresses specialisation.
 
   Raises:
-    ValueError: `scope` is neither.
+    ValueError: `config.balance_scope` is neither "global" nor "sequence".
   """
+  scope = context.config.balance_scope
   if scope == "sequence":
     return stats.sequence_balance_L / jnp.maximum(stats.sequences_L, 1)
   if scope != "global":
@@ -50,43 +88,25 @@ def load_balance_loss(
   return f_LE.shape[-1] * (f_LE * p_LE).sum(-1)
 
 
-def router_z_loss(stats: routing.RoutingStats) -> jax.Array:
-  """L_z = mean over tokens of logsumexp(router logits)^2, (L,).
-
-  Zoph et al., arXiv:2202.08906.
-  """
-  return stats.squared_logsumexp_L / jnp.maximum(stats.tokens_L, 1)
-
-
 def divergence_loss(
-  stats: routing.RoutingStats,
-  config: LossesConfig,
-  parent_D: tuple[int, ...] = (),
-  coarse_weight: float = 0.0,
-  max_present: int | None = None,
+  stats: routing.RoutingStats, context: LossContext
 ) -> jax.Array:
   """L_ED of every layer, (L,); see `divergence.hierarchical_divergence_loss`.
 
-  Args:
-    stats: of the global batch, by fine domain. Rows without a domain are in
-      none of its sums by domain, and so have no influence at all.
-    config: which divergence, and its epsilon.
-    parent_D: coarse label of each fine domain, where `coarse_weight` > 0.
-    coarse_weight: share of the coarse level, in [0, 1].
-    max_present: rows of the global batch, in which no more domains can be.
+  Rows without a domain enter none of the sums by domain, so they have no
+  influence.
   """
   p_LDE, _ = routing.domain_probabilities(stats)
   loss = functools.partial(
     hierarchical_divergence_loss,
-    parent_D=parent_D,
-    coarse_weight=coarse_weight,
-    eps=config.divergence_epsilon,
-    divergence=config.divergence,
-    max_present=max_present,
+    parent_D=context.parent_D,
+    coarse_weight=context.coarse_weight,
+    eps=context.config.divergence_epsilon,
+    divergence=context.config.divergence,
+    max_present=context.max_present,
   )
   num_layers, num_domains, num_experts = p_LDE.shape
-  # Layers side by side as long as they are small together.
-  compared = min(num_domains, max_present or num_domains)
+  compared = min(num_domains, context.max_present or num_domains)
   pairs = compared * compared * num_experts
   return jax.lax.map(
     lambda layer: loss(*layer),
@@ -95,31 +115,44 @@ def divergence_loss(
   )
 
 
-def orthogonality_loss(stats: routing.RoutingStats) -> jax.Array:
-  """L_o: active experts of a token return orthogonal outputs, (L,).
+def router_z_loss(
+  stats: routing.RoutingStats, context: LossContext
+) -> jax.Array:
+  """L_z = mean over tokens of logsumexp(router logits)^2, (L,).
 
-  Mean over tokens of `OutputStats.projection`, whose form is chosen where
-  outputs are summed (`routing.output_stats`). 0 with one active expert. Guo et
+  Zoph et al., arXiv:2202.08906.
+  """
+  del context
+  return stats.squared_logsumexp_L / jnp.maximum(stats.tokens_L, 1)
+
+
+def orthogonality_loss(
+  stats: routing.RoutingStats, context: LossContext
+) -> jax.Array:
+  """L_o: the active experts of a token return orthogonal outputs, (L,).
+
+  Mean over tokens of `OutputStats.projection`; `routing.output_stats` computes
+  it in the form that `outputs_form` asks for. 0 with one active expert. Guo et
   al., arXiv:2505.22323.
   """
+  del context
   return stats.outputs.projection / jnp.maximum(stats.tokens_L, 1)
 
 
 def variance_loss(
-  stats: routing.RoutingStats, form: str = "paper"
+  stats: routing.RoutingStats, context: LossContext
 ) -> jax.Array:
-  """L_v: routing weights vary, (L,); negative or 0. Guo et al., 2505.22323.
+  """L_v: routing weights vary, (L,); at most 0. Guo et al., arXiv:2505.22323.
 
-  Args:
-    stats: of the global batch.
-    form: "paper": minus the variance over tokens of each expert's routing
-      weight after top-k, mean over experts. "released": minus the unbiased
-      variance over experts of a token's probabilities before top-k, mean over
-      tokens, as the authors' code has it.
+  `config.specialization_form` chooses between two forms. "paper": minus the
+  variance over tokens of each expert's routing weight after top-k, mean over
+  experts. "released": minus the unbiased variance over experts of a token's
+  probabilities before top-k, mean over tokens, as in the authors' code.
 
   Raises:
-    ValueError: `form` is neither.
+    ValueError: `config.specialization_form` is neither.
   """
+  form = context.config.specialization_form
   if form not in ("paper", "released"):
     raise ValueError(f"form={form!r}: must be 'paper' or 'released'")
   tokens_L = jnp.maximum(stats.tokens_L, 1)
@@ -137,12 +170,116 @@ def variance_loss(
   return -deviation_L / (num_experts - 1)
 
 
+LOSS_TERMS: tuple[LossTerm, ...] = (
+  LossTerm(
+    name="balance_loss",
+    weight="balance_weight",
+    function=load_balance_loss,
+    formula="E sum_e f_e P_e",
+    source="arXiv:2101.03961; over the global batch: arXiv:2501.11873",
+  ),
+  LossTerm(
+    name="divergence_loss",
+    weight="divergence_weight",
+    function=divergence_loss,
+    formula="mean over domains j < k of -log(JSD(p_j, p_k) + eps)",
+    source="arXiv:2603.00054",
+    other_weights=("coarse_weight",),
+    in_progress_line=True,
+  ),
+  LossTerm(
+    name="z_loss",
+    weight="z_weight",
+    function=router_z_loss,
+    formula="mean over tokens of logsumexp(router logits)^2",
+    source="arXiv:2202.08906",
+  ),
+  LossTerm(
+    name="orthogonality_loss",
+    weight="orthogonality_weight",
+    function=orthogonality_loss,
+    formula="mean over j != k of norm(x_j projected on x_k)^2",
+    source="arXiv:2505.22323",
+    needs_outputs=True,
+  ),
+  LossTerm(
+    name="variance_loss",
+    weight="variance_weight",
+    function=variance_loss,
+    formula="-mean over experts of the variance of routing weights",
+    source="arXiv:2505.22323",
+  ),
+)
+
+
+def check_loss_terms(terms: Sequence[LossTerm], config: type) -> None:
+  """Checks that terms and `*_weight` fields of `config` match one to one.
+
+  Raises:
+    TypeError: a field belongs to no term or to several, or a term's field does
+      not exist.
+  """
+  fields = {
+    field.name
+    for field in dataclasses.fields(config)
+    if field.name.endswith("_weight")
+  }
+  claimed: dict[str, str] = {}
+  for term in terms:
+    for name in (term.weight, *term.other_weights):
+      if name not in fields:
+        raise TypeError(
+          f"loss term {term.name}: {config.__name__} has no field {name}"
+        )
+      if name in claimed:
+        raise TypeError(
+          f"loss terms {claimed[name]} and {term.name} share the field {name}"
+        )
+      claimed[name] = term.name
+  if unclaimed := sorted(fields - claimed.keys()):
+    raise TypeError(
+      f"{config.__name__}: no loss term reads {', '.join(unclaimed)}; enter the"
+      " term in edl_jax.losses.objective.LOSS_TERMS"
+    )
+
+
+check_loss_terms(LOSS_TERMS, LossesConfig)
+
+
+def loss_table_markdown() -> str:
+  """Returns `LOSS_TERMS` as a Markdown table, for the documentation."""
+  return tables.markdown(
+    ("term", "weight", "formula, per layer", "source"),
+    [
+      (
+        f"`{term.name}`",
+        f"`losses.{term.weight}`",
+        f"`{term.formula}`",
+        term.source,
+      )
+      for term in LOSS_TERMS
+    ],
+    left=range(4),
+  )
+
+
+def outputs_form(config: LossesConfig) -> str | None:
+  """Returns the form in which to sum the experts' outputs.
+
+  None where no weighted term needs them; see `routing.output_stats`.
+  """
+  needed = any(
+    term.needs_outputs and getattr(config, term.weight) for term in LOSS_TERMS
+  )
+  return config.specialization_form if needed else None
+
+
 def auto_weights(config: LossesConfig) -> dict[str, jax.Array]:
-  """Returns the weights that the first batch will set, all 0 until then."""
+  """Returns a 0 for every "auto:TARGET" weight, which the first batch sets."""
   return {
-    key: jnp.float32(0)
-    for key in ("orthogonality_weight", "variance_weight")
-    if auto_target(getattr(config, key)) is not None
+    term.weight: jnp.float32(0)
+    for term in LOSS_TERMS
+    if auto_target(getattr(config, term.weight)) is not None
   }
 
 
@@ -154,52 +291,38 @@ def _found_weight(loss: jax.Array, target: float, kept: jax.Array) -> jax.Array:
 
 
 def objective(
-  sums: BatchSums,
-  config: LossesConfig,
-  parent_D: tuple[int, ...] = (),
-  coarse_weight: float = 0.0,
+  sums: routing.BatchSums,
+  context: LossContext,
   kept_weights: Mapping[str, jax.Array] | None = None,
-  max_present: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The training objective, L = L_LM + alpha L_LB + beta L_ED + zeta L_z.
-
-  In post-training also + orthogonality_weight L_o + variance_weight L_v.
+  """Computes the training objective: L_LM plus the weighted `LOSS_TERMS`.
 
   Args:
     sums: of the global batch.
-    config: weights and forms.
-    parent_D, coarse_weight, max_present: see `divergence_loss`.
-    kept_weights: weights "auto:TARGET" as the first batch set them, from
-      `auto_weights` before it.
+    context: weights, forms and labels.
+    kept_weights: the "auto:TARGET" weights that the first batch set; before
+      it, what `auto_weights` returns.
 
   Returns:
-    The loss in nats per token, and its terms, unweighted: `loss`, `lm_loss`,
-    `balance_loss`, `divergence_loss`, `z_loss`, `variance_loss` and, where
-    outputs were summed, `orthogonality_loss`, each a float32 scalar; and the
-    automatic weights in use under the keys of `kept_weights`. Router terms are
-    means over layers.
+    The loss in nats per token, and a float32 scalar by name: "loss",
+    "lm_loss", every term unweighted (those of experts' outputs where these
+    were summed), and the automatic weights in use under the keys of
+    `kept_weights`. Terms are means over layers.
   """
-  stats = sums.routing
-  terms = {
-    "lm_loss": sums.nats / jnp.maximum(sums.tokens, 1),
-    "balance_loss": load_balance_loss(stats, config.balance_scope).mean(),
-    "divergence_loss": divergence_loss(
-      stats, config, parent_D, coarse_weight, max_present
-    ).mean(),
-    "z_loss": router_z_loss(stats).mean(),
-    "variance_loss": variance_loss(stats, config.specialization_form).mean(),
-  }
-  if stats.outputs is not None:
-    terms["orthogonality_loss"] = orthogonality_loss(stats).mean()
-  loss, found = terms["lm_loss"], {}
-  for name in ("balance", "divergence", "z", "orthogonality", "variance"):
-    weight = getattr(config, f"{name}_weight")
-    # A weight of 0 leaves the term out of the gradient's program altogether.
+  stats, config = sums.routing, context.config
+  scalars = {"lm_loss": sums.nats / jnp.maximum(sums.tokens, 1)}
+  for term in LOSS_TERMS:
+    if stats.outputs is not None or not term.needs_outputs:
+      scalars[term.name] = term.function(stats, context).mean()
+  loss, found = scalars["lm_loss"], {}
+  for term in LOSS_TERMS:
+    weight = getattr(config, term.weight)
+    # A weight of 0 leaves the term out of the gradient's program.
     if not weight:
       continue
-    term, target = terms[f"{name}_loss"], auto_target(weight)
+    value, target = scalars[term.name], auto_target(weight)
     if target is not None:
-      kept = (kept_weights or auto_weights(config))[f"{name}_weight"]
-      weight = found[f"{name}_weight"] = _found_weight(term, target, kept)
-    loss += weight * term
-  return loss, {"loss": loss, **terms, **found}
+      kept = (kept_weights or auto_weights(config))[term.weight]
+      weight = found[term.weight] = _found_weight(value, target, kept)
+    loss += weight * value
+  return loss, {"loss": loss, **scalars, **found}

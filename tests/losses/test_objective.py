@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from edl_jax.config import Experiment, LossesConfig, UserError
 from edl_jax.losses import divergence, routing
 from edl_jax.losses import objective as losses
 from edl_jax.losses.cross_entropy import chunked_cross_entropy
+from edl_jax.losses.objective import LOSS_TERMS, LossContext, LossTerm
 from edl_jax.losses.routing import BatchSums
 
 LAYERS, BATCH, LENGTH, EXPERTS, ACTIVE, DOMAINS = 2, 6, 5, 4, 2, 4
@@ -45,8 +47,15 @@ def inputs():
 @functools.partial(
   jax.jit, static_argnames=("config", "parent_D", "coarse_weight")
 )
-def ours(variables, constants, config=WEIGHTS, **keywords):
-  """The objective through the library's own path."""
+def ours(
+  variables,
+  constants,
+  config=WEIGHTS,
+  parent_D=(),
+  coarse_weight=0.0,
+  kept_weights=None,
+):
+  """Computes the objective with the library's own functions."""
   weights = jnp.asarray(constants["weights"], jnp.float32)
   logits = variables["logits"]
   probs = jax.nn.softmax(logits)
@@ -75,7 +84,8 @@ def ours(variables, constants, config=WEIGHTS, **keywords):
     jax.tree.map(lambda *x: jnp.stack(x), *outputs),
   )
   sums = BatchSums(nats, weights.sum(), stats)
-  return losses.objective(sums, config, **keywords)
+  context = LossContext(config, parent_D, coarse_weight)
+  return losses.objective(sums, context, kept_weights)
 
 
 def naive_terms(variables, constants, config=WEIGHTS):
@@ -166,8 +176,9 @@ def naive_terms(variables, constants, config=WEIGHTS):
 def naive_loss(variables, constants, config=WEIGHTS):
   terms = naive_terms(variables, constants, config)
   return terms["lm_loss"] + sum(
-    getattr(config, f"{name}_weight") * terms[f"{name}_loss"]
-    for name in ("balance", "divergence", "z", "orthogonality", "variance")
+    getattr(config, term.weight) * terms[term.name]
+    for term in LOSS_TERMS
+    if getattr(config, term.weight)
   )
 
 
@@ -222,8 +233,7 @@ def test_gradient_against_naive_float64(config):
 def test_weight_zero_leaves_the_gradient_of_the_rest():
   variables, constants = inputs()
   as_float32 = {k: jnp.asarray(v, jnp.float32) for k, v in variables.items()}
-  nothing = LossesConfig(balance_weight=0, divergence_weight=0, z_weight=0)
-  assert nothing.orthogonality_weight == nothing.variance_weight == 0
+  nothing = LossesConfig(**{term.weight: 0 for term in LOSS_TERMS})
   loss, terms = ours(as_float32, constants, nothing)
   assert float(loss) == float(terms["lm_loss"])
   gradient = jax.grad(lambda v: ours(v, constants, nothing)[0])(as_float32)
@@ -287,7 +297,7 @@ def test_one_expert_and_one_domain_give_zero_loss_and_gradient():
     row = rows(logits, probs, expert, top / top, weights)
     stats = routing.collect(row, domain, DOMAINS)
     sums = BatchSums(jnp.zeros(()), weights.sum(), stats)
-    return losses.objective(sums, LossesConfig())[1]
+    return losses.objective(sums, LossContext(LossesConfig()))[1]
 
   several, same = jnp.arange(BATCH) % DOMAINS, jnp.ones(BATCH, jnp.int32)
   for experts, domain, names in (
@@ -300,77 +310,6 @@ def test_one_expert_and_one_domain_give_zero_loss_and_gradient():
         jax.value_and_grad(lambda logits, d=domain, n=name: terms(logits, d)[n])
       )(logits)
       assert value == 0 and not jnp.any(gradient), name
-
-
-def test_no_array_of_all_logits():
-  """The largest array is a chunk's logits, in value and gradient."""
-  batch, length, width, vocabulary = 8, 1024, 16, 8192
-  elements = 1 << 20
-  every_logit = batch * length * vocabulary
-
-  def sizes(jaxpr):
-    for equation in jaxpr.eqns:
-      yield from (int(np.prod(v.aval.shape)) for v in equation.outvars)
-      for value in equation.params.values():
-        for inner in jax.tree.leaves(
-          value, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
-        ):
-          inner = getattr(inner, "jaxpr", inner)
-          if hasattr(inner, "eqns"):
-            yield from sizes(inner)
-
-  def loss(x, head):
-    ones = jnp.ones((batch, length))
-    return chunked_cross_entropy(
-      x, head, jnp.zeros((batch, length), jnp.int32), ones, elements
-    )[0]
-
-  traced = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
-    jnp.zeros((batch, length, width)), jnp.zeros((width, vocabulary))
-  )
-  largest = max(sizes(traced.jaxpr))
-  assert elements / 2 < largest <= elements
-  assert largest <= every_logit / 16
-
-
-@pytest.mark.parametrize("elements", [1 << 22, 7 * 50, 1])
-def test_cross_entropy_in_chunks_against_all_logits(elements):
-  random = np.random.default_rng(1)
-  x = random.standard_normal((3, 7, 8), np.float32)
-  head = random.standard_normal((8, 50), np.float32)
-  targets = random.integers(0, 50, (3, 7))
-  weights = (random.random((3, 7)) < 0.7).astype(np.float32)
-
-  def plain(x, head):
-    logs = jax.nn.log_softmax(jnp.dot(x, head, precision="highest"))
-    picked = jnp.take_along_axis(logs, targets[..., None], -1)[..., 0]
-    return -(picked * weights).sum()
-
-  def chunked(x, head):
-    return chunked_cross_entropy(x, head, targets, weights, elements)[0]
-
-  want, want_gradient = jax.value_and_grad(plain, (0, 1))(x, head)
-  got, got_gradient = jax.value_and_grad(lambda *a: 1.5 * chunked(*a), (0, 1))(
-    x, head
-  )
-  assert float(got) == pytest.approx(1.5 * float(want), rel=1e-6)
-  for g, w in zip(got_gradient, want_gradient):
-    np.testing.assert_allclose(g, 1.5 * w, rtol=1e-5, atol=1e-6)
-  _, nats_BT = chunked_cross_entropy(x, head, targets, weights)
-  assert float(nats_BT.sum()) == pytest.approx(float(want), rel=1e-6)
-  assert not np.any(nats_BT[weights == 0])
-
-
-def test_cross_entropy_survives_large_logits():
-  x = jnp.full((1, 2, 1), 1e4)
-  head = jnp.array([[1.0, -1.0, 0.5]])
-  weights = jnp.ones((1, 2))
-  targets = jnp.array([[0, 1]])
-  value, gradient = jax.value_and_grad(
-    lambda x: chunked_cross_entropy(x, head, targets, weights)[0]
-  )(x)
-  assert float(value) == pytest.approx(2e4)
-  assert jnp.all(jnp.isfinite(gradient))
 
 
 @pytest.mark.parametrize("coarse_weight", [1.0, 0.25])
@@ -392,3 +331,75 @@ def test_every_divergence_has_a_name_in_the_configuration():
     config.validate(Experiment(losses=LossesConfig(divergence=name)))
   with pytest.raises(UserError, match="hellinger"):
     config.validate(Experiment(losses=LossesConfig(divergence="x")))
+
+
+@dataclasses.dataclass
+class TwoWeights:
+  first_weight: float = 0.0
+  second_weight: float = 0.0
+
+
+def entry(name, weight, *other_weights):
+  return LossTerm(
+    name, weight, losses.router_z_loss, "", "", other_weights=other_weights
+  )
+
+
+def test_table_that_fits_the_configuration_is_accepted():
+  losses.check_loss_terms(
+    [entry("a", "first_weight"), entry("b", "second_weight")], TwoWeights
+  )
+  losses.check_loss_terms(
+    [entry("a", "first_weight", "second_weight")], TwoWeights
+  )
+
+
+@pytest.mark.parametrize(
+  ("terms", "message"),
+  [
+    ([entry("a", "first_weight")], "TwoWeights: no loss term reads second_w"),
+    (
+      [entry("a", "first_weight", "second_weight"), entry("b", "third_weight")],
+      "loss term b: TwoWeights has no field third_weight",
+    ),
+    (
+      [entry("a", "first_weight", "second_weight"), entry("b", "first_weight")],
+      "loss terms a and b share the field first_weight",
+    ),
+  ],
+)
+def test_table_that_does_not_fit_the_configuration_is_refused(terms, message):
+  with pytest.raises(TypeError, match=message):
+    losses.check_loss_terms(terms, TwoWeights)
+
+
+def test_weight_without_a_term_stops_the_import(monkeypatch):
+  larger = dataclasses.make_dataclass(
+    "Larger", [("new_weight", float, 0.0)], bases=(LossesConfig,)
+  )
+  monkeypatch.setattr(config, "LossesConfig", larger)
+  with pytest.raises(TypeError, match="Larger: no loss term reads new_weight"):
+    runpy.run_path(losses.__file__)
+
+
+def test_outputs_are_asked_for_by_the_terms_that_read_them():
+  assert losses.outputs_form(LossesConfig(variance_weight=1.0)) is None
+  for weight in (1.0, "auto:1e-4"):
+    settings = LossesConfig(
+      orthogonality_weight=weight, specialization_form="released"
+    )
+    assert losses.outputs_form(settings) == "released"
+
+
+def test_table_of_the_documentation_has_a_row_for_each_term():
+  heading, rule, *rows = losses.loss_table_markdown().splitlines()
+  assert heading.count("|") == rule.count("|") == 5
+  assert len(rows) == len(LOSS_TERMS)
+  for term, row in zip(LOSS_TERMS, rows):
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells == [
+      f"`{term.name}`",
+      f"`losses.{term.weight}`",
+      f"`{term.formula}`",
+      term.source,
+    ]
