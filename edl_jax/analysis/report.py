@@ -157,7 +157,8 @@ def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
     auxiliary, "Auxiliary losses, unweighted, smoothed", "step", "value (log)"
   )
   auxiliary.tick_params(which="minor", labelsize=8)
-  auxiliary.legend(fontsize=8, frameon=False)
+  if auxiliary.lines:
+    auxiliary.legend(fontsize=8, frameon=False)
   return figure
 
 
