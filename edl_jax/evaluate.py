@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from edl_jax import storage
+from edl_jax import storage, tables
 from edl_jax.checkpoint import Provenance, load
 from edl_jax.config import Experiment
 from edl_jax.losses import routing, routing_metrics
@@ -210,6 +210,7 @@ def evaluate_checkpoint(
     },
   )
   print(f"checkpoint of step {loaded.step}")
-  for name, value in evaluation.metrics().items():
-    print(f"  {name:<48} {value:.4f}")
+  rows = [(name, f"{x:.4f}") for name, x in evaluation.metrics().items()]
+  for line in tables.aligned(rows):
+    print(f"  {line}")
   print(f"written to {path}")

@@ -3,6 +3,7 @@
 Imports no JAX: reports and sweeps write tables without starting a device.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
 
 
@@ -16,15 +17,23 @@ def _cells(
 
 
 def aligned(
-  rows: Sequence[Sequence[str]], left: Collection[int] = (0,)
+  rows: Sequence[Sequence[str]],
+  left: Collection[int] = (0,),
+  min_widths: Sequence[int] = (),
 ) -> list[str]:
   """Returns a line for each row, its columns padded to one width.
 
   Args:
     rows: cells of equal number; the first row may be a heading.
     left: columns of words, aligned at their left; all others hold figures.
+    min_widths: characters that the first columns take at least.
   """
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  widths = [
+    max(least, *map(len, column))
+    for least, column in itertools.zip_longest(
+      min_widths, zip(*rows, strict=True), fillvalue=0
+    )
+  ]
   return ["  ".join(_cells(row, widths, left)).rstrip() for row in rows]
 
 

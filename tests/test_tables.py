@@ -11,6 +11,13 @@ def test_columns_are_padded_to_one_width():
   ]
 
 
+def test_columns_have_a_least_width():
+  assert aligned([("a", "1"), ("bcd", "23")], min_widths=(2, 4)) == [
+    "a       1",
+    "bcd    23",
+  ]
+
+
 def test_markdown_is_aligned_in_its_source():
   assert markdown(("name", "n"), [("legal", "1")]) == (
     "| name  |   n |\n| ----- | --: |\n| legal |   1 |"

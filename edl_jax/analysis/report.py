@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from edl_jax import metrics, storage
+from edl_jax import metrics, storage, tables
 
 # Okabe and Ito's palette without black, safe for the colour-blind: light and
 # dark alternate, so that neighbours differ in grey too.
@@ -35,6 +35,10 @@ LINE_STYLES = ("-", "--", ":", "-.")
 _MAX_NAMED_DOMAINS = 2 * len(COLORS)
 
 _LOSS = "LM loss (nats per token)"
+
+# Characters of the comparison's columns.
+_NAMES_WIDTH = 30
+_CELL_WIDTH = 20
 
 
 def write_run_report(workdir: str) -> list[str]:
@@ -392,11 +396,12 @@ def comparison_table(
   labels = [label for label, _ in results]
   if len(results) == 2:
     labels.append("difference")
-  width = 20
-  names_width = 30
-  lines = _table_header(labels, names_width, width)
+  rows = _table_header(labels)
+  # Section headings by the number of rows above them.
+  headings = {}
+  num_header_rows = len(rows)
   for heading, number, runs in _table_sections([run for _, run in results]):
-    lines += ["", heading]
+    headings[len(rows)] = heading
     for name in dict.fromkeys(name for run in runs for name in run):
       values = [run.get(name) for run in runs]
       cells = [_cell(value, number) for value in values]
@@ -405,11 +410,17 @@ def comparison_table(
         change = values[1] - values[0] if both else None
         cells.append(_cell(change, f"+{number}"))
       text = f"  {name}"
-      if len(text) > names_width:
-        text = text[: names_width - 1] + "…"
-      lines.append(
-        text.ljust(names_width) + "".join(f"  {c:>{width}}" for c in cells)
-      )
+      if len(text) > _NAMES_WIDTH:
+        text = text[: _NAMES_WIDTH - 1] + "…"
+      rows.append([text, *cells])
+  widths = [_NAMES_WIDTH, *(_CELL_WIDTH for _ in labels)]
+  lines = []
+  for index, line in enumerate(tables.aligned(rows, min_widths=widths)):
+    if index == num_header_rows:
+      lines.append("-" * (sum(widths) + 2 * len(labels)))
+    if index in headings:
+      lines += ["", headings[index]]
+    lines.append(line)
   return "\n".join(lines)
 
 
@@ -417,20 +428,14 @@ def _cell(value: float | None, number: str) -> str:
   return "-" if value is None else format(value, number)
 
 
-def _table_header(
-  labels: Sequence[str], names_width: int, width: int
-) -> list[str]:
-  """Returns the labels, long ones on several lines, bottom-aligned, a rule."""
-  # Names of points, "key=1,other=2", have no places to break of their own.
+def _table_header(labels: Sequence[str]) -> list[list[str]]:
+  """Returns the labels as rows; long ones take several, the last one always."""
+  # Spaces let the name of a point, "key=1,other=2", be wrapped.
   spaced = [label.replace(",", ", ").replace("=", " = ") for label in labels]
-  wrapped = [textwrap.wrap(label, width) or [""] for label in spaced]
+  wrapped = [textwrap.wrap(label, _CELL_WIDTH) or [""] for label in spaced]
   height = max(map(len, wrapped))
   padded = [[""] * (height - len(cell)) + cell for cell in wrapped]
-  lines = [
-    " " * names_width + "".join(f"  {cell:>{width}}" for cell in row)
-    for row in zip(*padded)
-  ]
-  return [*lines, "-" * (names_width + (width + 2) * len(labels))]
+  return [["", *row] for row in zip(*padded)]
 
 
 # Shown where a run trains on the losses that are made to move them.

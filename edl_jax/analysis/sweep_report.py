@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from edl_jax import metrics, storage
+from edl_jax import metrics, storage, tables
 from edl_jax.analysis import report
 from edl_jax.config import Experiment, UserError, flatten
 
@@ -266,7 +266,7 @@ def _tables(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     f"# Sweep: {len(runs)} runs, seeds {', '.join(map(str, seeds))}",
     "Mean ± sample standard deviation over the n runs of a group; held-out"
     " text at the end of training.",
-    _markdown(["group", "n", *headings], rows),
+    tables.markdown(["group", "n", *headings], rows),
   ]
   domains = list(
     dict.fromkeys(d for run in runs for d in run.result["eval"]["domains"])
@@ -281,7 +281,7 @@ def _tables(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     table = [list(column) for column in zip(*table)]
   parts += [
     "Held-out LM loss by domain (nats per token)",
-    _markdown(table[0], table[1:]),
+    tables.markdown(table[0], table[1:]),
   ]
   base, *others = groups
   rows = []
@@ -298,7 +298,7 @@ def _tables(runs: Sequence[Run], groups: Sequence[Group]) -> str:
   if rows:
     parts += [
       f"Difference from {base.label}, paired by seed",
-      _markdown(["group", "pairs", *headings], rows),
+      tables.markdown(["group", "pairs", *headings], rows),
     ]
   return "\n\n".join(parts)
 
@@ -318,22 +318,6 @@ def _summary(values: Sequence[float], number: str) -> str:
     if spread is None
     else (f"{text} ± {format(spread, number.lstrip('+'))}")
   )
-
-
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Returns an aligned Markdown table: text left, figures right."""
-  widths = [max(map(len, (*column, "---"))) for column in zip(headings, *rows)]
-
-  def line(cells: Sequence[str]) -> str:
-    first, *rest = zip(cells, widths)
-    padded = [first[0].ljust(first[1]), *(c.rjust(w) for c, w in rest)]
-    return f"| {' | '.join(padded)} |"
-
-  rule = [
-    "-" * widths[0],
-    *("-" * (width - 1) + ":" for width in widths[1:]),
-  ]
-  return "\n".join([line(headings), line(rule), *map(line, rows)])
 
 
 def _draw_by(
