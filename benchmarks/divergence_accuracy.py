@@ -12,13 +12,18 @@ the entropy form, H((p+q)/2) - (H(p) + H(q))/2, and the Kullback-Leibler form,
 
 import decimal
 import math
+import sys
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from edl_jax import tables
+from edl_jax.command import Command
 from edl_jax.losses.divergence import jensen_shannon
+
+COMMAND = Command(__doc__)
 
 TARGETS = (1e-11, 1e-10, 1e-9, 1e-8, 1.4e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1)
 
@@ -86,13 +91,15 @@ def largest_errors(
   return errors
 
 
+@COMMAND.main
 def main() -> None:
   """Prints a row for each divergence and a column for each form."""
-  print(f"{'JSD':>8}" + "".join(f"{name:>18}" for name in FORMS))
+  rows = [("JSD", *FORMS)]
   for target in TARGETS:
-    errors = largest_errors(target)
-    print(f"{target:>8.1e}" + "".join(f"{e:>18.1e}" for e in errors.values()))
+    errors = largest_errors(target).values()
+    rows.append(tuple(f"{figure:.1e}" for figure in (target, *errors)))
+  print("\n".join(tables.aligned(rows)))
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

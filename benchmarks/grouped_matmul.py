@@ -10,20 +10,24 @@ grouped product over the dense one's. `jax.lax.ragged_dot`, the reference, takes
 part where --reference is set: it is slow on a CPU.
 """
 
+import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 from benchmarks import measure
 from edl_jax import runtime
+from edl_jax.command import Command
 from edl_jax.model.grouped_matmul import grouped_matmul
 
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Turns that each one takes.", 1)
-_REFERENCE = flags.DEFINE_bool("reference", False, "Measure ragged_dot too.")
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+COMMAND = Command(__doc__)
+_ROUNDS = COMMAND.flag(
+  "rounds", 15, "Turns that each contestant takes.", minimum=1
+)
+_REFERENCE = COMMAND.flag("reference", False, "Measure jax.lax.ragged_dot too.")
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
 # E, R, M, F: the products of experiments/bench.py, demo.py, and of many small
 # experts.
@@ -119,12 +123,12 @@ def compare(
   return rows
 
 
-def main(arguments: list[str]) -> None:
-  del arguments
+@COMMAND.main
+def main() -> None:
   runtime.configure()
   rows = [row for shape in SHAPES for row in compare(*shape)]
   measure.report(rows, _JSON.value)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,11 +26,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import zstandard
-from absl import app, flags
 
 from benchmarks import measure
 from data import labels, topics
 from data.prepare import Options, prepare
+from edl_jax.command import Command
 from edl_jax.config import DataConfig, Experiment, ModelConfig, TrainConfig
 from edl_jax.text.documents import Document
 from edl_jax.text.input_pipeline import train_dataset, train_iterator
@@ -37,10 +38,16 @@ from edl_jax.text.prepared import load_prepared
 from edl_jax.text.readers import read_records
 from edl_jax.text.sources import read_documents
 
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each measurement.")
-_CHARACTERS = flags.DEFINE_integer(
-  "characters", 1_500_000, "Characters per domain of the embedded mixture."
+COMMAND = Command(__doc__)
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
+_ROUNDS = COMMAND.flag(
+  "rounds", 3, "Turns that each contestant takes.", minimum=1
+)
+_CHARACTERS = COMMAND.flag(
+  "characters",
+  1_500_000,
+  "Most characters to read of each domain of the embedded mixture.",
+  minimum=1,
 )
 
 SOURCES = (6, 49, 1000)
@@ -162,8 +169,8 @@ def row_reader(experiment: Experiment) -> Callable[[], float]:
   return read
 
 
-def main(arguments: list[str]) -> None:
-  del arguments
+@COMMAND.main
+def main() -> None:
   _, documents = read_documents(
     DataConfig(max_characters_per_domain=_CHARACTERS.value)
   )
@@ -224,4 +231,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

@@ -17,15 +17,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 
 from benchmarks import measure
+from edl_jax.command import Command
 from edl_jax.losses import divergence
 from edl_jax.losses.cross_entropy import chunked_cross_entropy
 
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
-_RUN = flags.DEFINE_integer(
-  "run", -1, "Only run ours in this case, for its RSS."
+COMMAND = Command(__doc__)
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
+_RUN = COMMAND.flag(
+  "run",
+  -1,
+  "Internal: number of the case whose peak memory to print; -1: all cases.",
 )
 
 TOKENS, WIDTH, EXPERTS = 4096, 256, 64
@@ -117,8 +120,8 @@ def measured(case: int) -> int:
   return int(ended.stdout)
 
 
-def main(arguments: list[str]) -> None:
-  del arguments
+@COMMAND.main
+def main() -> None:
   if _RUN.value >= 0:
     run(_RUN.value)
     return
@@ -138,4 +141,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

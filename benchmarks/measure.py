@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from edl_jax import tables
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -66,14 +68,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns rows as aligned columns under the keys of the first row."""
   columns = list(rows[0])
   cells = [columns, *([_shown(row[key]) for key in columns] for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*cells)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if index == 0 else cell.rjust(width)
-      for index, (cell, width) in enumerate(zip(line, widths))
-    ).rstrip()
-    for line in cells
-  )
+  return "\n".join(tables.aligned(cells))
 
 
 def _shown(value: Any) -> str:

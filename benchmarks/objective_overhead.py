@@ -16,27 +16,29 @@ its share of the FLOPs that the model needs.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.steps import TrainingStep
-from edl_jax import config_files, sharding
+from edl_jax import sharding
+from edl_jax.command import Command
 from edl_jax.config import Experiment, LossesConfig, MeshConfig
 from edl_jax.losses import objective as losses
 from edl_jax.losses import routing
 from edl_jax.model.transformer import training_flops
 
-_EXPERIMENT = flags.DEFINE_string(
-  "experiment", "experiments/demo.py", "Experiment whose sizes are taken."
+COMMAND = Command(__doc__)
+COMMAND.experiment("experiments/demo.py")
+_DOMAINS = COMMAND.flag("domains", 49, "Domains of the taxonomy.", minimum=1)
+_ROUNDS = COMMAND.flag(
+  "rounds", 31, "Turns that each contestant takes.", minimum=1
 )
-_DOMAINS = flags.DEFINE_integer("domains", 49, "Domains of the taxonomy.", 1)
-_ROUNDS = flags.DEFINE_integer("rounds", 31, "Turns that each one takes.", 1)
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
 NONE = LossesConfig(balance_weight=0, divergence_weight=0, z_weight=0)
 BALANCE = dataclasses.replace(NONE, balance_weight=0.01)
@@ -94,9 +96,9 @@ class DivergenceAlone:
     return measure.seconds(lambda: self.compiled(self._p_LDE))
 
 
-def main(arguments: list[str]) -> None:
-  del arguments
-  base = config_files.load(_EXPERIMENT.value)
+@COMMAND.main
+def main() -> None:
+  base = COMMAND.load()
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
     contestants: dict[str, Callable[[], float]] = {
@@ -140,4 +142,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

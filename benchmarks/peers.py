@@ -36,28 +36,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from absl import app, flags
 
 from benchmarks import contestants, measure
 from edl_jax import config, config_files
 from edl_jax.cache import cache_directory
+from edl_jax.command import Command
 from edl_jax.config import UserError
 
-_PEERS = flags.DEFINE_list(
-  "peers", list(contestants.CONTESTANTS), "Contestants to run."
+COMMAND = Command(__doc__)
+_PEERS = COMMAND.flag(
+  "peers",
+  tuple(contestants.CONTESTANTS),
+  "Contestants to run, in order.",
+  choices=tuple(contestants.CONTESTANTS),
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns that each one takes.", 1)
-_STEPS = flags.DEFINE_integer("steps", 10, "Steps timed in each turn.", 1)
-_THREADS = flags.DEFINE_integer("threads", 2, "Cores for each contestant.", 1)
-_ENVIRONMENTS = flags.DEFINE_string(
+_ROUNDS = COMMAND.flag(
+  "rounds", 5, "Turns that each contestant takes.", minimum=1
+)
+_STEPS = COMMAND.flag("steps", 10, "Steps to time in each turn.", minimum=1)
+_THREADS = COMMAND.flag("threads", 2, "Cores for each contestant.", minimum=1)
+_ENVIRONMENTS = COMMAND.flag(
   "environments",
   str(cache_directory() / "peers"),
-  "Folder of the peers' virtual environments.",
+  "Folder that keeps the peers' virtual environments.",
 )
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_DOMAINS = 49
@@ -249,7 +254,7 @@ def _row(
   }
 
 
-def compare(names: list[str], folder: str, caches: str) -> None:
+def compare(names: Sequence[str], folder: str, caches: str) -> None:
   """Runs the contestants and prints the table.
 
   Args:
@@ -292,20 +297,13 @@ def compare(names: list[str], folder: str, caches: str) -> None:
   )
 
 
-def main(arguments: list[str]) -> None:
-  del arguments
-  try:
-    for name in _PEERS.value:
-      if name not in contestants.CONTESTANTS:
-        known = ",".join(contestants.CONTESTANTS)
-        raise UserError(f"--peers: no contestant {name!r}; known: {known}")
-    folder = os.path.abspath(os.path.expanduser(_ENVIRONMENTS.value))
-    with tempfile.TemporaryDirectory() as caches:
-      compare(_PEERS.value, folder, caches)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+@COMMAND.main
+def main() -> None:
+  """Runs the contestants and prints the table."""
+  folder = os.path.abspath(os.path.expanduser(_ENVIRONMENTS.value))
+  with tempfile.TemporaryDirectory() as caches:
+    compare(_PEERS.value, folder, caches)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

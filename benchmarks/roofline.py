@@ -15,27 +15,29 @@ which no operation ran: the runtime's own, and waiting.
 import collections
 import re
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.steps import TrainingStep
-from edl_jax import config_files, runtime, sharding
+from edl_jax import runtime, sharding
+from edl_jax.command import Command
 from edl_jax.config import MeshConfig
 from edl_jax.model.transformer import training_flops
 
-_EXPERIMENT = flags.DEFINE_string(
-  "experiment", "experiments/bench.py", "Experiment whose step is taken."
+COMMAND = Command(__doc__)
+COMMAND.experiment("experiments/bench.py")
+_DOMAINS = COMMAND.flag("domains", 49, "Domains of the taxonomy.", minimum=1)
+_ROUNDS = COMMAND.flag(
+  "rounds", 11, "Turns that each contestant takes.", minimum=1
 )
-_DOMAINS = flags.DEFINE_integer("domains", 49, "Domains of the taxonomy.", 1)
-_ROUNDS = flags.DEFINE_integer("rounds", 11, "Turns that each one takes.", 1)
-_PROFILED = flags.DEFINE_integer("profiled", 5, "Steps that are profiled.", 1)
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+_PROFILED = COMMAND.flag("profiled", 5, "Steps to profile.", minimum=1)
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
 PRODUCT_SIZES = (1024, 2048, 4096)
 # `jax.named_scope`s of the library.
@@ -161,10 +163,10 @@ def breakdown(
   return [*rows, last | {"gap (ms)": 1e3 * between}]
 
 
-def main(arguments: list[str]) -> None:
-  del arguments
+@COMMAND.main
+def main() -> None:
   runtime.configure()
-  experiment = config_files.load(_EXPERIMENT.value)
+  experiment = COMMAND.load()
   settings = experiment.train
   flops = training_flops(
     experiment.model, settings.batch_size, settings.sequence_length
@@ -207,4 +209,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

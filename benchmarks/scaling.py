@@ -25,23 +25,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
 
 from benchmarks import measure
 from benchmarks.steps import TrainingStep
 from edl_jax import config_files, runtime, sharding
+from edl_jax.command import Command
 from edl_jax.config import Experiment, MeshConfig
-
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns that each one takes.", 1)
-_SERIES = flags.DEFINE_list(
-  "series",
-  ["experts", "experts_32_rows", "domains", "length", "batch"],
-  "Series to measure.",
-)
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
-_MEMORY_OF = flags.DEFINE_string(
-  "memory_of", "", "Internal: SERIES:VALUE whose peak memory is printed."
-)
 
 VALUES = {
   "experts": (8, 16, 32, 64),
@@ -50,6 +39,18 @@ VALUES = {
   "length": (256, 512, 1024, 2048),
   "batch": (4, 8, 16, 32, 64),
 }
+
+COMMAND = Command(__doc__)
+_ROUNDS = COMMAND.flag(
+  "rounds", 9, "Turns that each contestant takes.", minimum=1
+)
+_SERIES = COMMAND.flag(
+  "series", tuple(VALUES), "Series to measure, in order.", choices=tuple(VALUES)
+)
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
+_MEMORY_OF = COMMAND.flag(
+  "memory_of", "", "Internal: SERIES:VALUE whose peak memory to print."
+)
 
 
 def point(series: str, value: int) -> tuple[Experiment, int]:
@@ -144,8 +145,8 @@ def measure_series(series: str) -> list[dict[str, Any]]:
   return rows
 
 
-def main(arguments: list[str]) -> None:
-  del arguments
+@COMMAND.main
+def main() -> None:
   runtime.configure()
   if _MEMORY_OF.value:
     series, value = _MEMORY_OF.value.split(":")
@@ -153,10 +154,6 @@ def main(arguments: list[str]) -> None:
     return
   rows = []
   for series in _SERIES.value:
-    if series not in VALUES:
-      known = ",".join(VALUES)
-      print(f"error: --series: no {series!r}; known: {known}", file=sys.stderr)
-      sys.exit(2)
     measured = measure_series(series)
     print(measure.table(measured), "\n", flush=True)
     rows += measured
@@ -164,4 +161,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

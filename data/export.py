@@ -9,19 +9,20 @@ domains and split on any machine, whatever is installed there, if its
 
 import json
 import sys
-from collections.abc import Sequence
 
-from absl import app, flags
-
+from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.sources import read_documents
 
-_OUT = flags.DEFINE_string("out", None, "JSONL file to write; must be new.")
-_MAX_CHARACTERS = flags.DEFINE_integer(
+COMMAND = Command(__doc__)
+_OUT = COMMAND.flag(
+  "out", "", "JSONL file to write; it must be new.", required=True
+)
+_MAX_CHARACTERS = COMMAND.flag(
   "max_characters_per_domain",
   DataConfig.max_characters_per_domain,
-  "Characters written per domain at most.",
-  lower_bound=1,
+  "Most characters to write of each domain.",
+  minimum=1,
 )
 
 
@@ -47,19 +48,12 @@ def export(data: DataConfig, path: str) -> int:
   return len(documents)
 
 
-def main(arguments: Sequence[str]) -> None:
-  """Exports; a user error becomes one line and exit code 2."""
-  try:
-    if len(arguments) > 1:
-      raise UserError(f"unexpected argument {arguments[1]!r}")
-    if not _OUT.value:
-      raise UserError("--out is missing: name the file to write")
-    data = DataConfig(max_characters_per_domain=_MAX_CHARACTERS.value)
-    print(f"{export(data, _OUT.value)} documents written to {_OUT.value}")
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+@COMMAND.main
+def main() -> None:
+  """Exports the embedded mixture."""
+  data = DataConfig(max_characters_per_domain=_MAX_CHARACTERS.value)
+  print(f"{export(data, _OUT.value)} documents written to {_OUT.value}")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  sys.exit(main())

@@ -25,14 +25,20 @@ without `labels` what was found is the label. Labels are "fine" or
 import collections
 import fnmatch
 import os
+import sys
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from data.command import Parser, run
+from edl_jax import tables
+from edl_jax.command import Command
 from edl_jax.config import UserError
 from edl_jax.text.readers import Record, find_files, need_package, read_records
 from edl_jax.text.taxonomy import UNLABELLED, read_yaml
+
+COMMAND = Command(__doc__)
+_FILES = COMMAND.flag("files", "", "Glob of the files to label.", required=True)
+_RULES = COMMAND.flag("rules", "", "File of rules.", required=True)
 
 # Characters of a text that a model looks at: enough to tell, and cheap.
 EXAMINED_CHARACTERS = 1000
@@ -317,27 +323,26 @@ class LabelReport:
     ]
 
   def lines(self) -> list[str]:
-    """Returns the report as lines of text."""
-    width = max([len(name) for name in self._sums], default=0)
-    return [
-      f"  {row['label']:<{width}}  {row['documents']:>9,} documents"
-      f"  {row['bytes']:>13,} bytes  confidence {row['confidence']:.3f}"
+    """Returns the report as a table of text."""
+    rows = [
+      (
+        row["label"],
+        f"{row['documents']:,}",
+        f"{row['bytes']:,}",
+        f"{row['confidence']:.3f}",
+      )
       for row in self.rows()
     ]
+    return tables.aligned(
+      [("label", "documents", "bytes", "confidence"), *rows]
+    )
 
 
-def main(arguments: Sequence[str]) -> None:
-  """Prints the report.
-
-  Raises:
-    UserError: wrong options, rules or files.
-  """
-  parser = Parser(__doc__)
-  parser.add_argument("--files", required=True, help="glob of files to label")
-  parser.add_argument("--rules", required=True, help="file of rules")
-  options = parser.parse_args(arguments)
-  rule, report = load_rules(options.rules), LabelReport()
-  root, paths = find_files(options.files, "--files")
+@COMMAND.main
+def main() -> None:
+  """Prints how many documents and bytes each label gets."""
+  rule, report = load_rules(_RULES.value), LabelReport()
+  root, paths = find_files(_FILES.value, "--files")
   for path in paths:
     for _, record in read_records(path, root):
       if isinstance(record, UserError):
@@ -348,4 +353,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  run(main)
+  sys.exit(main())

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from data import chunks
-from data.command import Parser, run
 from data.labels import LabelReport
 from data.plan import Plan, make_plan
+from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.mixture import content_hash
 from edl_jax.text.prepared import (
@@ -52,10 +52,38 @@ from edl_jax.text.tokenizer import (
   training_characters,
 )
 
+COMMAND = Command(__doc__)
+_FILES = COMMAND.flag("files", "", "Glob, as data.files.", required=True)
+_OUT = COMMAND.flag("out", "", "Folder to write.", required=True)
+_TOKENIZER = COMMAND.flag(
+  "tokenizer", "", "bpe:SIZE, byte, or the path of a tokenizer.", required=True
+)
+_TAXONOMY = COMMAND.flag("taxonomy", "", "Taxonomy file, as data.taxonomy.")
+_LABELS = COMMAND.flag("labels", "", "File of rules that label the records.")
+_HELD_OUT_FRACTION = COMMAND.flag(
+  "held_out_fraction",
+  DataConfig.held_out_fraction,
+  "Share of each domain's documents that is held out.",
+  between=(0, 1),
+)
+_MAX_CHARACTERS = COMMAND.flag(
+  "max_characters_per_domain",
+  None,
+  "Most characters to keep of each domain. No limit without it.",
+  kind=int,
+  minimum=1,
+)
+_SKIP_BAD = COMMAND.flag(
+  "skip_bad", False, "Leave out records that are wrong; do not stop at them."
+)
+_WORKERS = COMMAND.flag(
+  "workers", os.cpu_count() or 1, "Processes that share the work.", minimum=1
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What to prepare, and how; see `main`."""
+  """What to prepare, and how; see the flags."""
 
   files: str
   out: str
@@ -340,60 +368,48 @@ class _Preparation:
     return manifest
 
 
-def main(arguments: Sequence[str]) -> None:
-  """Prepares, then prints what there is.
-
-  Raises:
-    UserError: see `prepare`; wrong options.
-  """
-  parser = Parser(__doc__)
-  add = parser.add_argument
-  add("--files", required=True, help="glob, as data.files")
-  add("--out", required=True, help="folder to write")
-  add(
-    "--tokenizer", required=True, help="bpe:SIZE, byte, or a tokenizer's path"
-  )
-  add("--taxonomy", default="", help="taxonomy file, as data.taxonomy")
-  add("--labels", default="", help="file of rules that label the records")
-  add("--held-out-fraction", type=float, default=Options.held_out_fraction)
-  add("--max-characters-per-domain", type=int, help="no limit without it")
-  add("--skip-bad", action="store_true", help="leave out what cannot be read")
-  add("--workers", type=int, default=os.cpu_count(), help="processes")
-  options = Options(**vars(parser.parse_args(arguments)))
-  _check(options)
-  manifest = prepare(options)
+@COMMAND.main
+def main() -> None:
+  """Prepares the text, then prints what there is of each domain."""
+  manifest = prepare(_options())
   report = LabelReport()
   report.merge(manifest["domains"])
   skipped = dict(manifest["skipped"])
   messages = skipped.pop("messages")
   counts = ", ".join(f"{n:,} {name}" for name, n in skipped.items())
   tokens = sum(row["tokens"] for row in manifest["domains"])
-  print(
-    "\n".join(
-      [
-        f"{tokens:,} tokens in {options.out}:",
-        *report.lines(),
-        f"left out: {counts}",
-        *(f"  {message}" for message in messages),
-      ]
+  lines = [
+    f"{tokens:,} tokens in {_OUT.value}:",
+    *(f"  {line}" for line in report.lines()),
+    f"left out: {counts}",
+    *(f"  {message}" for message in messages),
+  ]
+  print("\n".join(lines))
+
+
+def _options() -> Options:
+  """Returns the options that the flags give.
+
+  Raises:
+    UserError: the vocabulary is too small.
+  """
+  kind, _, size = _TOKENIZER.value.partition(":")
+  if kind == "bpe" and not (size.isdigit() and int(size) >= 300):
+    raise UserError(
+      f"--tokenizer={_TOKENIZER.value}: bpe needs a size of at least 300"
     )
+  return Options(
+    files=_FILES.value,
+    out=_OUT.value,
+    tokenizer=_TOKENIZER.value,
+    taxonomy=_TAXONOMY.value,
+    labels=_LABELS.value,
+    held_out_fraction=_HELD_OUT_FRACTION.value,
+    max_characters_per_domain=_MAX_CHARACTERS.value,
+    skip_bad=_SKIP_BAD.value,
+    workers=_WORKERS.value,
   )
 
 
-def _check(options: Options) -> None:
-  if not 0 < options.held_out_fraction < 1:
-    raise UserError("--held-out-fraction must lie between 0 and 1")
-  if options.workers < 1:
-    raise UserError("--workers must be at least 1")
-  limit = options.max_characters_per_domain
-  if limit is not None and limit < 1:
-    raise UserError("--max-characters-per-domain must be at least 1")
-  kind, _, size = options.tokenizer.partition(":")
-  if kind == "bpe" and not (size.isdigit() and int(size) >= 300):
-    raise UserError(
-      f"--tokenizer={options.tokenizer}: bpe needs a size of at least 300"
-    )
-
-
 if __name__ == "__main__":
-  run(main)
+  sys.exit(main())

@@ -9,15 +9,20 @@ folder that the rule `{by: topic, model: topics}` of `data.labels` reads.
 
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from data.command import Parser, run
+from edl_jax.command import Command
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest, position
 from edl_jax.text.readers import find_files, need_package, read_records
+
+COMMAND = Command(__doc__)
+_FILES = COMMAND.flag("files", "", "Glob of labelled samples.", required=True)
+_OUT = COMMAND.flag("out", "", "Folder to write.", required=True)
 
 # Characters of a text that count: the topic shows early, and time is linear.
 _EXAMINED_CHARACTERS = 4000
@@ -179,20 +184,13 @@ def train_and_measure(pattern: str) -> tuple[TopicClassifier, list[str]]:
   ]
 
 
-def main(arguments: Sequence[str]) -> None:
-  """Trains, measures and saves a classifier.
-
-  Raises:
-    UserError: wrong options or samples.
-  """
-  parser = Parser(__doc__)
-  parser.add_argument("--files", required=True, help="glob of labelled samples")
-  parser.add_argument("--out", required=True, help="folder to write")
-  options = parser.parse_args(arguments)
-  classifier, report = train_and_measure(options.files)
-  classifier.save(options.out)
-  print("\n".join([*report, f"written to {options.out}"]))
+@COMMAND.main
+def main() -> None:
+  """Trains, measures and saves a classifier."""
+  classifier, report = train_and_measure(_FILES.value)
+  classifier.save(_OUT.value)
+  print("\n".join([*report, f"written to {_OUT.value}"]))
 
 
 if __name__ == "__main__":
-  run(main)
+  sys.exit(main())

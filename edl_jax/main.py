@@ -6,76 +6,131 @@ Any field of the experiment can be set by its dotted name:
 
   --experiment.losses.divergence_weight=0.01 --experiment.train.num_steps=500
 
-The same command goes on from the newest checkpoint in --workdir. With
---mode=eval it evaluates that checkpoint instead of training.
+Started again, the same command resumes from the newest checkpoint in --workdir.
+With --mode=eval it evaluates that checkpoint instead of training.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import logging
 
-from edl_jax import config_files
+from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
 
 if TYPE_CHECKING:
-  from edl_jax.checkpoint import Provenance
+  import grain
+  from jax.sharding import Mesh
 
-_EXPERIMENT = config_flags.DEFINE_config_file(
-  "experiment", None, "Experiment file; a variant may follow after a colon."
-)
-_WORKDIR = flags.DEFINE_string(
+  from edl_jax.checkpoint import Provenance
+  from edl_jax.text.batch import Batch
+  from edl_jax.text.input_pipeline import EpochCounter
+  from edl_jax.text.mixture import Corpus
+  from edl_jax.text.prepared import PreparedCorpus
+  from edl_jax.text.tokenizer import Tokenizer
+
+COMMAND = Command(__doc__)
+COMMAND.experiment()
+_WORKDIR = COMMAND.flag(
   "workdir",
-  None,
-  "Folder of the run, or gs://BUCKET/FOLDER: metrics, checkpoints, pictures.",
+  "",
+  "Folder of the run, or gs://BUCKET/FOLDER: metrics, checkpoints, plots.",
 )
-_MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval"], "What to do with the experiment."
+_MODE = COMMAND.flag(
+  "mode", "train", "What to do with the experiment.", choices=["train", "eval"]
 )
-_DISTRIBUTED = flags.DEFINE_bool(
+_DISTRIBUTED = COMMAND.flag(
   "distributed",
   False,
-  "Join the other processes of a TPU pod or of a Slurm job, or those that"
-  " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell of.",
+  "Join the other processes of a TPU pod or a Slurm job. Elsewhere, set"
+  " JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
 )
 
 
-def parse_flags(arguments: Sequence[str]) -> list[str]:
-  """Parses the command line; exits with code 2 and one line if it is wrong."""
-  try:
-    path = None
-    for argument, following in zip(arguments[1:], [*arguments[2:], ""]):
-      name, equals, value = argument.partition("=")
-      if name in ("--experiment", "-experiment"):
-        path = value if equals else following
-        config_files.check_experiment_file(path)
-    config_files.check_override_keys(arguments[1:])
-    with config_files.one_line_flag_errors(path):
-      rest = flags.FLAGS(arguments)
-    if len(rest) > 1:
-      raise UserError(f"unexpected argument {rest[1]!r}; options start with --")
-    return rest
-  except UserError as error:
-    _fail(error, 2)
+class Run(NamedTuple):
+  """A run that passed every check that needs no device."""
+
+  workdir: str
+  provenance: "Provenance"
+  corpus: "Corpus | PreparedCorpus"
+  # Training rows and what counts their epochs; None to evaluate.
+  training: "tuple[grain.MapDataset[Batch], EpochCounter] | None"
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
-  print(f"error: {error}", file=sys.stderr)
-  sys.exit(code)
+def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
+  """Checks the run and loads its text; uses no device and writes nothing.
+
+  Args:
+    experiment: validated settings.
+    workdir: folder of the run.
+    mode: "train" or "eval".
+
+  Raises:
+    UserError: the text, the tokenizer or `workdir` does not suit the run.
+  """
+  from edl_jax import storage
+  from edl_jax.checkpoint import Provenance, check_workdir, checkpoint_steps
+  from edl_jax.text.input_pipeline import train_dataset
+  from edl_jax.train import state_bytes
+
+  storage.check_access(workdir, "--workdir=")
+  if mode == "eval" and not checkpoint_steps(
+    os.path.join(workdir, "checkpoints")
+  ):
+    raise UserError(
+      f"--workdir={workdir} has no checkpoint to evaluate; train first"
+    )
+  corpus, tokenizer = _load_text(experiment, workdir)
+  training = None
+  if mode == "train":
+    training = train_dataset(corpus, tokenizer, experiment)
+  provenance = Provenance(
+    experiment, corpus.taxonomy, tokenizer, corpus.content_hash
+  )
+  check_workdir(workdir, provenance, state_bytes(experiment) if training else 0)
+  return Run(workdir, provenance, corpus, training)
+
+
+def _load_text(
+  experiment: Experiment, workdir: str
+) -> tuple["Corpus | PreparedCorpus", "Tokenizer"]:
+  """Returns the experiment's corpus and its tokenizer.
+
+  Raises:
+    UserError: bad text, or two different tokenizers.
+  """
+  from edl_jax.checkpoint import initial_tokenizer
+  from edl_jax.text.mixture import load_corpus
+  from edl_jax.text.prepared import load_prepared
+  from edl_jax.text.tokenizer import load_tokenizer
+
+  initial = initial_tokenizer(experiment, workdir)
+  if not experiment.data.prepared:
+    corpus = load_corpus(experiment.data)
+    return corpus, initial or load_tokenizer(experiment, corpus)
+  corpus = load_prepared(experiment)
+  if initial and initial.to_json() != corpus.tokenizer.to_json():
+    raise UserError(
+      f"data.prepared={experiment.data.prepared} has another tokenizer than"
+      f" train.initial_checkpoint={experiment.train.initial_checkpoint}"
+    )
+  return corpus, corpus.tokenizer
 
 
 def _join_processes(provenance: "Provenance") -> None:
-  """Joins the run's other processes, which must have the same of everything."""
+  """Joins the run's other processes and checks that all run the same thing.
+
+  Raises:
+    UserError: the processes cannot meet, or their experiment or text differs.
+  """
   import jax
   import numpy as np
   from jax.experimental import multihost_utils
 
-  # JAX itself reads the address, and all that a cluster's launcher says.
+  # JAX itself reads the address and the variables of a cluster's launcher.
   count, index = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
   try:
     jax.distributed.initialize(
@@ -98,79 +153,46 @@ def _join_processes(provenance: "Provenance") -> None:
     )
 
 
-def _run(experiment: Experiment, workdir: str, mode: str) -> None:
-  """Everything that can be refused is refused before a device is used."""
-  # Imported here: wrong flags and --help answer without loading JAX.
-  from edl_jax import runtime, storage
+def _make_mesh(experiment: Experiment) -> "Mesh":
+  """Returns the mesh over all devices, which the experiment must fit.
 
-  runtime.configure()
-  from edl_jax.checkpoint import (
-    Provenance,
-    check_workdir,
-    checkpoint_steps,
-    initial_tokenizer,
-  )
-  from edl_jax.evaluate import evaluate_checkpoint
-  from edl_jax.text.input_pipeline import train_dataset
-  from edl_jax.text.mixture import load_corpus
-  from edl_jax.text.prepared import load_prepared
-  from edl_jax.text.tokenizer import load_tokenizer
-  from edl_jax.train import (
-    NonFiniteError,
-    Preempted,
-    describe,
-    state_bytes,
-    train,
-  )
-
-  storage.check_access(workdir, "--workdir=")
-  if mode == "eval" and not checkpoint_steps(
-    os.path.join(workdir, "checkpoints")
-  ):
-    raise UserError(
-      f"--workdir={workdir} has no checkpoint to evaluate; train first"
-    )
-  tokenizer = initial_tokenizer(experiment, workdir)
-  if experiment.data.prepared:
-    corpus = load_prepared(experiment)
-    if tokenizer and tokenizer.to_json() != corpus.tokenizer.to_json():
-      raise UserError(
-        f"data.prepared={experiment.data.prepared} has another tokenizer than"
-        f" train.initial_checkpoint={experiment.train.initial_checkpoint}"
-      )
-    tokenizer = corpus.tokenizer
-  else:
-    corpus = load_corpus(experiment.data)
-    tokenizer = tokenizer or load_tokenizer(experiment, corpus)
-  rows = epochs = None
-  if mode == "train":
-    rows, epochs = train_dataset(corpus, tokenizer, experiment)
-  provenance = Provenance(
-    experiment, corpus.taxonomy, tokenizer, corpus.content_hash
-  )
-  written = state_bytes(experiment) if mode == "train" else 0
-  check_workdir(workdir, provenance, written)
-
-  import jax
-
+  Raises:
+    UserError: its axes do not divide the devices, the batch or the model.
+  """
   from edl_jax import sharding
 
-  if _DISTRIBUTED.value:
-    _join_processes(provenance)
   mesh = sharding.make_mesh(experiment.mesh)
   sharding.check_divisible(experiment, mesh)
+  return mesh
+
+
+def execute(run: Run, mesh: "Mesh") -> int:
+  """Trains, or evaluates the newest checkpoint; returns the exit code.
+
+  Raises:
+    UserError: the run's folder cannot be written any more.
+  """
+  import jax
+
+  from edl_jax.evaluate import evaluate_checkpoint
+  from edl_jax.train import NonFiniteError, Preempted, describe, train
+
+  workdir, provenance, corpus, training = run
   if jax.process_index() == 0:
-    print("\n".join(describe(experiment, corpus, mesh)), flush=True)
-  if mode == "eval":
+    lines = describe(provenance.experiment, corpus, mesh)
+    print("\n".join(lines), flush=True)
+  if training is None:
     evaluate_checkpoint(corpus, provenance, mesh, workdir)
-    return
+    return 0
   try:
-    train(corpus, rows, epochs, provenance, mesh, workdir)
+    train(corpus, *training, provenance, mesh, workdir)
   except NonFiniteError as error:
-    _fail(error, 1)
+    print_error(error)
+    return 1
   except Preempted as error:
-    # As a shell reports a process that the signal ended.
-    _fail(error, 128 + error.signal)
+    print_error(error)
+    # The code by which a shell reports a process that a signal ended.
+    return 128 + error.signal
   except (OSError, ValueError) as error:
     # Orbax reports a full disk as a ValueError of many lines.
     full = "No space left" in str(error)
@@ -179,26 +201,29 @@ def _run(experiment: Experiment, workdir: str, mode: str) -> None:
     reason = "no space left on device" if full else error
     raise UserError(
       f"cannot write to --workdir={workdir}: {reason}; once it can, the same"
-      " command goes on from the last checkpoint"
+      " command resumes from the last checkpoint"
     ) from error
+  return 0
 
 
-def main(arguments: Sequence[str]) -> None:
-  """Runs the experiment; user errors become one line and exit code 2."""
-  del arguments
+@COMMAND.main
+def main() -> int:
+  """Runs the experiment; refuses a wrong one before it uses a device."""
   # Orbax and absl log every step of a save; warnings are enough.
+  logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  try:
-    flag = flags.FLAGS["experiment"]
-    path = flag.config_filename if flag.present else None
-    config_files.check_experiment_file(path)
-    experiment = config_files.check_experiment(_EXPERIMENT.value, path)
-    if not _WORKDIR.value:
-      raise UserError("--workdir is missing: name the folder of the run")
-    _run(experiment, _WORKDIR.value, _MODE.value)
-  except UserError as error:
-    _fail(error, 2)
+  experiment = COMMAND.load()
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing: name the folder of the run")
+  # Imports JAX, which --help and errors in flags do without.
+  from edl_jax import runtime
+
+  runtime.configure()
+  run = prepare(experiment, _WORKDIR.value, _MODE.value)
+  if _DISTRIBUTED.value:
+    _join_processes(run.provenance)
+  return execute(run, _make_mesh(experiment))
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  sys.exit(main())

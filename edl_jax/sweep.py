@@ -4,14 +4,18 @@
     --grid=losses.divergence_weight=0,0.003,0.01 --grid=seed=0,1,2 \\
     --workdir=runs/sweep
 
-Each point is an ordinary run in its own folder of --workdir. The same command
-goes on where a killed sweep stopped and skips finished points. Fields common
-to all points are set as for edl_jax.main, --experiment.train.num_steps=500.
-Values that hold commas are separated by semicolons:
+Each point is an ordinary run in its own folder of --workdir. Started again, the
+same command skips finished points and resumes the one that was stopped. Fields
+common to all points are set as for edl_jax.main:
+
+  --experiment.train.num_steps=500
+
+Separate values that contain commas by semicolons:
 
   --grid='data.weights=0.5,0.5;0.9,0.1'
 
-One command a line for xpk, Slurm arrays or GNU parallel, and the report alone:
+Print one command a line, for xpk, Slurm arrays or GNU parallel, or write the
+report alone:
 
   python -m edl_jax.sweep --experiment=... --grid=... --workdir=... --dry_run
   python -m edl_jax.sweep --workdir=runs/sweep --report
@@ -30,11 +34,26 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Self
 
-from absl import flags
-
 from edl_jax import config, config_files
 from edl_jax.analysis import report, sweep_report
+from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
+
+COMMAND = Command(__doc__)
+_EXPERIMENT = COMMAND.experiment()
+_GRID = COMMAND.flag("grid", [], "KEY=V1,V2,...; may be repeated.")
+_WORKDIR = COMMAND.flag(
+  "workdir",
+  "",
+  "Folder of the sweep, with a folder for each run.",
+  required=True,
+)
+_DRY_RUN = COMMAND.flag(
+  "dry_run", False, "Print the commands, one a line, and do nothing else."
+)
+_REPORT = COMMAND.flag(
+  "report", False, "Report on the finished runs in --workdir; run nothing."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,15 +269,15 @@ def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
         if code or not is_finished(point, workdir):
           reason = _reason(code)
           failed.append(f"{point.name} ({reason})")
-          _print_error(f"{point.name} {reason}; going on with the others")
+          print_error(f"{point.name} {reason}; going on with the others")
   except _StoppedError as stopped:
     name = signal.Signals(stopped.number).name
-    _print_error(f"stopped by {name}; the same command goes on from here")
+    print_error(f"stopped by {name}; the same command goes on from here")
     return 128 + stopped.number
   if len(failed) < len(made):
     print_report(workdir)
   if failed:
-    _print_error(f"{len(failed)} of {len(made)} failed: {', '.join(failed)}")
+    print_error(f"{len(failed)} of {len(made)} failed: {', '.join(failed)}")
   return 1 if failed else 0
 
 
@@ -284,72 +303,24 @@ def print_report(workdir: str) -> None:
   )
 
 
-def _print_error(text: str) -> None:
-  print(f"error: {text}", file=sys.stderr, flush=True)
-
-
-def _define_flags() -> flags.FlagValues:
-  """Defines the flags on their own, apart from those of edl_jax.main."""
-  values = flags.FlagValues()
-  for name, text in {
-    "experiment": "Experiment file; a variant may follow after a colon.",
-    "workdir": "Folder of the sweep, with one folder a run.",
-  }.items():
-    flags.DEFINE_string(name, None, text, flag_values=values)
-  flags.DEFINE_multi_string(
-    "grid", [], "KEY=V1,V2,...; may be repeated.", flag_values=values
-  )
-  for name, text in {
-    "dry_run": "Print the commands, one a line, and do nothing else.",
-    "report": "Report on the finished runs in --workdir, run nothing.",
-    "help": "Show this help.",
-  }.items():
-    flags.DEFINE_bool(name, False, text, flag_values=values)
-  return values
-
-
-def _help(values: flags.FlagValues) -> str:
-  lines = [f"  --{name}: {values[name].help}" for name in values]
-  return "\n".join([__doc__.strip(), "", "Flags:", *lines])
-
-
-def _run(arguments: Sequence[str]) -> int:
-  rest, common = config_files.split_overrides(arguments)
-  values = _define_flags()
-  with config_files.one_line_flag_errors():
-    positional = values(rest)[1:]
-  if values.help:
-    print(_help(values))
-    return 0
-  if positional:
-    raise UserError(
-      f"unexpected argument {positional[0]!r}; options start with --"
-    )
-  if not values.workdir:
-    raise UserError("--workdir is missing: name the folder of the sweep")
-  if "://" in values.workdir:
-    raise UserError(f"--workdir={values.workdir}: sweeps need a local folder")
-  if values.report:
-    if values.grid or values.experiment or common or values.dry_run:
+@COMMAND.main
+def main() -> int:
+  """Runs or lists the points, or reports on the finished ones."""
+  experiment, workdir = _EXPERIMENT.value, _WORKDIR.value
+  if "://" in workdir:
+    raise UserError(f"--workdir={workdir}: sweeps need a local folder")
+  if _REPORT.value:
+    if _GRID.value or experiment or COMMAND.overrides or _DRY_RUN.value:
       raise UserError("--report takes --workdir alone: it runs nothing")
-    print_report(values.workdir)
+    print_report(workdir)
     return 0
-  made = points(values.experiment, values.grid, common)
-  if values.dry_run:
+  made = points(experiment, _GRID.value, COMMAND.overrides)
+  if _DRY_RUN.value:
     for point in made:
-      print(shlex.join(command(point, values.experiment, values.workdir)))
+      print(shlex.join(command(point, experiment, workdir)))
     return 0
-  return run_points(made, values.experiment, values.workdir)
-
-
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command line `arguments`, program first; returns the exit code."""
-  try:
-    return _run(arguments)
-  except UserError as error:
-    _print_error(str(error))
-    return 2
+  return run_points(made, experiment, workdir)
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -12,11 +12,12 @@ PACKAGE = ROOT / "edl_jax"
 ARROWS = {
   "analysis": {"config", "metrics", "storage", "tables"},
   "aot": {
-    *("config", "config_files", "model", "optim", "runtime", "sharding"),
-    *("step", "text"),
+    *("command", "config", "config_files", "model", "optim", "runtime"),
+    *("sharding", "step", "text"),
   },
   "cache": {"storage"},
   "checkpoint": {"config", "model", "sharding", "step", "storage", "text"},
+  "command": {"config", "config_files", "tables"},
   "config": set(),
   "config_files": {"config"},
   "evaluate": {
@@ -25,7 +26,7 @@ ARROWS = {
   },
   "losses": {"config", "sharding", "tables"},
   "main": {
-    *("checkpoint", "config", "config_files", "evaluate", "runtime"),
+    *("checkpoint", "command", "config", "evaluate", "runtime"),
     *("sharding", "storage", "text", "train"),
   },
   "metrics": {"config", "storage"},
@@ -36,7 +37,7 @@ ARROWS = {
   "sharding": {"config"},
   "step": {"config", "losses", "model", "optim", "sharding", "text"},
   "storage": {"config"},
-  "sweep": {"analysis", "config", "config_files"},
+  "sweep": {"analysis", "command", "config", "config_files"},
   "tables": set(),
   "text": {"cache", "config", "storage"},
   "train": {

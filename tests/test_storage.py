@@ -242,11 +242,11 @@ def test_buckets_that_cannot_be_used_are_refused(bucket):
   assert "(Forbidden: b/locked no access); log in" in refused("gs://locked/a")
   for mode in ("train", "eval"):
     with pytest.raises(UserError, match=r"^--workdir=gs://none/run: there is"):
-      main._run(config_files.load(TINY), "gs://none/run", mode)
+      main.prepare(config_files.load(TINY), "gs://none/run", mode)
   for key in ("data.prepared", "train.initial_checkpoint"):
     experiment = config_files.load(TINY, {key: "gs://none/a"})
     with pytest.raises(UserError, match=f"{key}.*there is no bucket gs://none"):
-      main._run(experiment, "runs/none", "train")
+      main.prepare(experiment, "runs/none", "train")
 
 
 def test_without_gcsfs_the_command_is_named(monkeypatch):

@@ -102,7 +102,7 @@ def test_bad_usage_is_one_line_and_creates_nothing(
 ):
   workdir = tmp_path / "sweep"
   code = sweep.main(
-    ["sweep", f"--experiment={TINY}", f"--workdir={workdir}", *arguments]
+    [f"--experiment={TINY}", f"--workdir={workdir}", *arguments]
   )
   output = capsys.readouterr()
   assert code == 2
@@ -113,12 +113,12 @@ def test_bad_usage_is_one_line_and_creates_nothing(
 
 
 def test_report_without_runs_is_a_user_error(tmp_path, capsys):
-  assert sweep.main(["sweep", "--report", f"--workdir={tmp_path}"]) == 2
+  assert sweep.main(["--report", f"--workdir={tmp_path}"]) == 2
   assert "no folder in it has a result.json" in capsys.readouterr().err
 
 
 def test_help_is_short_and_shows_examples(capsys):
-  assert sweep.main(["sweep", "--help"]) == 0
+  assert sweep.main(["--help"]) == 0
   text = capsys.readouterr().out
   assert len(text.splitlines()) < 40
   assert "--grid=losses.divergence_weight=0,0.003,0.01" in text
@@ -128,7 +128,7 @@ def test_help_is_short_and_shows_examples(capsys):
 def test_dry_run_prints_commands_and_does_nothing(tmp_path, capsys):
   workdir = tmp_path / "a sweep"
   grid = "data.weights=(1,2);(2,1)"
-  arguments = ["sweep", f"--experiment={TINY}", f"--workdir={workdir}"]
+  arguments = [f"--experiment={TINY}", f"--workdir={workdir}"]
   assert sweep.main([*arguments, f"--grid={grid}", "--dry_run"]) == 0
   lines = capsys.readouterr().out.splitlines()
   made = sweep.points(TINY, [grid], {})
@@ -195,7 +195,7 @@ def test_report_has_spread_and_paired_differences(tmp_path, capsys):
   # Written in an order that is not the order of the weights.
   write_sweep(tmp_path, [f"{WEIGHT}=0.1,0.01,0", "seed=0,1,2"], loss_of)
   (tmp_path / "unfinished").mkdir()
-  assert sweep.main(["sweep", "--report", f"--workdir={tmp_path}"]) == 0
+  assert sweep.main(["--report", f"--workdir={tmp_path}"]) == 0
   text = (tmp_path / "report.md").read_text()
   assert text.strip() in capsys.readouterr().out
   rows = markdown_rows(text)
@@ -271,7 +271,7 @@ def test_seeds_that_are_not_shared_are_not_paired(tmp_path):
 
 def test_two_runs_print_the_comparison(tmp_path, capsys):
   write_sweep(tmp_path, [f"{WEIGHT}=0,0.1"], loss_of)
-  assert sweep.main(["sweep", "--report", f"--workdir={tmp_path}"]) == 0
+  assert sweep.main(["--report", f"--workdir={tmp_path}"]) == 0
   text = capsys.readouterr().out
   assert "difference" in text and "-1.0000" in text
   assert "loss_by_step.png" in os.listdir(tmp_path)
@@ -284,7 +284,7 @@ def test_result_of_another_experiment_is_refused(tmp_path, capsys):
   assert sweep.is_finished(point, str(tmp_path))
   arguments = ["--grid=seed=2,3", "--experiment.train.num_steps=9"]
   code = sweep.main(
-    ["sweep", f"--experiment={TINY}", f"--workdir={tmp_path}", *arguments]
+    [f"--experiment={TINY}", f"--workdir={tmp_path}", *arguments]
   )
   assert code == 2
   assert "train.num_steps: 20 -> 9" in capsys.readouterr().err
@@ -334,7 +334,7 @@ def command(point, experiment, workdir):
   code = test_sweep.STAND_IN
   return [sys.executable, "-c", code, folder, seed, result, {mode!r}]
 sweep.command = command
-sys.exit(sweep.main(["sweep", *sys.argv[1:]]))
+sys.exit(sweep.main())
 """
 
 

@@ -19,15 +19,35 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
-
-from absl import flags
 
 from edl_jax import config, config_files
 from edl_jax.aot import topologies
 from edl_jax.aot.topologies import Topology
+from edl_jax.command import Command
 from edl_jax.config import Experiment, UserError
+
+COMMAND = Command(__doc__)
+_EXPERIMENT = COMMAND.experiment()
+_TOPOLOGY = COMMAND.flag(
+  "topology", "", "Chip and shape of the slice, such as v5p:4x4x4."
+)
+_COMPARE = COMMAND.flag(
+  "compare", "", "KEY=VALUE: compile this variant too; print the difference."
+)
+_NUM_DOMAINS = COMMAND.flag(
+  "num_domains",
+  None,
+  "Number of domains. Without it, those of the experiment, or 49 if only its"
+  " text names them.",
+  kind=int,
+  minimum=1,
+)
+_PARAMETERS = COMMAND.flag(
+  "parameters", False, "List every parameter with its spec and bytes."
+)
+_JSON = COMMAND.flag("json", "", "File to write all figures to, as JSON.")
 
 
 @contextlib.contextmanager
@@ -63,106 +83,29 @@ def _progress(text: str, stream: IO[str]) -> Iterator[None]:
       print("\r\033[K", end="", file=stream, flush=True)
 
 
-def _define_flags() -> flags.FlagValues:
-  values = flags.FlagValues()
-  for name, text in {
-    "experiment": "Experiment file; a variant may follow after a colon.",
-    "topology": "Chip and shape of the slice, such as v5p:4x4x4.",
-    "compare": "KEY=VALUE: compile this variant too, print the difference.",
-    "json": "File that takes all figures as JSON.",
-  }.items():
-    flags.DEFINE_string(name, None, text, flag_values=values)
-  flags.DEFINE_integer(
-    "num_domains",
-    None,
-    "Domains; by default those of the experiment, or 49 if its data name them.",
-    lower_bound=1,
-    flag_values=values,
-  )
-  for name, text in {
-    "parameters": "List every parameter with its spec and bytes.",
-    "help": "Show this help.",
-  }.items():
-    flags.DEFINE_bool(name, False, text, flag_values=values)
-  return values
+def _variants() -> dict[str, Experiment]:
+  """Returns the experiment under "", then the variant that --compare asks for.
 
-
-def _help(values: flags.FlagValues) -> str:
-  lines = [f"  --{name}: {values[name].help}" for name in values]
-  return "\n".join([__doc__.strip(), "", "Flags:", *lines])
-
-
-def _run(arguments: Sequence[str]) -> int:
-  rest, overrides = config_files.split_overrides(arguments)
-  values = _define_flags()
-  with config_files.one_line_flag_errors():
-    positional = values(rest)[1:]
-  if values.help:
-    print(_help(values))
-    return 0
-  if positional:
-    raise UserError(
-      f"unexpected argument {positional[0]!r}; options start with --"
+  Raises:
+    UserError: the experiment, or the field to change, is wrong.
+  """
+  variants = {"": COMMAND.load()}
+  if compare := _COMPARE.value:
+    _, changed = config_files.split_overrides([f"--experiment.{compare}"])
+    variants[compare] = config_files.load(
+      _EXPERIMENT.value, COMMAND.overrides | changed
     )
-  variants = {"": config_files.load(values.experiment, overrides)}
-  if values.compare:
-    _, changed = config_files.split_overrides(
-      [f"--experiment.{values.compare}"]
-    )
-    variants[values.compare] = config_files.load(
-      values.experiment, overrides | changed
-    )
-  if not values.topology:
-    raise UserError(
-      "--topology is missing: name chip and shape, such as --topology=v5p:4x4x4"
-    )
-  topologies.prepare_environment()
-  topology = topologies.load(values.topology)
-  # Imports JAX, which reads the environment.
-  from edl_jax.aot import compile as aot_compile
-  from edl_jax.aot import report as aot_report
-
-  # Refused before anything is compiled.
-  for experiment in variants.values():
-    aot_compile.make_mesh(experiment, topology)
-  reports = {}
-  for name, experiment in variants.items():
-    text = f"compiling {experiment.name} {name}".strip()
-    try:
-      with _progress(
-        f"{text} for {topology.name} ({len(topology.devices):,} chips)",
-        sys.stderr,
-      ):
-        step = aot_compile.compile_step(
-          experiment, topology, values.num_domains
-        )
-    except aot_compile.DoesNotFit as error:
-      print(
-        "\n".join(aot_report.describe_overflow(experiment, topology, error))
-      )
-      return 3
-    reports[name] = aot_report.analyze(experiment, topology, step)
-    lines = aot_report.describe(experiment, topology, reports[name])
-    if values.parameters:
-      lines += aot_report.describe_parameters(step.parameters)
-    print("\n".join(lines), flush=True)
-  if values.compare:
-    lines = aot_report.describe_difference(values.compare, *reports.values())
-    print("\n".join(lines))
-  if values.json:
-    _write_json(values.json, arguments, topology, variants, reports)
-  return 0
+  return variants
 
 
 def _write_json(
   path: str,
-  arguments: Sequence[str],
   topology: Topology,
   variants: Mapping[str, Experiment],
   reports: Mapping[str, Any],
 ) -> None:
   content = {
-    "command": shlex.join(["python", "-m", "edl_jax.aot", *arguments[1:]]),
+    "command": shlex.join(["python", "-m", "edl_jax.aot", *sys.argv[1:]]),
     "versions": {
       name: importlib.metadata.version(name)
       for name in ("jax", "jaxlib", "libtpu")
@@ -184,14 +127,51 @@ def _write_json(
     raise UserError(f"--json={path}: {error.strerror}") from error
 
 
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command line `arguments`, program first; returns the exit code."""
-  try:
-    return _run(arguments)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+@COMMAND.main
+def main() -> int:
+  """Compiles the step and prints what it needs; see the module's exit codes."""
+  variants = _variants()
+  if not _TOPOLOGY.value:
+    raise UserError(
+      "--topology is missing: name chip and shape, such as --topology=v5p:4x4x4"
+    )
+  topologies.prepare_environment()
+  topology = topologies.load(_TOPOLOGY.value)
+  # Imports JAX, which reads the environment.
+  from edl_jax.aot import compile as aot_compile
+  from edl_jax.aot import report as aot_report
+
+  # Refused before anything is compiled.
+  for experiment in variants.values():
+    aot_compile.make_mesh(experiment, topology)
+  reports = {}
+  for name, experiment in variants.items():
+    text = f"compiling {experiment.name} {name}".strip()
+    try:
+      with _progress(
+        f"{text} for {topology.name} ({len(topology.devices):,} chips)",
+        sys.stderr,
+      ):
+        step = aot_compile.compile_step(
+          experiment, topology, _NUM_DOMAINS.value
+        )
+    except aot_compile.DoesNotFit as error:
+      print(
+        "\n".join(aot_report.describe_overflow(experiment, topology, error))
+      )
+      return 3
+    reports[name] = aot_report.analyze(experiment, topology, step)
+    lines = aot_report.describe(experiment, topology, reports[name])
+    if _PARAMETERS.value:
+      lines += aot_report.describe_parameters(step.parameters)
+    print("\n".join(lines), flush=True)
+  if compare := _COMPARE.value:
+    lines = aot_report.describe_difference(compare, *reports.values())
+    print("\n".join(lines))
+  if _JSON.value:
+    _write_json(_JSON.value, topology, variants, reports)
+  return 0
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  sys.exit(main())

@@ -58,7 +58,7 @@ def environment(monkeypatch):
 
 
 def refused(capsys, *arguments):
-  assert aot.main(["aot", *arguments]) == 2
+  assert aot.main(arguments) == 2
   captured = capsys.readouterr()
   (line,) = captured.err.splitlines()
   assert line.startswith("error: ") and not captured.out

@@ -213,6 +213,7 @@ def test_command_reports(tmp_path):
     [*command, f"--rules={tmp_path}/rules.yaml"], capture_output=True, text=True
   )
   assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+    ["label", "documents"],
     ["en", "1"],
     ["unlabelled", "1"],
     ["zh", "1"],
