@@ -67,7 +67,9 @@ def make_eval_step(
 
   @jax.jit
   def eval_step(model: Model, batch: Batch) -> EvalSums:
-    sums, nats_BT = model.batch_sums(batch, num_domains, outputs_form="paper")
+    sums, nats_BT = model.batch_sums(
+      batch, num_domains, routing.Summaries(outputs=routing.output_stats)
+    )
     bytes_BT = jnp.asarray(byte_lengths_V)[batch.targets_BT] * batch.weights_BT
     by_domain = functools.partial(
       jnp.einsum,

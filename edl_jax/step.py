@@ -16,7 +16,7 @@ from edl_jax.losses.objective import (
   LossContext,
   auto_weights,
   objective,
-  outputs_form,
+  summaries,
 )
 from edl_jax.model.transformer import Model
 from edl_jax.optim import make_schedule
@@ -95,7 +95,7 @@ def loss_and_gradient(
     sums, _ = model.batch_sums(
       batch,
       len(taxonomy.fine),
-      outputs_form(experiment.losses),
+      summaries(experiment.losses),
       experiment.moe,
     )
     return sums

@@ -132,7 +132,7 @@ def orthogonality_loss(
   """L_o: the active experts of a token return orthogonal outputs, (L,).
 
   Mean over tokens of `OutputStats.projection`; `routing.output_stats` computes
-  it in the form that `outputs_form` asks for. 0 with one active expert. Guo et
+  it in the form that `summaries` asks for. 0 with one active expert. Guo et
   al., arXiv:2505.22323.
   """
   del context
@@ -263,15 +263,22 @@ def loss_table_markdown() -> str:
   )
 
 
-def outputs_form(config: LossesConfig) -> str | None:
-  """Returns the form in which to sum the experts' outputs.
+def summaries(config: LossesConfig) -> routing.Summaries:
+  """Returns what each mixture-of-experts layer must sum up for the objective.
 
-  None where no weighted term needs them; see `routing.output_stats`.
+  The experts' outputs are summed up only where a weighted term needs them, in
+  the form `config.specialization_form`.
   """
-  needed = any(
+  needs_outputs = any(
     term.needs_outputs and getattr(config, term.weight) for term in LOSS_TERMS
   )
-  return config.specialization_form if needed else None
+  if not needs_outputs:
+    return routing.ROUTING_ONLY
+  return routing.Summaries(
+    outputs=functools.partial(
+      routing.output_stats, form=config.specialization_form
+    )
+  )
 
 
 def auto_weights(config: LossesConfig) -> dict[str, jax.Array]:

@@ -6,7 +6,8 @@ evaluation steps, devices and hosts. Every routing loss and metric is a small
 pure function of it. Entropies and divergences are in nats.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -262,6 +263,26 @@ def _span_projection(y_PAM: jax.Array) -> jax.Array:
     lambda j: of_one(jnp.roll(y_APM, -j, axis=0)), jnp.arange(active)
   )
   return each_AP.mean(0)
+
+
+class Summaries(NamedTuple):
+  """Functions that sum up what happens inside a mixture-of-experts layer.
+
+  The layer returns their results beside its output, and the scan stacks them
+  to a leading L axis.
+  """
+
+  # Takes the arguments of `row_routing`. Every leaf that it returns starts with
+  # the axis B: rows stay apart until the model has run.
+  routing: Callable[..., Any] = row_routing
+  # Takes the arguments of `output_stats`, and returns sums over this device's
+  # tokens, which are then added over devices. None skips this. The dispatch
+  # "ring" has no outputs by token to sum up.
+  outputs: Callable[..., OutputStats] | None = None
+
+
+# Leaves the experts' outputs alone.
+ROUTING_ONLY = Summaries()
 
 
 def collect(

@@ -1,17 +1,17 @@
 """Dispatch, experts, combine: how tokens and experts come together.
 
-Experts are spread over the mesh axis `expert`, in order. One form of dispatch
-brings experts to tokens, the others bring tokens to experts; all do the same
-sums, but for the tokens that `capacity` drops:
+Experts are spread over the mesh axis `expert`, in order. There are four ways of
+dispatch, named by `MoEConfig.dispatch`. All compute the same sums, except for
+the tokens that "capacity" drops:
 
-  gather             every device is given all experts; nothing is exchanged
+  gather             every device gathers all experts; tokens stay
   ragged_all_to_all  each token travels to its active experts' devices and back
-  ring               all tokens pass by all devices, and outputs add on the way
-  capacity           as ragged_all_to_all, in blocks of fixed size, with drops
+  ring               tokens pass all devices in turn, and outputs add up
+  capacity           an all-to-all of blocks of fixed size; drops what exceeds
 
-Functions here run where every mesh axis is manual, or outside a mesh, which
-stands for an `expert` axis of size 1. The experts' hidden width may be spread
-over `tensor`: outputs are then partial, and it is for the caller to add them.
+The functions here run where every mesh axis is manual. Outside a mesh they run
+as on an `expert` axis of size 1. The experts' hidden width may be spread over
+`tensor`: outputs are then partial, and the caller adds them.
 """
 
 import functools
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from edl_jax.config import MoEConfig
 from edl_jax.model.grouped_matmul import grouped_matmul
 from edl_jax.model.layers import swiglu
 
@@ -41,17 +42,17 @@ def _num_devices() -> int:
 def _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM):
   """Sends rows, sorted by expert, through their experts.
 
-  Rows beyond the last group are not computed: what is in them, in the outputs
-  and in the gradient of `x_RM`, is arbitrary, and stays in them.
+  Rows beyond the last group are not computed. They hold arbitrary values, in
+  the outputs and in the gradient of `x_RM`, which reach no other row.
   """
   num_experts, width, _, hidden = gate_up_EM2F.shape
-  # Gate and up projection are one product.
-  both_RG = grouped_matmul(
+  # One product for gate and up: (R, 2 F).
+  merged = grouped_matmul(
     x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
   )
-  both_RG = checkpoint_name(both_RG, "experts")
+  merged = checkpoint_name(merged, "experts")
   return grouped_matmul(
-    swiglu(both_RG.reshape(-1, 2, hidden)), down_EFM, sizes_E
+    swiglu(merged.reshape(-1, 2, hidden)), down_EFM, sizes_E
   )
 
 
@@ -66,19 +67,19 @@ def _move(x, source, target, holes=False, lost=False):
   autodiff would use.
 
   Args:
-    x: (N, M).
-    source: of each row of the result, which of the A N repeated rows it is.
-    target: the inverse: of each repeated row, its place in the result.
-    holes: whether `source` has indices beyond the end, for rows of zeros.
-    lost: whether `target` has, for rows that are not in the result.
+    x: rows, a matrix.
+    source: for each row of the result, its index among the repeated rows.
+    target: the inverse: for each repeated row, its index in the result.
+    holes: whether `source` has indices beyond the end, which give zero rows.
+    lost: whether `target` has them, for rows that the result lacks.
   """
   del lost
   return _rows(x, source // (target.shape[0] // x.shape[0]), holes)
 
 
 def _rows(x, index, beyond):
-  # Zeros only where need be: XLA makes a pass over all rows of it, unless the
-  # consumer is a sum.
+  # Fill with zeros only if an index may lie beyond the end: it costs XLA a
+  # pass over all rows, unless a sum consumes them.
   if beyond:
     return x.at[index].get(mode="fill", fill_value=0)
   return x.at[index].get(mode="promise_in_bounds")
@@ -99,12 +100,12 @@ _move.defvjp(_move_forward, _move_backward)
 
 
 def _sort(expert_R, num_experts):
-  """Sorts rows by expert, and by place for the same expert.
+  """Sorts rows by expert, and keeps the order among rows of one expert.
 
   Returns:
     order_R, the row that comes to each place; place_R, its inverse; sizes_E,
-    rows of each expert. Rows of other experts than 0 to E - 1 come last and
-    are in no group.
+    the number of rows of each expert. Rows of experts outside [0, E) come last
+    and belong to no group.
   """
   order_R = jnp.argsort(expert_R, stable=True)
   place_R = jnp.argsort(order_R)
@@ -112,14 +113,15 @@ def _sort(expert_R, num_experts):
   return order_R, place_R, sizes_E
 
 
-# --- Forms of dispatch -------------------------------------------------------
+# --- Ways of dispatch --------------------------------------------------------
 
 
 def _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, others=False):
-  """Outputs of the experts at hand, y_PAM.
+  """Returns the outputs y_PAM of the experts on this device.
 
   Args:
-    others: whether there are experts out of [0, E), whose outputs are zero.
+    others: whether `expert_PA` names experts outside [0, E), whose outputs are
+      zero.
   """
   tokens, width = x_PM.shape
   num_experts, num_rows = gate_up_EM2F.shape[0], expert_PA.size
@@ -129,7 +131,7 @@ def _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, others=False):
     expert_R = jnp.where(known_R, expert_R, num_experts)
   order_R, place_R, sizes_E = _sort(expert_R, num_experts)
   if others:
-    # These rows are in no group: what becomes of them is arbitrary.
+    # Rows of other experts hold arbitrary values; make them holes, so zeros.
     place_R = jnp.where(known_R, place_R, num_rows)
   x_RM = _move(x_PM, order_R, place_R, lost=others)
   y_RM = _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM)
@@ -138,7 +140,7 @@ def _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, others=False):
 
 
 class _Route(NamedTuple):
-  """Which rows go where: arguments of `jax.lax.ragged_all_to_all`."""
+  """Where rows go: the arguments of `jax.lax.ragged_all_to_all`."""
 
   input_offsets_X: jax.Array
   send_sizes_X: jax.Array
@@ -148,7 +150,7 @@ class _Route(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _exchange(x, there, back, num_rows):
-  """Sends rows by the route `there`; `back` is the same way in reverse.
+  """Sends rows along the route `there`, of which `back` is the reverse.
 
   Returns:
     (num_rows, M); rows that no device sends to are arbitrary.
@@ -172,14 +174,14 @@ _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
 def _routes(counts_XE):
-  """The ways to the experts' devices and back, from what each one sends.
+  """Returns the routes to the experts' devices and back.
 
   Args:
     counts_XE: rows that each device has for each expert, sorted by expert.
   """
   devices = len(counts_XE)
   me = jax.lax.axis_index(_AXIS)
-  # By sender and receiver. Rows arrive sorted by sender.
+  # Axes are sender and receiver. Rows arrive sorted by sender.
   size_XX = counts_XE.reshape(devices, devices, -1).sum(-1)
   at_sender_XX = jnp.cumsum(size_XX, axis=1) - size_XX
   at_receiver_XX = jnp.cumsum(size_XX, axis=0) - size_XX
@@ -193,13 +195,13 @@ def _routes(counts_XE):
 
 
 def _regroup(counts_XE, num_rows):
-  """Brings rows sorted by sender, then expert, into order by expert.
+  """Sorts by expert the rows that arrived sorted by sender, then by expert.
 
   Args:
     counts_XE: rows from each sender for each expert of this device.
 
   Returns:
-    `source` and `target` of `_move`, which leave further rows where they are.
+    `source` and `target` of `_move`, which leave all further rows in place.
   """
 
   def starts(sizes):
@@ -226,7 +228,7 @@ def _ragged_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM):
   local_XE = jax.lax.dynamic_slice_in_dim(
     counts_XE, jax.lax.axis_index(_AXIS) * num_local, num_local, axis=1
   )
-  # Every row of every device may come here.
+  # At worst every row of every device comes here.
   most_rows = devices * len(order_R)
   source, target = _regroup(local_XE, most_rows)
 
@@ -239,11 +241,11 @@ def _ragged_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM):
 
 
 def _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
-  """Sums of outputs, y_PM: tokens go round all devices, and sums with them.
+  """Returns sums of outputs, y_PM: tokens and their sums go round all devices.
 
-  While a device works on one device's tokens the next ones arrive, and the
-  sums of those it worked on before. A loop, not copies of its body: only so
-  does XLA keep one turn's rows in memory at a time, and send during the work.
+  While a device works on some tokens, it receives the next ones, and the sums
+  of those it worked on before. The scan is not unrolled, so that XLA keeps only
+  one turn's rows in memory and overlaps sending with work.
   """
   devices, num_local = _num_devices(), gate_up_EM2F.shape[0]
   if devices == 1:
@@ -251,7 +253,7 @@ def _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
     return combine(y_PAM, gate_PA)
   first = jax.lax.axis_index(_AXIS) * num_local
 
-  # Only tokens are kept for the backward pass.
+  # The backward pass keeps tokens only, and computes the rest again.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def local_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
     y_PAM = _local_outputs(
@@ -270,46 +272,48 @@ def _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
 
   start = ((x_PM, expert_PA, gate_PA), jnp.zeros_like(x_PM))
   (_, y_PM), _ = jax.lax.scan(turn, start, length=devices)
-  # Sums are one turn behind their tokens.
+  # Sums travel one turn behind their tokens.
   return to_next(y_PM)
 
 
 def _capacity_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, capacity_factor):
-  """Zero outputs for what is beyond the capacity of an expert.
+  """Returns outputs y_PAM, zero for tokens beyond the capacity of an expert.
 
   Each device fills C places of every expert, earlier tokens first.
   """
   devices = _num_devices()
   num_experts = devices * gate_up_EM2F.shape[0]
   num_rows, width = expert_PA.size, x_PM.shape[1]
-  # No expert gets a token twice.
+  # An expert gets a token once at most, so more places would stay empty.
   capacity = min(math.ceil(capacity_factor * num_rows / num_experts), len(x_PM))
   expert_R = expert_PA.reshape(-1)
   order_R, place_R, sizes_E = _sort(expert_R, num_experts)
   start_E = jnp.cumsum(sizes_E) - sizes_E
-  # A row's turn at its expert, and from that its slot among all E C ones.
+  # The turn of a row at its expert gives its place among all E C places.
   turn_R = place_R - start_E[expert_R]
-  slots = num_experts * capacity
-  slot_R = jnp.where(turn_R < capacity, expert_R * capacity + turn_R, slots)
+  num_places = num_experts * capacity
+  index_R = jnp.where(
+    turn_R < capacity, expert_R * capacity + turn_R, num_places
+  )
   turn_C = jnp.arange(capacity)
   taken_EC = turn_C < sizes_E[:, None]
-  # Any row does where no slot is taken.
+  # Empty places may hold any row; they are masked below.
   row_EC = order_R.at[start_E[:, None] + turn_C].get(mode="clip")
-  row_S = row_EC.reshape(-1)
+  row_U = row_EC.reshape(-1)
 
-  x_SM = _move(x_PM, row_S, slot_R, lost=True)
-  x_ECM = x_SM.reshape(num_experts, capacity, width)
+  x_UM = _move(x_PM, row_U, index_R, lost=True)
+  x_ECM = x_UM.reshape(num_experts, capacity, width)
   if devices > 1:
     x_ECM = jax.lax.all_to_all(x_ECM, _AXIS, 0, 1, tiled=True)
   with jax.named_scope("experts"):
-    both_EC2F = jnp.einsum("ECM,EMGF->ECGF", x_ECM, gate_up_EM2F)
+    both_EC2F = jnp.einsum("ECM,EMOF->ECOF", x_ECM, gate_up_EM2F)
     y_ECM = jnp.einsum("ECF,EFM->ECM", swiglu(both_EC2F), down_EFM)
   if devices > 1:
     y_ECM = jax.lax.all_to_all(y_ECM, _AXIS, 1, 0, tiled=True)
-  # For the backward pass: gradients must not enter by slots not taken.
+  # Mask empty places, so that no gradient enters through them.
   y_ECM = jnp.where(taken_EC[..., None], y_ECM, 0)
-  y_SM = y_ECM.reshape(slots, width)
-  y_RM = _move(y_SM, slot_R, row_S, holes=True)
+  y_UM = y_ECM.reshape(num_places, width)
+  y_RM = _move(y_UM, index_R, row_U, holes=True)
   return y_RM.reshape(*expert_PA.shape, width)
 
 
@@ -319,30 +323,27 @@ def expert_outputs(
   expert_PA: jax.Array,
   gate_up_EM2F: jax.Array,
   down_EFM: jax.Array,
-  form: str = "gather",
-  capacity_factor: float = 1.25,
+  config: MoEConfig,
 ) -> jax.Array:
   """Sends each token through its active experts.
 
   Args:
     x_PM: this device's tokens.
     expert_PA: int32 active experts of each token, distinct.
-    gate_up_EM2F, down_EFM: weights of this device's share of the experts, for
-      `gather` of all of them, in the dtype of `x_PM`.
-    form: form of dispatch. Not `ring`, which returns no token's outputs.
-    capacity_factor: of the form `capacity`: places of an expert over the
-      tokens of this device that it would get if all got alike.
+    gate_up_EM2F, down_EFM: weights of this device's share of the experts (for
+      "gather", of all experts), in the dtype of `x_PM`.
+    config: the dispatch; not "ring", which returns no token's outputs.
 
   Returns:
     y_PAM, what each active expert returns, in the dtype of `x_PM`; zeros where
     a token was dropped.
   """
   arguments = (x_PM, expert_PA, gate_up_EM2F, down_EFM)
-  if form == "capacity":
-    return _capacity_outputs(*arguments, capacity_factor)
-  if form == "ragged_all_to_all":
+  if config.dispatch == "capacity":
+    return _capacity_outputs(*arguments, config.capacity_factor)
+  if config.dispatch == "ragged_all_to_all":
     return _ragged_outputs(*arguments)
-  assert form == "gather", form
+  assert config.dispatch == "gather", config
   return _local_outputs(*arguments)
 
 
@@ -359,23 +360,19 @@ def mixed_outputs(
   gate_PA: jax.Array,
   gate_up_EM2F: jax.Array,
   down_EFM: jax.Array,
-  form: str = "gather",
-  capacity_factor: float = 1.25,
+  config: MoEConfig,
 ) -> jax.Array:
   """Adds what each token's active experts return.
 
   Args:
+    x_PM, expert_PA, gate_up_EM2F, down_EFM: as in `expert_outputs`.
     gate_PA: routing weights, float32.
-    x_PM, expert_PA, gate_up_EM2F, down_EFM, capacity_factor: as in
-      `expert_outputs`.
-    form: any form of dispatch.
+    config: any dispatch.
 
   Returns:
     y_PM, in the dtype of `x_PM`.
   """
-  if form == "ring":
+  if config.dispatch == "ring":
     return _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
-  y_PAM = expert_outputs(
-    x_PM, expert_PA, gate_up_EM2F, down_EFM, form, capacity_factor
-  )
+  y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, config)
   return combine(y_PAM, gate_PA)

@@ -108,6 +108,6 @@ class SwiGLU(nnx.Module):
       "gate_up_M2F", self.gate_up_M2F[...].astype(dtype)
     )
     down_FM = sharding.gather("down_FM", self.down_FM[...].astype(dtype))
-    both_BT2F = jnp.einsum("BTM,MGF->BTGF", x_BTM, gate_up_M2F)
+    both_BT2F = jnp.einsum("BTM,MOF->BTOF", x_BTM, gate_up_M2F)
     y_BTM = jnp.einsum("BTF,FM->BTM", swiglu(both_BT2F), down_FM)
     return sharding.sum_over(y_BTM, ("tensor",))

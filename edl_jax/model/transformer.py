@@ -1,7 +1,6 @@
 """The transformer: embedding, blocks, scan over layers, head."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from edl_jax.losses import routing
 from edl_jax.losses.cross_entropy import chunked_cross_entropy
 from edl_jax.model.attention import Attention
 from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal
-from edl_jax.model.moe import MoE
+from edl_jax.model.moe import GATHER, MoE
 from edl_jax.text.batch import Batch
 
 # What each layer keeps for the backward pass, beside its input; the rest is
@@ -48,11 +47,13 @@ class Block(nnx.Module):
     segments_BT: jax.Array,
     positions_BT: jax.Array,
     weights_BT: jax.Array,
-    summarize: Callable[..., Any],
-    outputs_form: str | None,
-    config: MoEConfig,
+    summaries: routing.Summaries,
+    moe: MoEConfig,
   ) -> tuple[jax.Array, Any]:
-    """Returns the residual stream and, of experts, `MoE`'s two summaries."""
+    """Returns the residual stream, and both results of `summaries`.
+
+    In place of the latter a dense block returns None.
+    """
     with jax.named_scope("attention"):
       x_BTM += self.attention(
         self.attention_norm(x_BTM), segments_BT, positions_BT
@@ -61,10 +62,8 @@ class Block(nnx.Module):
     if hasattr(self, "mlp"):
       with jax.named_scope("experts"):
         return x_BTM + self.mlp(h_BTM), None
-    y_BTM, *summaries = self.moe(
-      h_BTM, weights_BT, summarize, outputs_form, config
-    )
-    return x_BTM + y_BTM, tuple(summaries)
+    y_BTM, *results = self.moe(h_BTM, weights_BT, summaries, moe)
+    return x_BTM + y_BTM, tuple(results)
 
 
 class Model(nnx.Module):
@@ -100,17 +99,16 @@ class Model(nnx.Module):
     segments_BT: jax.Array,
     positions_BT: jax.Array,
     weights_BT: jax.Array,
-    summarize: Callable[..., Any] = routing.row_routing,
-    outputs_form: str | None = None,
-    moe: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
+    summaries: routing.Summaries = routing.ROUTING_ONLY,
+    moe: MoEConfig = GATHER,
   ) -> tuple[jax.Array, Any, routing.OutputStats | None]:
     """Runs all but the head, on a device's rows inside `per_shard`.
 
     Returns:
-      x_BTM after the final norm, in the compute dtype; what `summarize` makes
-      of the routing of every mixture-of-experts layer, stacked on a leading L
-      axis, by default `RowRouting`, (L, B, ...); and likewise the sums of
-      experts' outputs in `outputs_form`, None without.
+      x_BTM after the final norm, in the compute dtype; and of every
+      mixture-of-experts layer, stacked on a leading L axis, the results of
+      `summaries`: those of routing, by default `RowRouting`, (L, B, ...), and
+      those of outputs, by default None.
     """
     dtype = jnp.dtype(self.config.dtype)
     x_BTM = _embed(self.embedding_VM[...], tokens_BT, dtype)
@@ -121,8 +119,7 @@ class Model(nnx.Module):
         segments_BT,
         positions_BT,
         weights_BT,
-        summarize,
-        outputs_form,
+        summaries,
         moe,
       )
 
@@ -130,7 +127,8 @@ class Model(nnx.Module):
       layer = jax.checkpoint(
         layer,
         policy=_REMAT_POLICIES[self.config.remat],
-        # The loop keeps what is computed again apart, unless it is unrolled.
+        # XLA cannot merge the recomputation with the forward pass across the
+        # loop's boundary, so only an unrolled loop needs the barrier.
         prevent_cse=self.config.scan_unroll > 1,
       )
     scan = functools.partial(jax.lax.scan, unroll=self.config.scan_unroll)
@@ -158,7 +156,9 @@ class Model(nnx.Module):
       return probs_BTE, expert_BTA
 
     _, tokens, _ = self.hidden(
-      tokens_BT, *_whole_documents(tokens_BT.shape), keep_tokens
+      tokens_BT,
+      *_whole_documents(tokens_BT.shape),
+      routing.Summaries(routing=keep_tokens),
     )
     return tokens
 
@@ -166,17 +166,17 @@ class Model(nnx.Module):
     self,
     batch: Batch,
     num_domains: int,
-    outputs_form: str | None = None,
-    moe: MoEConfig = MoEConfig(),  # noqa: B008 (never changed)
+    summaries: routing.Summaries = routing.ROUTING_ONLY,
+    moe: MoEConfig = GATHER,
   ) -> tuple[routing.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
 
     Args:
       batch: rows of the global batch.
       num_domains: D.
-      outputs_form: sums the experts' outputs too, in this form of
-        `routing.output_stats`.
-      moe: how tokens and experts come together.
+      summaries: what every mixture-of-experts layer sums up; `routing` must
+        return a `RowRouting`.
+      moe: how tokens and experts meet.
 
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
@@ -185,7 +185,7 @@ class Model(nnx.Module):
     batch_specs = jax.tree.map(
       lambda x: PartitionSpec(*by_token[: x.ndim]), batch
     )
-    # One sum of each device that has tokens of its own.
+    # Each device that has tokens of its own contributes one sum.
     by_shard = (*sharding.ROW_AXES, "sequence")
 
     def of_shard(model: Model, batch: Batch):
@@ -194,8 +194,8 @@ class Model(nnx.Module):
         batch.segments_BT,
         batch.positions_BT,
         batch.weights_BT,
-        outputs_form=outputs_form,
-        moe=moe,
+        summaries,
+        moe,
       )
       with jax.named_scope("head"):
         nats, nats_BT = chunked_cross_entropy(
@@ -208,7 +208,7 @@ class Model(nnx.Module):
       outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
       return nats[None], nats_BT, routing_LB, outputs_L1
 
-    nats_S, nats_BT, routing_LB, outputs_LS = sharding.per_shard(
+    nats_Z, nats_BT, routing_LB, outputs_LZ = sharding.per_shard(
       of_shard,
       (sharding.parameter_specs(self), batch_specs),
       (
@@ -221,13 +221,13 @@ class Model(nnx.Module):
     )(self, batch)
     # The one place where rows meet: every sum is that of the global batch.
     sums = routing.BatchSums(
-      nats=nats_S.sum(),
+      nats=nats_Z.sum(),
       tokens=batch.weights_BT.sum(),
       routing=routing.collect(
         routing_LB,
         batch.domain_B,
         num_domains,
-        jax.tree.map(lambda x: x.sum(1), outputs_LS),
+        jax.tree.map(lambda x: x.sum(1), outputs_LZ),
       ),
     )
     return sums, nats_BT

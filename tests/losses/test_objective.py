@@ -383,12 +383,13 @@ def test_weight_without_a_term_stops_the_import(monkeypatch):
 
 
 def test_outputs_are_asked_for_by_the_terms_that_read_them():
-  assert losses.outputs_form(LossesConfig(variance_weight=1.0)) is None
+  without = losses.summaries(LossesConfig(variance_weight=1.0))
+  assert without.outputs is None
   for weight in (1.0, "auto:1e-4"):
     settings = LossesConfig(
       orthogonality_weight=weight, specialization_form="released"
     )
-    assert losses.outputs_form(settings) == "released"
+    assert losses.summaries(settings).outputs.keywords == {"form": "released"}
 
 
 def test_table_of_the_documentation_has_a_row_for_each_term():

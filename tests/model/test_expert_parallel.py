@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from edl_jax.config import MeshConfig
+from edl_jax.config import MeshConfig, MoEConfig
 from edl_jax.model import expert_parallel, grouped_matmul
 from edl_jax.model.expert_parallel import mixed_outputs
 from edl_jax.sharding import ROW_AXES, make_mesh
@@ -76,7 +76,7 @@ def differentiated(form, factor=math.inf, **axes):
       gate_up, down = (
         jax.lax.all_gather(w, "expert", tiled=True) for w in (gate_up, down)
       )
-    y = mixed_outputs(x, expert, gate, gate_up, down, form, factor)
+    y = mixed_outputs(x, expert, gate, gate_up, down, MoEConfig(form, factor))
     return jax.lax.psum(y, "tensor") if axes else y
 
   rows = PartitionSpec(ROW_AXES)
@@ -205,7 +205,7 @@ def test_no_collectives_on_an_expert_axis_of_one(form):
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=1), jax.devices()[:2])
   x, gate, gate_up, down, _ = arrays(5, 2)
   with jax.set_mesh(mesh):
-    jaxpr = jax.make_jaxpr(lambda *a: mixed_outputs(*a, form))(
+    jaxpr = jax.make_jaxpr(lambda *a: mixed_outputs(*a, MoEConfig(form)))(
       x, routing(5, 2), gate, gate_up, down
     )
   assert not {"ppermute", "all_gather", "all_to_all"} & set(str(jaxpr).split())
@@ -246,7 +246,7 @@ def test_every_row_is_computed_once(form, monkeypatch):
   with jax.set_mesh(mesh):
     jax.jit(
       jax.shard_map(
-        lambda *a: mixed_outputs(*a, form),
+        lambda *a: mixed_outputs(*a, MoEConfig(form)),
         in_specs=(rows_spec,) * 3 + (expert_spec,) * 2,
         out_specs=rows_spec,
         check_vma=False,
@@ -263,6 +263,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from edl_jax.config import MoEConfig
 from edl_jax.model.expert_parallel import mixed_outputs
 
 devices = topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices
@@ -271,7 +272,7 @@ split = PartitionSpec("expert")
 
 def total(form):
   function = jax.shard_map(
-    lambda *arguments: mixed_outputs(*arguments, form),
+    lambda *arguments: mixed_outputs(*arguments, MoEConfig(form)),
     in_specs=split, out_specs=split, check_vma=False,
   )
   return lambda *arguments: function(*arguments).astype(jnp.float32).sum()

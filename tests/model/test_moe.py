@@ -7,7 +7,7 @@ import pytest
 
 from edl_jax.config import ModelConfig
 from edl_jax.model.expert_parallel import combine, expert_outputs
-from edl_jax.model.moe import MoE
+from edl_jax.model.moe import GATHER, MoE
 
 CONFIG = ModelConfig(
   width=16, num_experts=5, num_active_experts=2, expert_width=12, num_layers=2
@@ -57,7 +57,7 @@ def test_dispatch_against_a_loop(num_experts, num_active, idle):
     return value, jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
 
   def ours(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
-    y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM)
+    y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, GATHER)
     return combine(y_PAM, gate_PA)
 
   got, got_gradients = run(ours)
@@ -89,7 +89,7 @@ def test_layer_against_a_naive_layer_with_shared_expert():
     layer.gate_up_EM2F[...],
     layer.down_EFM[...],
   ).reshape(x_BTM.shape)
-  both = jnp.einsum("BTM,MGF->BTGF", x_BTM, layer.shared.gate_up_M2F[...])
+  both = jnp.einsum("BTM,MOF->BTOF", x_BTM, layer.shared.gate_up_M2F[...])
   want += (jax.nn.silu(both[:, :, 0]) * both[:, :, 1]) @ layer.shared.down_FM[
     ...
   ]

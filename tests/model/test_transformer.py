@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 
 from edl_jax import config_files, sharding
-from edl_jax.config import ModelConfig
+from edl_jax.config import Experiment, LossesConfig, ModelConfig, MoEConfig
+from edl_jax.evaluate import make_eval_step
 from edl_jax.model.transformer import (
   Model,
   abstract_model,
   parameter_counts,
   training_flops,
 )
+from edl_jax.step import loss_and_gradient
 from edl_jax.text.batch import Batch
+from edl_jax.text.taxonomy import Taxonomy
+from edl_jax.text.tokenizer import byte_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -255,6 +259,55 @@ def batch():
     weights_BT=ones.astype(np.float32),
     domain_B=np.arange(ROWS),
   )
+
+
+@pytest.mark.parametrize(
+  ("dispatch", "orthogonality"), [("gather", 0.0), ("gather", 1.0), ("ring", 0)]
+)
+def test_training_evaluation_and_inspection_run_one_model(
+  dispatch, orthogonality
+):
+  """The same tokens meet the same experts, whoever calls the model."""
+  config = dataclasses.replace(
+    CONFIG,
+    vocabulary_size=257,
+    num_active_experts=3,
+    num_shared_experts=1,
+    norm_epsilon=0.1,
+    rope_theta=7.0,
+  )
+  model, rows = random_model(config), batch()
+  experiment = Experiment(
+    model=config,
+    moe=MoEConfig(dispatch=dispatch),
+    losses=LossesConfig(orthogonality_weight=orthogonality),
+  )
+  taxonomy = Taxonomy.from_names(["a", "b"])
+  trained, _, _ = jax.jit(
+    lambda model: loss_and_gradient(model, rows, experiment, taxonomy)
+  )(model)
+
+  evaluated = make_eval_step(ROWS, byte_tokenizer())(model, rows)
+  np.testing.assert_allclose(evaluated.nats_D.sum(), trained.nats, rtol=1e-5)
+  for name, want in trained.routing._asdict().items():
+    if name != "outputs":
+      got = getattr(evaluated.routing, name)
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
+
+  logits_BTV = np.asarray(logits(model, rows.tokens_BT), np.float64)
+  chosen_BT1 = np.take_along_axis(logits_BTV, rows.targets_BT[..., None], -1)
+  nats = np.log(np.exp(logits_BTV).sum(-1)) - chosen_BT1[..., 0]
+  np.testing.assert_allclose(nats.sum(), trained.nats, rtol=1e-5)
+
+  probs_LBTE, expert_LBTA = jax.jit(
+    lambda model: model.token_routing(rows.tokens_BT)
+  )(model)
+  np.testing.assert_allclose(
+    probs_LBTE.sum((1, 2)), trained.routing.token_probability_LE, rtol=1e-4
+  )
+  for expert_BTA, load_E in zip(expert_LBTA, trained.routing.assignments_LE):
+    counts_E = np.bincount(np.ravel(expert_BTA), minlength=config.num_experts)
+    np.testing.assert_array_equal(counts_E, load_E)
 
 
 def test_bfloat16_computes_on_float32_parameters():
