@@ -6,6 +6,8 @@ what it is. Paths are regular expressions on the files of a package.
 
 import dataclasses
 
+from edl_jax.text.taxonomy import fine_name
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -28,7 +30,7 @@ class Source:
   @property
   def fine(self) -> str:
     """The fine label."""
-    return self.domain.rsplit("/", 1)[-1]
+    return fine_name(self.domain)
 
   @property
   def is_chinese(self) -> bool:

@@ -32,8 +32,8 @@ def export(data: DataConfig, path: str) -> int:
   Raises:
     UserError: the file exists or cannot be written.
   """
-  names, documents = read_documents(data)
-  label = {name.rsplit("/", 1)[-1]: name for name in names}
+  taxonomy, documents = read_documents(data)
+  label = dict(zip(taxonomy.fine, taxonomy.names))
   try:
     with open(path, "x", encoding="utf-8") as file:
       for document in documents:

@@ -12,7 +12,7 @@ from edl_jax.config import DataConfig, UserError
 from edl_jax.text.documents import DomainNames
 from edl_jax.text.mixture import held_out_origins
 from edl_jax.text.readers import SeenIds
-from edl_jax.text.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
+from edl_jax.text.taxonomy import Taxonomy
 
 # Messages about bad records that are kept for the report.
 _MESSAGES = 10
@@ -179,13 +179,7 @@ def make_plan(
   for number, domain in enumerate(selection.domain):
     if domain is not None:
       found[domain].append(number)
-  labelled = {name: own for name, own in found.items() if name != UNLABELLED}
-  names = selection.domains.names(labelled, data.files)
-  taxonomy = Taxonomy.from_names(names)
-  if data.taxonomy:
-    taxonomy = load_taxonomy(data.taxonomy)
-    if taxonomy.unlabelled and UNLABELLED not in found:
-      taxonomy = taxonomy.without_unlabelled()
+  taxonomy = selection.domains.taxonomy(found, data.files)
   origin_N = np.concatenate(columns["origin"])
   groups = [
     [origin_N[number].tobytes() for number in found[name]]

@@ -346,14 +346,12 @@ class _Preparation:
     chunks.write_whole(self._out / DOCUMENTS, index.getvalue())
     for name in (DOCUMENTS, TOKENIZER):
       files[name] = checksum(self._out / name)
-    sources = (
-      plan.taxonomy.names + plan.taxonomy.sources[len(plan.taxonomy.fine) :]
-    )
     manifest = {
       "settings": dict(settings),
       "taxonomy": plan.taxonomy.to_dict(),
       "content_hash": content_hash(
-        sources, plan.digests(documents["source"], digests)
+        plan.taxonomy.source_names,
+        plan.digests(documents["source"], digests),
       ),
       "dtype": chunks.token_dtype(tokenizer),
       "token_files": len(plan.begin) - 1,

@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sized
+from collections.abc import Collection
 
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.taxonomy import (
   UNLABELLED,
+  Taxonomy,
   join_label,
   load_taxonomy,
   split_label,
@@ -42,28 +43,27 @@ class DomainNames:
     Raises:
       UserError: the file or a name in `data.domains` is wrong.
     """
-    # What a message names as the place to mend.
+    # The key that messages name as the one to correct.
     self.setting = "data.taxonomy" if data.taxonomy else "data.domains"
-    self._names, self._unlabelled = data.domains, False
-    if data.taxonomy:
-      taxonomy = load_taxonomy(data.taxonomy)
-      self._names, self._unlabelled = taxonomy.names, taxonomy.unlabelled
-    pairs = [split_label(name, "data.domains") for name in self._names]
-    # Coarse names ("" for none) by fine label.
+    self._file = load_taxonomy(data.taxonomy) if data.taxonomy else None
+    self._names = self._file.names if self._file else data.domains
+    pairs = [split_label(name, self.setting) for name in self._names]
+    # Coarse names ("" for none) of the declared domains by fine label.
     self.declared = {fine: coarse for coarse, fine in pairs}
-    self._final = bool(data.taxonomy)
+    # Coarse names that the source gives, by fine label.
     self._coarse: dict[str, str] = {}
 
   def add(self, label: str | None, where: str) -> str:
     """Returns the fine domain of a label that was met at `where`.
 
-    Without a label (None, "" or "unlabelled") it is `UNLABELLED`, if the
-    taxonomy has such rows.
+    A text without a label (None, "" or "unlabelled") gets `UNLABELLED`, if the
+    taxonomy file allows such text.
 
     Raises:
-      UserError: a label that is malformed, unknown or contradicts another.
+      UserError: the label is malformed, unknown or contradicts another.
     """
-    if self._unlabelled and label in (None, "", UNLABELLED):
+    unlabelled = self._file is not None and self._file.unlabelled
+    if unlabelled and label in (None, "", UNLABELLED):
       return UNLABELLED
     if label is None:
       raise UserError(
@@ -82,7 +82,7 @@ class DomainNames:
         " 'unlabelled: true'"
       )
     known = self._coarse.setdefault(fine, coarse)
-    decided = self._final or self.declared.get(fine)
+    decided = self._file or self.declared.get(fine)
     if coarse and known and coarse != known and not decided:
       raise UserError(
         f"{where}: domain {fine!r} belongs to {coarse!r} here and to"
@@ -91,37 +91,35 @@ class DomainNames:
     self._coarse[fine] = known or coarse
     return fine
 
-  def names(self, found: Mapping[str, Sized], source: str) -> tuple[str, ...]:
-    """Returns the declared domains, else those found, in the final order.
+  def taxonomy(self, found: Collection[str], source: str) -> Taxonomy:
+    """Returns the taxonomy of the declared domains, else of those found.
+
+    Domains that are not declared are sorted by name.
 
     Args:
-      found: the documents by fine domain.
-      source: where they were looked for.
+      found: fine labels that have text; `UNLABELLED` where text has none.
+      source: where the text was looked for, for messages.
 
     Raises:
-      UserError: there is none, or none of a declared domain.
+      UserError: there is no text, or none of a declared domain.
     """
-    if self._final:
-      names = self._names
-    elif self.declared:
-      names = tuple(
-        join_label(coarse or self._coarse.get(fine, ""), fine)
-        for fine, coarse in self.declared.items()
-      )
-    else:
-      names = tuple(
-        sorted(join_label(self._coarse[fine], fine) for fine in found)
-      )
-    if not names:
+    fine_labels = self.declared or found
+    if not fine_labels:
       raise UserError(f"data.files={source}: no text in any of the files")
-    for name in names:
-      fine = name.rsplit("/", 1)[-1]
-      if not found.get(fine):
+    for fine in fine_labels:
+      if fine not in found:
         raise UserError(
           f"empty domain {fine!r}: no text in {source}; add some, or leave it"
           f" out of {self.setting}"
         )
-    return names
+    if self._file:
+      missing = self._file.unlabelled and UNLABELLED not in found
+      return self._file.without_unlabelled() if missing else self._file
+    names = [
+      join_label(self.declared.get(fine) or self._coarse[fine], fine)
+      for fine in fine_labels
+    ]
+    return Taxonomy.from_names(names if self.declared else sorted(names))
 
 
 class Gatherer:

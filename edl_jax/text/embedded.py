@@ -20,6 +20,7 @@ from pathlib import Path
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.arithmetic import worked_problems
 from edl_jax.text.documents import DomainNames, Gatherer
+from edl_jax.text.taxonomy import fine_name
 
 # Readers yield (origin, text).
 _Texts = Iterator[tuple[str, str]]
@@ -81,7 +82,7 @@ def read_embedded(
   data: DataConfig, domains: DomainNames, gathered: Gatherer
 ) -> None:
   """Adds the texts of the wanted domains."""
-  name_of = {name.rsplit("/", 1)[-1]: name for name in _EMBEDDED}
+  name_of = {fine_name(name): name for name in _EMBEDDED}
   wanted = domains.declared or name_of
   for fine in wanted:
     if fine not in name_of:

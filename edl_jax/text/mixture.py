@@ -11,7 +11,7 @@ import grain
 from edl_jax.config import DataConfig, TrainConfig, UserError
 from edl_jax.text.documents import Document
 from edl_jax.text.sources import read_documents
-from edl_jax.text.taxonomy import UNLABELLED, Taxonomy, load_taxonomy
+from edl_jax.text.taxonomy import Taxonomy
 
 # Rows that no run will ever reach. Grain takes no more than 2**63 - 1.
 _ENDLESS = 2**62
@@ -55,15 +55,10 @@ def load_corpus(data: DataConfig) -> Corpus:
   Raises:
     UserError: bad or missing text; a domain that cannot be split.
   """
-  names, documents = read_documents(data)
+  taxonomy, documents = read_documents(data)
   by_domain = collections.defaultdict[str, list[Document]](list)
   for document in documents:
     by_domain[document.domain].append(document)
-  taxonomy = Taxonomy.from_names(names)
-  if data.taxonomy:
-    taxonomy = load_taxonomy(data.taxonomy)
-    if taxonomy.unlabelled and UNLABELLED not in by_domain:
-      taxonomy = taxonomy.without_unlabelled()
   groups = [by_domain[name] for name in taxonomy.sources]
   held_out = held_out_origins(
     taxonomy.fine,
@@ -82,7 +77,7 @@ def load_corpus(data: DataConfig) -> Corpus:
     train=split(False),
     held_out=split(True),
     content_hash=content_hash(
-      names + taxonomy.sources[len(names) :],
+      taxonomy.source_names,
       [[(_digest(d.origin), _digest(d.text)) for d in own] for own in groups],
     ),
   )

@@ -26,13 +26,9 @@ from etils import epath
 
 from edl_jax import storage
 from edl_jax.cache import cache_directory, cache_key
-from edl_jax.config import Experiment, UserError
-from edl_jax.text.taxonomy import (
-  Taxonomy,
-  join_label,
-  load_taxonomy,
-  split_label,
-)
+from edl_jax.config import DataConfig, Experiment, UserError
+from edl_jax.text.documents import DomainNames
+from edl_jax.text.taxonomy import Taxonomy, fine_name
 from edl_jax.text.token_stream import EncodedDocuments
 from edl_jax.text.tokenizer import Tokenizer
 
@@ -194,7 +190,7 @@ def load_prepared(experiment: Experiment) -> PreparedCorpus:
       f" model.vocabulary_size={experiment.model.vocabulary_size}"
     )
   whole = Taxonomy.from_dict(manifest["taxonomy"])
-  taxonomy = _chosen(experiment, whole, setting)
+  taxonomy = _chosen(data, whole, setting)
   documents = np.load(os.path.join(folder, DOCUMENTS))
   # A stable sort once, not a pass for each of many sources.
   order = np.argsort(documents["source"], kind="stable")
@@ -277,27 +273,17 @@ def _map(path: str, dtype: str) -> np.ndarray:
   return np.memmap(path, dtype, mode="r")
 
 
-def _chosen(experiment: Experiment, whole: Taxonomy, setting: str) -> Taxonomy:
-  """Returns the experiment's own taxonomy of the domains that there are."""
-  data = experiment.data
-  known = dict(zip(whole.fine, whole.names))
-  if data.taxonomy:
-    taxonomy = load_taxonomy(data.taxonomy)
-    if taxonomy.unlabelled and not whole.unlabelled:
-      taxonomy = taxonomy.without_unlabelled()
-  elif data.domains:
-    pairs = [split_label(name, "data.domains") for name in data.domains]
-    taxonomy = Taxonomy.from_names(
-      [
-        join_label(coarse, fine) if coarse else known.get(fine, fine)
-        for coarse, fine in pairs
-      ]
-    )
-  else:
+def _chosen(data: DataConfig, whole: Taxonomy, setting: str) -> Taxonomy:
+  """Returns the domains that `data` declares, of those in the folder."""
+  domains = DomainNames(data)
+  if not domains.declared:
     return whole
-  for name in taxonomy.fine:
-    if name not in known:
+  for fine in domains.declared:
+    if fine not in whole.fine:
       raise UserError(
-        f"{setting} has no domain {name!r}; it has {', '.join(whole.fine)}"
+        f"{setting} has no domain {fine!r}; it has {', '.join(whole.fine)}"
       )
-  return taxonomy
+  for name in whole.names:
+    if fine_name(name) in domains.declared:
+      domains.add(name, setting)
+  return domains.taxonomy(whole.sources, setting)

@@ -1,30 +1,28 @@
-"""Where text comes from: the embedded mixture, or files of the user's."""
+"""Reads the documents of an experiment: the embedded mixture, or files."""
 
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.documents import Document, DomainNames, Gatherer
 from edl_jax.text.embedded import read_embedded
 from edl_jax.text.readers import SeenIds, find_files, read_records
-from edl_jax.text.taxonomy import (
-  UNLABELLED,
-)
+from edl_jax.text.taxonomy import Taxonomy
 
 
-def read_documents(data: DataConfig) -> tuple[tuple[str, ...], list[Document]]:
+def read_documents(data: DataConfig) -> tuple[Taxonomy, list[Document]]:
   """Reads the documents of every domain, without duplicates or empty texts.
 
-  A record (see `readers.read_records`) has a text and a domain and may have an
-  origin, a name shared by texts that belong on the same side of the split;
-  without it the text is its own origin. The last document of a domain is cut
-  where `data.max_characters_per_domain` is reached. How domains are named and
-  selected: `DomainNames`.
+  A record (see `readers.read_records`) has a text and a domain. It may have an
+  origin, a name shared by texts that belong on the same side of the split; a
+  text without one is its own origin. The last document of a domain is cut where
+  `data.max_characters_per_domain` is reached. `DomainNames` names and selects
+  the domains.
 
   Returns:
-    The domains as "coarse/fine" ("fine" where there is no coarse name), and
-    the documents, domain by domain and then those without, in an order that
-    only depends on their origin (embedded) or place (files).
+    The taxonomy; and the documents, source by source. Within a source their
+    order depends on their origins (embedded mixture) or places (files) alone.
 
   Raises:
-    UserError: nothing to read, a bad record, an unknown or an empty domain.
+    UserError: there is nothing to read, a bad record, an unknown or an empty
+      domain.
   """
   domains = DomainNames(data)
   gathered = Gatherer(data.max_characters_per_domain)
@@ -34,11 +32,13 @@ def read_documents(data: DataConfig) -> tuple[tuple[str, ...], list[Document]]:
   else:
     read_embedded(data, domains, gathered)
     source = "the embedded mixture"
-  names = domains.names(gathered.documents, source)
-  documents = []
-  for name in (*names, UNLABELLED):
-    documents += gathered.documents[name.rsplit("/", 1)[-1]]
-  return names, documents
+  taxonomy = domains.taxonomy(gathered.documents, source)
+  documents = [
+    document
+    for fine in taxonomy.sources
+    for document in gathered.documents[fine]
+  ]
+  return taxonomy, documents
 
 
 def _read_files(

@@ -36,7 +36,7 @@ class Taxonomy:
 
     `options` are further fields.
     """
-    fine = tuple(name.rsplit("/", 1)[-1] for name in names)
+    fine = tuple(map(fine_name, names))
     parents = [name.split("/", 1)[0] for name in names]
     coarse = tuple(dict.fromkeys(parents))
     return cls(fine, coarse, tuple(map(coarse.index, parents)), **options)
@@ -58,6 +58,11 @@ class Taxonomy:
       fine if self.coarse[parent] == fine else f"{self.coarse[parent]}/{fine}"
       for fine, parent in zip(self.fine, self.parent)
     )
+
+  @property
+  def source_names(self) -> tuple[str, ...]:
+    """Names of the `sources`, fine domains as in `names`."""
+    return self.names + self.sources[len(self.fine) :]
 
   def without_unlabelled(self) -> "Taxonomy":
     """Returns the taxonomy of a corpus where every row has a domain."""
@@ -85,10 +90,10 @@ class Taxonomy:
 
 
 def split_label(label: str, where: str) -> tuple[str, str]:
-  """Splits "coarse/fine" or "fine" into (coarse or "", fine).
+  """Splits a label "coarse/fine" or "fine" into (coarse or "", fine).
 
   Raises:
-    UserError: neither, said of `where`.
+    UserError: the label, met at `where`, has neither form.
   """
   coarse, _, fine = label.rpartition("/")
   if not fine or "/" in coarse or label.startswith("/"):
@@ -99,6 +104,11 @@ def split_label(label: str, where: str) -> tuple[str, str]:
 def join_label(coarse: str, fine: str) -> str:
   """Inverse of `split_label`."""
   return f"{coarse}/{fine}" if coarse else fine
+
+
+def fine_name(label: str) -> str:
+  """Returns the fine part of a label "coarse/fine" or "fine"."""
+  return label.rpartition("/")[-1]
 
 
 def load_taxonomy(path: str) -> Taxonomy:
@@ -132,7 +142,7 @@ def load_taxonomy(path: str) -> Taxonomy:
         )
     if fine == UNLABELLED:
       raise UserError(f"{where}: the name {UNLABELLED!r} is taken; see there")
-    if fine in [name.rsplit("/", 1)[-1] for name in names]:
+    if fine in map(fine_name, names):
       raise UserError(f"{where}: {fine!r} occurs more than once")
     names.append(join_label(coarse, fine))
     weights.append(_weight(entry, where))

@@ -93,10 +93,12 @@ def test_plain_files_are_labelled_by_folder(tmp_path):
     ("x/y/z/c.py\n", "x/y"),
     ("x/z.txt\n", "x"),
   ]
-  names, documents = read_documents(DataConfig(files=f"{tmp_path}/*/**"))
-  assert names == ("x", "x/y")
-  names, documents = read_documents(DataConfig(files=f"{tmp_path}/x/y/**/*.py"))
-  assert (names, documents[0].text) == (("z",), "x/y/z/c.py\n")
+  taxonomy, documents = read_documents(DataConfig(files=f"{tmp_path}/*/**"))
+  assert taxonomy.names == ("x", "x/y")
+  taxonomy, documents = read_documents(
+    DataConfig(files=f"{tmp_path}/x/y/**/*.py")
+  )
+  assert (taxonomy.fine, documents[0].text) == (("z",), "x/y/z/c.py\n")
 
 
 @pytest.fixture(scope="module")

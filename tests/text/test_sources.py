@@ -38,8 +38,8 @@ def by_domain(documents, domain):
 
 
 def test_embedded_domains_are_named_by_place(embedded):
-  names, documents = embedded
-  assert names == (
+  taxonomy, documents = embedded
+  assert taxonomy.names == (
     "code/c_headers",
     "code/python_source",
     "math/arithmetic",
@@ -47,13 +47,15 @@ def test_embedded_domains_are_named_by_place(embedded):
     "prose/legal",
     "tables/unicode",
   )
-  assert {d.domain for d in documents} == {n.split("/")[1] for n in names}
+  assert {d.domain for d in documents} == {
+    n.split("/")[1] for n in taxonomy.names
+  }
 
 
 def test_embedded_mixture_respects_the_cap_and_has_no_duplicates(embedded):
-  names, documents = embedded
-  for name in names:
-    own = by_domain(documents, name.split("/")[1])
+  taxonomy, documents = embedded
+  for fine in taxonomy.fine:
+    own = by_domain(documents, fine)
     # Every machine has more of each than this, so that the cap is met exactly.
     assert sum(len(d.text) for d in own) == CAP
     assert len({d.origin for d in own}) >= 3
@@ -127,12 +129,12 @@ def test_copies_of_a_licence_share_an_origin():
 
 
 def test_declared_domains_select_order_and_regroup():
-  names, documents = read_documents(
+  taxonomy, documents = read_documents(
     DataConfig(
       domains=("data/unicode", "arithmetic"), max_characters_per_domain=9000
     )
   )
-  assert names == ("data/unicode", "math/arithmetic")
+  assert taxonomy.names == ("data/unicode", "math/arithmetic")
   assert {d.domain for d in documents} == {"unicode", "arithmetic"}
 
 
@@ -209,8 +211,8 @@ def test_json_lines(tmp_path):
     {"text": "one", "domain": "books"},
     {"text": "drei", "domain": "books", "origin": "shelf"},
   )
-  names, documents = read_documents(DataConfig(files=f"{tmp_path}/*.jsonl"))
-  assert names == ("de/books", "web")
+  taxonomy, documents = read_documents(DataConfig(files=f"{tmp_path}/*.jsonl"))
+  assert taxonomy.names == ("de/books", "web")
   assert [(d.domain, d.text, d.origin) for d in documents] == [
     ("books", "zwei\u2028", "zwei\u2028"),
     ("books", "one", "one"),
@@ -235,7 +237,7 @@ def test_json_lines_are_cut_at_the_cap(tmp_path):
 def test_byte_order_mark_is_accepted(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_bytes(b'\xef\xbb\xbf{"text": "t", "domain": "d"}\n')
-  assert read_documents(DataConfig(files=str(path)))[0] == ("d",)
+  assert read_documents(DataConfig(files=str(path)))[0].fine == ("d",)
 
 
 @pytest.mark.parametrize(
@@ -278,8 +280,10 @@ def test_contradicting_coarse_names(tmp_path):
   files = write(tmp_path / "a.jsonl", *records)
   with pytest.raises(UserError, match=r"a\.jsonl:3: .*'h' here and to 'g'"):
     read_documents(DataConfig(files=files))
-  names, documents = read_documents(DataConfig(files=files, domains=("h/a",)))
-  assert names == ("h/a",)
+  taxonomy, documents = read_documents(
+    DataConfig(files=files, domains=("h/a",))
+  )
+  assert taxonomy.names == ("h/a",)
   assert len(documents) == 3
 
 
