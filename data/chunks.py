@@ -120,6 +120,7 @@ def _start_process(
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
   # A parent that was killed cannot end its children.
   parent = multiprocessing.parent_process()
+  assert parent is not None, "must run in a worker"
 
   def follow() -> None:
     parent.join()

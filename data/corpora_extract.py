@@ -17,6 +17,7 @@ import struct
 import xml.etree.ElementTree
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 def decode(content: bytes) -> str:
@@ -74,6 +75,10 @@ _CHROME = _set(
 )
 
 
+# As html.parser gives them: names, and values where there is one.
+_Attributes = list[tuple[str, str | None]]
+
+
 class _Page(html.parser.HTMLParser):
   """Collects the words of a page, without menus, scripts and styles."""
 
@@ -85,24 +90,24 @@ class _Page(html.parser.HTMLParser):
     self._hidden = 0
     self._verbatim = 0
 
-  def handle_starttag(self, tag: str, attributes: list) -> None:
+  def handle_starttag(self, tag: str, attrs: _Attributes) -> None:
     self._break(tag)
-    names = [value for key, value in attributes if key in ("class", "id")]
+    names = [value for key, value in attrs if key in ("class", "id")]
     names = " ".join(filter(None, names)).split()
     if tag in ("td", "th") or "classifier" in names:
       self.handle_data(" ")
     if tag == "img" and "math" in names:
-      self.handle_data(dict(attributes).get("alt") or "")
+      self.handle_data(dict(attrs).get("alt") or "")
     if tag in _VOID:
       return
     hides = tag in _NOT_TEXT or not _CHROME.isdisjoint(names)
     self._open.append((tag, hides))
     self._hidden += hides
     self._verbatim += tag == "pre"
-    if ("role", "main") in attributes or tag == "main":
+    if ("role", "main") in attrs or tag == "main":
       self.pieces.clear()
 
-  def handle_startendtag(self, tag: str, attributes: list) -> None:
+  def handle_startendtag(self, tag: str, attrs: _Attributes) -> None:
     self._break(tag)
 
   def handle_endtag(self, tag: str) -> None:
@@ -287,7 +292,8 @@ def mail(content: bytes) -> Iterator[str]:
   subject = str(message.get("Subject", "")).replace("\n", " ")
   for part in message.walk():
     if part.get_content_type() == "text/plain":
-      text = decode(part.get_payload(decode=True) or b"")
+      payload = part.get_payload(decode=True)
+      text = decode(payload) if isinstance(payload, bytes) else ""
       yield f"{subject}\n\n{text}"
       return
 
@@ -352,7 +358,8 @@ def wiki_dump(content: bytes) -> Iterator[str]:
   for start in range(0, len(content), 1 << 16):
     try:
       parser.feed(content[start : start + (1 << 16)])
-      events = list(parser.read_events())
+      # Any: the declared type covers the events that were not asked for.
+      events: list[Any] = list(parser.read_events())
     except xml.etree.ElementTree.ParseError:
       return
     for _, element in events:

@@ -198,11 +198,9 @@ def _entries(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     # A stream: most packages are larger than what is wanted of them.
     with tarfile.open(fileobj=content, mode="r|*") as archive:
       for entry in archive:
-        if entry.isfile():
-          yield (
-            entry.name.removeprefix("./"),
-            lambda entry=entry: archive.extractfile(entry).read(),
-          )
+        member = archive.extractfile(entry) if entry.isfile() else None
+        if member is not None:
+          yield entry.name.removeprefix("./"), member.read
 
 
 def _data_archive(file: BinaryIO) -> BinaryIO:

@@ -35,7 +35,7 @@ class Plan:
   # Number of the first record of each chunk, and N.
   begin: np.ndarray
   # UTF-8 bytes of the texts that are kept, whole.
-  bytes: int
+  num_bytes: int
   # Counts of what is left out by reason, and "messages" about bad records.
   skipped: dict[str, Any]
 
@@ -51,7 +51,7 @@ class Plan:
     origin_K = self.origin_N[self.source_N >= 0]
 
     def of_source(source: int) -> Iterator[tuple[bytes, bytes]]:
-      for number in np.flatnonzero(source_K == source):
+      for number in np.flatnonzero(source_K == source).tolist():
         yield origin_K[number].tobytes(), text_K[number].tobytes()
 
     return [of_source(source) for source in range(len(self.taxonomy.sources))]
@@ -113,13 +113,13 @@ class _Selection:
         names.append(error)
     ids = {index: rest for index, *rest in json.loads(str(scan["ids"]))}
     for index, label in enumerate(scan["label"].tolist()):
-      domain: str | UserError | None = names[label]
+      domain = names[label]
       if index in ids:
         identifier, where = ids[index]
         domain = self._ids.problem({"id": identifier}, where) or domain
-      kept = 0
       if isinstance(domain, UserError):
         self._bad(domain)
+        domain, kept = None, 0
       else:
         kept = self._kept(domain, scan, index)
       self.domain.append(domain if kept else None)
@@ -200,6 +200,6 @@ def make_plan(
     confidence_N=np.concatenate(columns["confidence"]),
     origin_N=origin_N,
     begin=np.cumsum([0, *map(len, columns["bytes"])]),
-    bytes=int(sizes[source_N >= 0].sum(dtype=np.int64)),
+    num_bytes=int(sizes[source_N >= 0].sum(dtype=np.int64)),
     skipped=selection.skipped,
   )

@@ -300,7 +300,7 @@ class _Preparation:
 
   def _encode(self, plan: Plan, workers: chunks.Workers) -> None:
     """Writes the tokens of every chunk."""
-    progress = _Progress("tokenizing", plan.bytes)
+    progress = _Progress("tokenizing", plan.num_bytes)
 
     def missing() -> Iterator[chunks.Job]:
       for chunk in self._chunks():

@@ -78,7 +78,7 @@ def save_figure(figure: Figure, path: str) -> None:
     figure.savefig(file, dpi=110)
 
 
-def line_style(index: int) -> dict[str, str]:
+def line_style(index: int) -> dict[str, Any]:
   """Returns the colour and dashes of the index-th line of a plot."""
   style = LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
   return {"color": COLORS[index % len(COLORS)], "linestyle": style}
@@ -192,7 +192,7 @@ def _draw_lm_loss(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
   ]
   named = len(domains) <= _MAX_NAMED_DOMAINS
   for index, domain in enumerate(domains):
-    style = line_style(index) if named else {"color": COLORS[5]}
+    style = line_style(index if named else 5)
     label = domain if named else f"each of {len(domains)} held-out domains"
     axes.plot(
       *series(lines, prefix + domain),
@@ -216,11 +216,12 @@ def _draw_lm_loss(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _heat_map_axes(
   count: int, width: float, height: float, margins: tuple[float, float]
-) -> tuple[Figure, list[Axes]]:
+) -> tuple[Figure, list[Axes], int]:
   """Lays out `count` panels of width x height inches.
 
   `margins` are the inches taken by labels on the left and below. The number
-  of columns brings the whole near 4 to 3 with few places left empty.
+  of columns, returned last, brings the figure near 4 to 3 with few empty
+  places.
   """
   left, below = margins
 
@@ -238,7 +239,7 @@ def _heat_map_axes(
   panels = list(figure.subplots(rows, columns, squeeze=False).flat)
   for axes in panels[count:]:
     axes.remove()
-  return figure, panels[:count]
+  return figure, panels[:count], columns
 
 
 def _finish_heat_maps(
@@ -255,7 +256,8 @@ def _finish_heat_maps(
   bar_width = 0.2 * scale
   image = panels[0].images[0]
   clipped = any(
-    np.max(a.images[0].get_array()) > image.norm.vmax for a in panels
+    np.max(np.ma.asarray(a.images[0].get_array())) > image.norm.vmax
+    for a in panels
   )
   bar = figure.colorbar(
     image,
@@ -283,7 +285,7 @@ def _draw_experts(routing: Mapping[str, Any], name: str) -> Figure:
   domains = routing["domains"]
   percent_LDE = 100 * np.asarray(routing["assignments"], np.float64)
   num_domains, num_experts = percent_LDE.shape[1:]
-  figure, panels = _heat_map_axes(
+  figure, panels, columns = _heat_map_axes(
     len(percent_LDE),
     width=min(max(0.15 * num_experts, 2.4), 4.0),
     height=max(0.125 * num_domains, 0.9) + 0.5,
@@ -291,7 +293,6 @@ def _draw_experts(routing: Mapping[str, Any], name: str) -> Figure:
   )
   # Few experts may take much more than all others; they saturate.
   top = float(np.quantile(percent_LDE, 0.995))
-  columns = panels[0].get_gridspec().ncols
   for index, axes in enumerate(panels):
     percent_DE = percent_LDE[index]
     favourite_E = percent_DE.argmax(axis=0)
@@ -334,14 +335,13 @@ def _draw_divergence(routing: Mapping[str, Any], name: str) -> Figure:
   annotated = num_domains <= 10
   label_inches = _label_inches(domains)
   side = max((0.36 if annotated else 0.13) * num_domains, 1.5)
-  figure, panels = _heat_map_axes(
+  figure, panels, columns = _heat_map_axes(
     len(divergence_LDD),
     width=side + 0.25,
     height=side + 0.4,
     margins=(label_inches, label_inches),
   )
   top = max(float(divergence_LDD.max()), 1e-9)
-  columns = panels[0].get_gridspec().ncols
   for index, axes in enumerate(panels):
     axes.imshow(divergence_LDD[index], cmap="cividis", vmin=0, vmax=top)
     axes.set_title(f"layer {routing['layers'][index]}", fontsize=9)
@@ -406,8 +406,8 @@ def comparison_table(
       values = [run.get(name) for run in runs]
       cells = [_cell(value, number) for value in values]
       if len(values) == 2:
-        both = None not in values
-        change = values[1] - values[0] if both else None
+        old, new = values
+        change = None if old is None or new is None else new - old
         cells.append(_cell(change, f"+{number}"))
       text = f"  {name}"
       if len(text) > _NAMES_WIDTH:

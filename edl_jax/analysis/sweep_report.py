@@ -32,7 +32,7 @@ class Group(NamedTuple):
   label: str
   # Value by swept key, the seed left out.
   values: Mapping[str, Any]
-  runs: Sequence[Run]
+  runs: list[Run]
 
 
 # Columns of the main table: heading, key of `figures`, format. Those that a run

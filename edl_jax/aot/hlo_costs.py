@@ -22,7 +22,7 @@ class Collective(NamedTuple):
 
   # As XLA writes it, such as "all-gather".
   kind: str
-  count: int
+  runs: int
   # Devices that take part in one of it.
   group: int
   # One group of them, by their place in the mesh; of permutations, all.
@@ -50,14 +50,14 @@ class Collective(NamedTuple):
       share *= 2
     elif self.kind in ("collective-permute", "collective-broadcast"):
       share = float(self.group > 1)
-    return self.count * self.payload * share
+    return self.runs * self.payload * share
 
 
 class Kernel(NamedTuple):
   """A kind of Pallas kernel, over all runs in one step."""
 
   name: str
-  count: int
+  runs: int
   # None: unknown to `kernel_flops`.
   flops: float | None
 
@@ -80,14 +80,24 @@ class Costs(NamedTuple):
     )
 
 
+def _search(pattern: str, text: str) -> re.Match[str]:
+  """Finds what an instruction of its kind always has.
+
+  Raises:
+    ValueError: the text does not match; XLA may write it in another way now.
+  """
+  found = re.search(pattern, text)
+  if found is None:
+    raise ValueError(f"no {pattern!r} in the HLO text {text!r}")
+  return found
+
+
 # --- FLOPs -------------------------------------------------------------------
 
 
 def _dot_flops(instruction: Instruction, lhs: Array) -> float:
   """Two for each multiply-add."""
-  found = re.search(
-    r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes
-  )
+  found = _search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
   contracted = [lhs.shape[int(i)] for i in found[1].split(",") if i]
   return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
 
@@ -112,7 +122,7 @@ def _convolution_flops(
   text = instruction.attributes
   window = re.search(r"window=\{([^}]*)\}", text)
   window = window[1] if window else ""
-  inputs, kernels, outputs = re.search(
+  inputs, kernels, outputs = _search(
     r"dim_labels=(\w+)_(\w+)->(\w+)", text
   ).groups()
   count = sum(label.isdigit() for label in inputs)
@@ -241,7 +251,7 @@ def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
 
 def _iota(text: str) -> np.ndarray:
   """Reads "[2,4]T(1,0)": the numbers from 0 in this shape, transposed."""
-  sizes, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+  sizes, order = _search(r"^\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
   shape = [int(n) for n in sizes.split(",")]
   numbers = np.arange(math.prod(shape)).reshape(shape)
   return numbers.transpose(
@@ -255,7 +265,7 @@ def _mesh_group(axes: str, rest: str) -> tuple[int, ...]:
   order = re.match(r", device_ids=\(([^{]*)\)", rest)
   numbers = _iota(order[1]) if order else np.arange(math.prod(sizes.values()))
   numbers = numbers.reshape(tuple(sizes.values()))
-  named = re.search(r"\{([^}]*)\}", rest)[1]
+  named = _search(r"\{([^}]*)\}", rest)[1]
   # A part of an axis is 'axis':(what is before it)size. Place 0 of all that is
   # not named.
   parts = {
@@ -279,7 +289,7 @@ def _participants(
   if kind != "collective-permute":
     devices = _group(attributes, num_devices)
     return len(devices), devices
-  pairs = re.search(r"source_target_pairs=\{(.*?\})\}", attributes)
+  pairs = _search(r"source_target_pairs=\{(.*?\})\}", attributes)
   moved = [
     (int(source), int(target))
     for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1])
@@ -325,15 +335,16 @@ class _Counter:
         product_flops += times * _product_flops(instruction, operands)
         if kernel := _kernel_name(instruction):
           flops = self._kernel_flops(kernel, instruction, operands)
-          _, count, total = kernels.get(kernel, Kernel(kernel, 0, 0.0))
-          known = flops is not None and total is not None
-          kernels[kernel] = Kernel(
-            kernel, count + times, total + times * flops if known else None
-          )
+          _, runs, total = kernels.get(kernel, Kernel(kernel, 0, 0.0))
+          if flops is None or total is None:
+            total = None
+          else:
+            total += times * flops
+          kernels[kernel] = Kernel(kernel, runs + times, total)
         if instruction.opcode == "while":
           unknown_loops += hlo.trip_count(self._module, instruction) is None
         if collective := self._collective(instruction, operands, name):
-          collectives.append(collective._replace(count=times))
+          collectives.append(collective._replace(runs=times))
     return Costs(
       product_flops,
       [kernels[name] for name in sorted(kernels)],

@@ -64,7 +64,7 @@ def analyze(
       "total": costs.flops,
       "products": costs.product_flops,
       "kernels": {
-        kernel.name: {"count": kernel.count, "flops": kernel.flops}
+        kernel.name: {"count": kernel.runs, "flops": kernel.flops}
         for kernel in costs.kernels
       },
       "unknown_loops": costs.unknown_loops,
@@ -94,11 +94,11 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
       collective.kind,
       dict.fromkeys(("count", "bytes", "sent_bytes", "enclosing"), 0),
     )
-    figures["count"] += collective.count
-    figures["bytes"] += collective.count * collective.payload
+    figures["count"] += collective.runs
+    figures["bytes"] += collective.runs * collective.payload
     figures["sent_bytes"] += collective.wire_bytes
     if collective.enclosed_flops:
-      figures["enclosing"] += collective.count
+      figures["enclosing"] += collective.runs
   return dict(sorted(kinds.items(), key=lambda item: -item[1]["sent_bytes"]))
 
 

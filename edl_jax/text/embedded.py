@@ -14,7 +14,7 @@ import re
 import sysconfig
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from edl_jax.config import DataConfig, UserError
@@ -130,7 +130,8 @@ def _find_in_packages(pattern: re.Pattern) -> dict[str, Path]:
   run, would change the text that the run is made from.
   """
   found: dict[str, Path] = {}
-  waiting, known = list(_REQUIRED), set(_REQUIRED)
+  waiting: list[str] = list(_REQUIRED)
+  known = set(waiting)
   while waiting:
     name = waiting.pop()
     try:
@@ -142,7 +143,7 @@ def _find_in_packages(pattern: re.Pattern) -> dict[str, Path]:
       if pattern.search(path.name) and not inner:
         found[f"packages/{path.as_posix()}"] = Path(path.locate())
     for requirement in distribution.requires or ():
-      needed = re.match(r"[A-Za-z0-9._-]+", requirement).group().lower()
+      needed = re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower()
       if "extra ==" not in requirement and needed not in known:
         known.add(needed)
         waiting.append(needed)
@@ -180,16 +181,25 @@ def _documentation() -> _Texts:
     found = importlib.util.find_spec(package)
     if found and found.origin:
       files |= _find(package, Path(found.origin).parent, _PYTHON_FILE)
-  try:
-    from pydoc_data.topics import topics
-  except ImportError:  # Small system packages of Python leave it out.
-    topics = {}
+  topics = _reference_topics()
   for name in sorted(topics):
     yield f"pydoc_data/topics/{name}", topics[name]
   for origin, source in _read(files):
     text = _docstrings(origin, source)
     if text:
       yield origin, text
+
+
+def _reference_topics() -> Mapping[str, str]:
+  try:
+    from pydoc_data.topics import topics
+  except ImportError:  # Small system packages of Python leave it out.
+    return {}
+  return topics
+
+
+# What may have a docstring.
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _docstrings(origin: str, source: str) -> str:
@@ -206,7 +216,7 @@ def _docstrings(origin: str, source: str) -> str:
   sections = []
   definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-  def visit(node: ast.AST, name: str) -> None:
+  def visit(node: _Documented, name: str) -> None:
     docstring = ast.get_docstring(node)
     if docstring:
       sections.append(f"{name}\n\n{docstring}\n")

@@ -168,7 +168,7 @@ class _ZstdStream(io.RawIOBase):
     super().close()
 
 
-def _open(path: str) -> IO[bytes]:
+def _open(path: str) -> io.BufferedIOBase:
   """Opens a file for reading bytes, decompressed if its name says so."""
   if path.endswith(".gz"):
     return gzip.open(path, "rb")

@@ -81,12 +81,11 @@ class Taxonomy:
   @classmethod
   def from_dict(cls, fields: dict[str, Any]) -> "Taxonomy":
     """Inverse of `to_dict`."""
-    return cls(
-      **{
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in fields.items()
-      }
-    )
+    values: dict[str, Any] = {
+      key: tuple(value) if isinstance(value, list) else value
+      for key, value in fields.items()
+    }
+    return cls(**values)
 
 
 def split_label(label: str, where: str) -> tuple[str, str]:
@@ -133,13 +132,7 @@ def load_taxonomy(path: str) -> Taxonomy:
     if not isinstance(entry, dict):
       raise UserError(f"{where}: must be {{fine: NAME, ...}}, not {entry!r}")
     _check_keys(entry, {"fine", "coarse", "weight"}, where)
-    fine, coarse = entry.get("fine"), entry.get("coarse", "")
-    for key, name in (("fine", fine), ("coarse", coarse)):
-      missing = key == "fine" and not name
-      if not isinstance(name, str) or "/" in name or missing:
-        raise UserError(
-          f"{where}: {key!r} must be a name without '/', not {name!r}"
-        )
+    fine, coarse = _name(entry, "fine", where), _name(entry, "coarse", where)
     if fine == UNLABELLED:
       raise UserError(f"{where}: the name {UNLABELLED!r} is taken; see there")
     if fine in map(fine_name, names):
@@ -194,6 +187,14 @@ def _check_keys(content: dict, known: set[str], where: str) -> None:
       raise UserError(
         f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}"
       )
+
+
+def _name(entry: dict, key: str, where: str) -> str:
+  """Reads a name; only "coarse" may be missing or empty."""
+  name = entry.get(key, "" if key == "coarse" else None)
+  if isinstance(name, str) and "/" not in name and (name or key == "coarse"):
+    return name
+  raise UserError(f"{where}: {key!r} must be a name without '/', not {name!r}")
 
 
 def _weight(entry: dict, where: str) -> float:

@@ -63,7 +63,7 @@ def test_collectives_count_by_kind_with_bytes():
   )
   found = costs_of(function, jnp.ones((64, 128), jnp.float32)).collectives
   shard = 8 * 128 * 4
-  wire = {c.kind: (c.count, c.group, c.wire_bytes) for c in found}
+  wire = {c.kind: (c.runs, c.group, c.wire_bytes) for c in found}
   assert wire == {
     "all-gather": (3, 4, 3 * 3 * shard),
     "reduce-scatter": (3, 4, 3 * 3 * shard),
@@ -155,7 +155,7 @@ def test_tpu_collectives_beside_products():
   product = 2 * 16 * 16 * 32
   assert found.product_flops == 24 * 2 * product
   gather, scatter = found.collectives
-  assert (gather.kind, gather.count, gather.group) == ("all-gather", 24, 4)
+  assert (gather.kind, gather.runs, gather.group) == ("all-gather", 24, 4)
   assert gather.wire_bytes == 24 * 3 * 4 * 8 * 2
   # The second product comes after the end.
   assert gather.is_async and gather.enclosed_flops == product
