@@ -70,15 +70,11 @@ class _Pending(NamedTuple):
 
 @jax.jit
 def _mean_routing(stats: routing.RoutingStats) -> dict[str, jax.Array]:
-  return {
-    name: values.mean()
-    for name, values in {
-      "diversity": routing_metrics.routing_diversity(stats),
-      "inter_fraction": routing_metrics.inter_fraction(stats),
-      "max_violation": routing_metrics.max_violation(stats),
-      "routing_variance": routing_metrics.routing_variance(stats),
-    }.items()
-  }
+  """Returns the training metrics of routing, means over layers."""
+  by_layer = routing_metrics.metrics_by_layer(
+    stats, routing_metrics.TRAINING_METRICS
+  )
+  return {name: values_L.mean() for name, values_L in by_layer.items()}
 
 
 class _Clock:

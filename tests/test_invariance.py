@@ -32,6 +32,7 @@ from edl_jax.config import (
   TrainConfig,
 )
 from edl_jax.losses import routing_metrics
+from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.model.transformer import abstract_model
 from edl_jax.optim import make_optimizer
 from edl_jax.step import init_state, loss_and_gradient, make_train_step
@@ -62,14 +63,16 @@ MODEL = ModelConfig(
   dense_width=16,
   remat="full",
 )
-# All terms, large enough that a wrong gradient shows beside the LM's.
+# Every term, so large that an error in its gradient shows beside the LM's.
 LOSSES = LossesConfig(
-  balance_weight=0.3,
-  divergence_weight=0.2,
+  **{term.weight: 0.2 for term in LOSS_TERMS}
+  | {
+    "balance_weight": 0.3,
+    "z_weight": 0.1,
+    "orthogonality_weight": 0.05,
+    "variance_weight": 3.0,
+  },
   coarse_weight=0.3,
-  z_weight=0.1,
-  orthogonality_weight=0.05,
-  variance_weight=3.0,
 )
 
 
@@ -207,11 +210,18 @@ def on_one_device():
 
 
 def test_all_terms_and_metrics_are_compared(on_one_device):
-  count = {
-    group: sum(name.startswith(group) for name in on_one_device)
+  names = {"loss", "lm_loss", *(term.name for term in LOSS_TERMS)}
+  compared = {
+    group: {
+      name.removeprefix(f"{group}/")
+      for name in on_one_device
+      if name.startswith(f"{group}/")
+    }
     for group in ("terms", "metrics")
   }
-  assert count == {"terms": 7, "metrics": 9}
+  assert compared["terms"] == names
+  # Seven of routing, two of the experts' outputs.
+  assert len(compared["metrics"]) == 9
 
 
 def test_documents_cross_the_middle_of_rows_or_end_there():

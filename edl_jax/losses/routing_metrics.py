@@ -3,6 +3,8 @@
 Entropies and divergences are in nats.
 """
 
+from collections.abc import Callable, Collection
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import entr
@@ -202,18 +204,39 @@ def silhouette(stats: RoutingStats) -> jax.Array:
   )
 
 
-def metrics_by_layer(stats: RoutingStats) -> dict[str, jax.Array]:
-  """Every routing metric, each (L,); those of outputs where these are known."""
-  metrics = {
-    "diversity": routing_diversity(stats),
-    "inter_fraction": inter_fraction(stats),
-    "max_violation": max_violation(stats),
-    "purity": clustering_purity(stats),
-    "normalized_mutual_information": normalized_mutual_information(stats),
-    "routing_variance": routing_variance(stats),
-    "expert_overlap": expert_overlap(stats),
-  }
-  if stats.outputs is not None:
-    metrics["output_similarity"] = output_similarity(stats)
-    metrics["silhouette"] = silhouette(stats)
-  return metrics
+_METRICS: dict[str, Callable[[RoutingStats], jax.Array]] = {
+  "diversity": routing_diversity,
+  "inter_fraction": inter_fraction,
+  "max_violation": max_violation,
+  "purity": clustering_purity,
+  "normalized_mutual_information": normalized_mutual_information,
+  "routing_variance": routing_variance,
+  "expert_overlap": expert_overlap,
+}
+# These need the sums of the experts' outputs.
+_OUTPUT_METRICS: dict[str, Callable[[RoutingStats], jax.Array]] = {
+  "output_similarity": output_similarity,
+  "silhouette": silhouette,
+}
+# Training computes these at every logged step; evaluation computes all.
+TRAINING_METRICS = (
+  "diversity",
+  "inter_fraction",
+  "max_violation",
+  "routing_variance",
+)
+
+
+def metrics_by_layer(
+  stats: RoutingStats, names: Collection[str] | None = None
+) -> dict[str, jax.Array]:
+  """Computes routing metrics by name, each (L,).
+
+  Args:
+    stats: routing sums.
+    names: which metrics; by default all that the sums allow, which includes
+      those of the experts' outputs only where these were summed.
+  """
+  metrics = _METRICS | (_OUTPUT_METRICS if stats.outputs is not None else {})
+  names = metrics.keys() if names is None else names
+  return {name: metrics[name](stats) for name in names}
