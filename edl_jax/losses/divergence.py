@@ -160,130 +160,17 @@ def symmetric_kl(p: jax.Array, q: jax.Array) -> jax.Array:
   return jnp.sum((p - q) * log_ratio, axis=-1)
 
 
-def wasserstein(
-  p: jax.Array, q: jax.Array, ground_cost_EE: jax.Array | None = None
-) -> jax.Array:
-  """Wasserstein-1 distance along the last axis (Kantorovich 1942).
+def wasserstein(p: jax.Array, q: jax.Array) -> jax.Array:
+  """Wasserstein-1 distance along the last axis, in [0, 1] (Kantorovich 1942).
 
-  The least cost of moving mass until p becomes q, where a unit from expert i
-  to expert j costs ground_cost_EE[i, j], which must be a metric. Without
-  costs, experts stand in their order on a line, |i-j|/(E-1) apart, and it is
-  sum_e |P_e - Q_e| / (E-1) with P, Q the cumulative sums.
-
-  With costs it is the exact optimum, not a regularised one:
-  sum_e f_e (p_e - q_e) for the Kantorovich potential f, the best of all with
-  f_i - f_j <= cost_ij. f is also the gradient by p (envelope theorem).
-
-  Raises:
-    ValueError: the costs, unless traced, are not a metric on the experts.
+  The least cost of moving mass until p becomes q. The experts stand in their
+  order on a line, and moving a unit from expert i to expert j costs
+  |i-j|/(E-1). In closed form the distance is sum_e |P_e - Q_e| / (E-1), with P
+  and Q the cumulative sums.
   """
   p, q = _distributions(p, q)
-  num_experts = p.shape[-1]
-  if ground_cost_EE is None:
-    surplus = jnp.cumsum(p - q, axis=-1)[..., :-1]
-    return jnp.sum(_absolute(surplus), axis=-1) / max(1, num_experts - 1)
-  _check_metric(ground_cost_EE, num_experts)
-  cost_EE = jnp.asarray(ground_cost_EE, p.dtype)
-  surplus_IE = (p - q).reshape(-1, num_experts)
-  potential_IE = jax.vmap(_potential, (0, None))(
-    *jax.lax.stop_gradient((surplus_IE, cost_EE))
-  )
-  distance_I = jnp.maximum(jnp.sum(potential_IE * surplus_IE, axis=-1), 0)
-  return distance_I.reshape(p.shape[:-1])
-
-
-def _check_metric(cost_EE: jax.Array, num_experts: int) -> None:
-  """Raises ValueError if the costs are known not to be a metric."""
-  if jnp.shape(cost_EE) != (num_experts, num_experts):
-    raise ValueError(
-      f"ground_cost_EE is {jnp.shape(cost_EE)}, not (E, E) with E={num_experts}"
-    )
-  if isinstance(cost_EE, jax.core.Tracer):
-    return
-  with jax.ensure_compile_time_eval():
-    cost_EE = _as_float(cost_EE)
-    # The best way by one expert between, row by row to save memory.
-    detour_EE = jax.lax.map(lambda x: (x[:, None] + cost_EE).min(0), cost_EE)
-    rules = {
-      "finite": jnp.isfinite(cost_EE),
-      "0 from an expert to itself": jnp.diag(cost_EE) == 0,
-      "positive elsewhere": (cost_EE > 0) | jnp.eye(num_experts, dtype=bool),
-      "symmetric": cost_EE == cost_EE.T,
-      "no more than a detour's": cost_EE <= detour_EE + 1e-6 * cost_EE.max(),
-    }
-    for rule, holds in rules.items():
-      if not holds.all():
-        raise ValueError(f"ground_cost_EE is no metric: costs must be {rule}")
-
-
-def _potential(surplus_E: jax.Array, cost_EE: jax.Array) -> jax.Array:
-  """Returns the f that maximises sum_e f_e surplus_e, f_i - f_j <= cost_ij.
-
-  Minimum-cost flow by successive shortest paths (Jewell 1958) under node
-  potentials (Edmonds and Karp 1972), which hold the residual costs
-  non-negative and satisfy the constraints at every step. The costs being a
-  metric, mass flows from expert to expert, with no second set of nodes.
-  """
-  limits = jnp.finfo(cost_EE.dtype)
-  supply_E, demand_E = jnp.maximum(surplus_E, 0), jnp.maximum(-surplus_E, 0)
-  supply_E /= jnp.maximum(supply_E.sum(), limits.tiny)
-  demand_E /= jnp.maximum(demand_E.sum(), limits.tiny)
-  scale = jnp.maximum(cost_EE.max(), limits.tiny)
-  cost_EE /= scale
-  node_E = jnp.arange(len(cost_EE))
-
-  def unfinished(excess_E):
-    return jnp.minimum(excess_E.max(), -excess_E.min()) > limits.eps
-
-  def move_along_shortest_path(state):
-    excess_E, flow_EE, height_E, num_paths = state
-    # Mass sent against a flow takes it back.
-    undo_EE = flow_EE.T > 0
-    arc_EE = jnp.where(undo_EE, -cost_EE, cost_EE)
-    arc_EE = jnp.maximum(arc_EE + height_E[:, None] - height_E, 0)
-
-    def settle(state):
-      length_E, parent_E, settled_E, node = state
-      via_E = length_E[node] + arc_EE[node]
-      parent_E = jnp.where(via_E < length_E, node, parent_E)
-      length_E = jnp.minimum(length_E, via_E)
-      settled_E = settled_E.at[node].set(True)
-      nearest = jnp.argmin(jnp.where(settled_E, jnp.inf, length_E))
-      return length_E, parent_E, settled_E, nearest
-
-    # Dijkstra from all nodes with mass to spare to the nearest that lacks some.
-    # `vmap` runs finished pairs too, where there may be none.
-    length_E = jnp.where(excess_E > 0, 0, jnp.inf).astype(arc_EE.dtype)
-    length_E, parent_E, _, sink = jax.lax.while_loop(
-      lambda state: unfinished(excess_E) & (excess_E[state[3]] >= 0),
-      settle,
-      (length_E, node_E, node_E < 0, jnp.argmax(excess_E)),
-    )
-    source, entered_E = jax.lax.while_loop(
-      lambda path: parent_E[path[0]] != path[0],
-      lambda path: (parent_E[path[0]], path[1] | (node_E == path[0])),
-      (sink, node_E < 0),
-    )
-    path_EE = entered_E & (node_E[:, None] == parent_E)
-    undone_EE = jnp.where(path_EE & undo_EE, flow_EE.T, jnp.inf)
-    amount = jnp.minimum(excess_E[source], -excess_E[sink])
-    amount = jnp.minimum(amount, undone_EE.min())
-    flow_EE += jnp.where(path_EE & ~undo_EE, amount, 0)
-    flow_EE -= jnp.where(path_EE & undo_EE, amount, 0).T
-    excess_E = excess_E.at[source].add(-amount).at[sink].add(amount)
-    height_E += jnp.minimum(length_E, length_E[sink])
-    return excess_E, flow_EE, height_E, num_paths + 1
-
-  # In practice about 2 E paths: the limit is for the unforeseen.
-  _, _, height_E, _ = jax.lax.while_loop(
-    lambda state: unfinished(state[0]) & (state[3] < 16 * len(node_E)),
-    move_along_shortest_path,
-    (supply_E - demand_E, jnp.zeros_like(cost_EE), 0 * supply_E, 0),
-  )
-  # A constant is free. This one gives supply and demand half of the cost each:
-  # no negative distance where rounding makes them unequal.
-  potential_E = -height_E * scale
-  return potential_E - jnp.sum(potential_E * (supply_E + demand_E)) / 2
+  surplus = jnp.cumsum(p - q, axis=-1)[..., :-1]
+  return jnp.sum(_absolute(surplus), axis=-1) / max(1, p.shape[-1] - 1)
 
 
 _DIVERGENCES = {
@@ -346,7 +233,6 @@ def expert_divergence_loss(
   *,
   eps: float = 1e-8,
   divergence: str = "jensen_shannon",
-  ground_cost_EE: jax.Array | None = None,
   max_present: int | None = None,
 ) -> jax.Array:
   """Expert divergence loss of one layer (arXiv:2603.00054).
@@ -354,8 +240,8 @@ def expert_divergence_loss(
   L_ED = mean over unordered pairs j < k of present domains of
   -log(divergence(p_j, p_k) + eps); the paper's is Jensen-Shannon.
 
-  O(min(D, max_present)^2 E) arithmetic, or more by ground costs. Memory O(D E)
-  beyond a fixed tile, with gradients too.
+  O(min(D, max_present)^2 E) arithmetic. Memory O(D E) beyond a fixed tile, with
+  gradients too.
 
   Args:
     p_DE: mean router probabilities of each domain over the *global* batch.
@@ -364,7 +250,6 @@ def expert_divergence_loss(
     eps: added to the divergence inside the logarithm; with 0, domains that
       route exactly alike have an infinite loss.
     divergence: one of `DIVERGENCES`; see the function of that name.
-    ground_cost_EE: only for "wasserstein"; see there.
     max_present: how many domains can be present at most, such as the rows of
       the batch: more than so many are left out. All, by default.
 
@@ -373,13 +258,11 @@ def expert_divergence_loss(
     of exactly zero when fewer than two domains or experts are present.
 
   Raises:
-    ValueError: no such divergence, or ground costs that do not fit it.
+    ValueError: no such divergence.
   """
   if divergence not in DIVERGENCES:
     names = ", ".join(DIVERGENCES)
     raise ValueError(f"no divergence {divergence!r}: it must be one of {names}")
-  if ground_cost_EE is not None and divergence != "wasserstein":
-    raise ValueError(f"ground_cost_EE needs 'wasserstein', not {divergence!r}")
   p_DE, present_D = _as_float(p_DE), jnp.asarray(present_D) > 0
   if max_present is not None and max_present < len(p_DE):
     first = jnp.argsort(~present_D, stable=True)[:max_present]
@@ -387,9 +270,7 @@ def expert_divergence_loss(
   num_domains, num_experts = p_DE.shape
   if num_domains < 2 or num_experts < 2:
     return jnp.zeros((), p_DE.dtype)
-  costs = () if ground_cost_EE is None else (ground_cost_EE,)
-  pair_elements = num_experts ** (1 + len(costs))
-  tile = max(1, math.isqrt(_TILE_ELEMENTS // pair_elements))
+  tile = max(1, math.isqrt(_TILE_ELEMENTS // num_experts))
   num_tiles = -(-num_domains // tile)
   # Tiles of equal size, with absent domains for padding.
   tile = -(-num_domains // num_tiles)
@@ -404,7 +285,7 @@ def expert_divergence_loss(
   def add_tile_pair(total, pair):
     j, k = pair
     counts_JJ = present_IJ[j][:, None] & present_IJ[k] & (upper_JJ | (j < k))
-    d_JJ = _DIVERGENCES[divergence](p_IJE[j][:, None], p_IJE[k], *costs)
+    d_JJ = _DIVERGENCES[divergence](p_IJE[j][:, None], p_IJE[k])
     # Pairs that do not count must not reach a derivative that is infinite.
     loss_JJ = -jnp.log(jnp.where(counts_JJ, d_JJ + eps, 1))
     return total + loss_JJ.sum(), None
@@ -426,7 +307,6 @@ def hierarchical_divergence_loss(
   coarse_weight: float = 0.5,
   eps: float = 1e-8,
   divergence: str = "jensen_shannon",
-  ground_cost_EE: jax.Array | None = None,
   max_present: int | None = None,
 ) -> jax.Array:
   """Weighted sum of the expert divergence losses of two levels of labels.
@@ -438,18 +318,12 @@ def hierarchical_divergence_loss(
     p_DE, count_D: of the fine domains, as from `domain_routing`.
     parent_D: the coarse domain of each fine domain, from 0.
     coarse_weight: in [0, 1]; with 0 or 1 the other level costs nothing.
-    eps, divergence, ground_cost_EE, max_present: as in
-      `expert_divergence_loss`.
+    eps, divergence, max_present: as in `expert_divergence_loss`.
 
   Raises:
     ValueError: parents that do not fit; see also `expert_divergence_loss`.
   """
-  options = dict(
-    eps=eps,
-    divergence=divergence,
-    ground_cost_EE=ground_cost_EE,
-    max_present=max_present,
-  )
+  options = dict(eps=eps, divergence=divergence, max_present=max_present)
   fine = 0.0
   if coarse_weight < 1:
     fine = expert_divergence_loss(p_DE, count_D, **options)

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,37 +64,9 @@ def everything(p, q):
 
 
 compiled_jensen_shannon = jax.jit(jensen_shannon)
-compiled_transport = jax.jit(wasserstein)
 
 
-def random_metric(num_experts: int, seed: int) -> np.ndarray:
-  """Distances of random points, as float32."""
-  points = np.random.default_rng(seed).random((num_experts, 3))
-  cost = np.linalg.norm(points[:, None] - points, axis=-1)
-  return cost.astype(np.float32)
-
-
-def linear_programme(p, q, cost) -> float:
-  """The optimal transport cost, as a general solver finds it."""
-  size = len(p)
-  rows = np.kron(np.eye(size), np.ones(size))
-  columns = np.kron(np.ones(size), np.eye(size))
-  # The last equation follows from the others.
-  constraints = np.vstack([rows, columns])[:-1]
-  p, q = (
-    np.asarray(x, np.float64) / np.sum(x, dtype=np.float64) for x in (p, q)
-  )
-  result = scipy.optimize.linprog(
-    np.asarray(cost, np.float64).ravel(),
-    A_eq=constraints,
-    b_eq=np.concatenate([p, q])[:-1],
-    method="highs",
-  )
-  assert result.status == 0
-  return result.fun
-
-
-def reference(name: str, p, q, cost=None) -> float:
+def reference(name: str, p, q) -> float:
   """The definition of each divergence in float64."""
   p, q = np.asarray(p, np.float64), np.asarray(q, np.float64)
   if name == "jensen_shannon":
@@ -107,18 +78,16 @@ def reference(name: str, p, q, cost=None) -> float:
   if name == "symmetric_kl":
     p, q = np.maximum(p, 1e-12), np.maximum(q, 1e-12)
     return sum((a - b) * math.log(a / b) for a, b in zip(p, q))
-  if cost is not None:
-    return linear_programme(p, q, cost)
   return sum(abs(p[:e].sum() - q[:e].sum()) for e in range(1, len(p))) / (
     len(p) - 1
   )
 
 
-def reference_loss(p_DE, present, name="jensen_shannon", eps=1e-8, cost=None):
+def reference_loss(p_DE, present, name="jensen_shannon", eps=1e-8):
   """The loss in float64, pair by pair."""
   domains = [d for d in range(len(p_DE)) if present[d]]
   losses = [
-    -math.log(reference(name, p_DE[j], p_DE[k], cost) + eps)
+    -math.log(reference(name, p_DE[j], p_DE[k]) + eps)
     for j in domains
     for k in domains
     if j < k
@@ -283,7 +252,6 @@ def test_narrow_floats_are_computed_in_float32(dtype):
 
 def test_float64():
   rows = np.random.default_rng(6).dirichlet(np.full(7, 3.0), 2)
-  cost = random_metric(7, 0).astype(np.float64)
   with jax.enable_x64(True):
     for name, value in values(*rows).items():
       assert value.dtype == jnp.float64
@@ -291,58 +259,6 @@ def test_float64():
     gradient = jax.jit(jax.grad(jensen_shannon))(*rows)
     want = np.log(2 * rows[0] / (rows[0] + rows[1])) / 2
     np.testing.assert_allclose(gradient, want, rtol=1e-12)
-    value = compiled_transport(*rows, cost)
-    want = linear_programme(*rows, cost)
-    assert float(value) == pytest.approx(want, rel=1e-9)
-
-
-def test_transport_on_a_line_is_the_closed_form():
-  position = np.arange(7) / 6
-  cost = np.abs(position[:, None] - position).astype(np.float32)
-  rows = np.random.default_rng(0).dirichlet(np.full(7, 0.5), (20, 2))
-  for p, q in rows.astype(np.float32):
-    got = float(compiled_transport(p, q, cost))
-    assert got == pytest.approx(reference("wasserstein", p, q), rel=1e-5)
-
-
-@settings(max_examples=15, deadline=None)
-@given(pairs)
-def test_transport_at_equal_costs_is_total_variation(pair):
-  cost = 3 * (1 - np.eye(7, dtype=np.float32))
-  got = float(compiled_transport(*pair, cost))
-  assert got == pytest.approx(3 * reference("total_variation", *pair), abs=1e-5)
-
-
-@pytest.mark.parametrize("num_experts", [2, 20])
-def test_transport_against_a_linear_programme(num_experts):
-  random = np.random.default_rng(num_experts)
-  cost = random_metric(num_experts, num_experts)
-  shape = (2, 6)
-  p, q = random.dirichlet(np.full(num_experts, 0.3), shape).astype(np.float32)
-  q[0] = p[0]
-  p[1] = np.eye(num_experts)[0]
-  q[2] = 0.9999 * p[2] + 0.0001 * q[2]
-  value, gradient = jax.jit(
-    jax.vmap(jax.value_and_grad(wasserstein), (0, 0, None))
-  )(p, q, cost)
-  for n in range(shape[1]):
-    want = linear_programme(p[n], q[n], cost)
-    # q[2] is known to 1e-7 in 1e-4.
-    assert float(value[n]) == pytest.approx(want, rel=2e-3 if n == 2 else 1e-5)
-    # The gradient is a feasible dual solution that attains the value, which
-    # proves the value optimal.
-    slope = np.asarray(gradient[n], np.float64)
-    assert np.all(slope[:, None] - slope <= cost + 1e-5)
-    assert slope @ (p[n] - q[n]) == pytest.approx(float(value[n]), abs=1e-6)
-
-
-def test_transport_gradient_against_central_differences():
-  cost = random_metric(5, 1)
-  rows = np.random.default_rng(8).dirichlet(np.full(5, 3.0), 2)
-  rows = rows.astype(np.float32)
-  got = np.asarray(jax.jit(jax.grad(wasserstein, (0, 1)))(*rows, cost))
-  want = central_differences(lambda x: linear_programme(*x, cost), rows)
-  np.testing.assert_allclose(got[:, :-1] - got[:, 1:], want, atol=1e-4)
 
 
 def test_pairwise_equals_pairs_when_tiled(monkeypatch):
@@ -428,11 +344,11 @@ def all_losses(p_DE, present_D):
   return results
 
 
-def check_loss(loss, gradient, p_DE, present, name, cost=None):
+def check_loss(loss, gradient, p_DE, present, name):
   """Against loops, with domain 3 absent."""
 
   def want(p):
-    return reference_loss(p, present, name, cost=cost)
+    return reference_loss(p, present, name)
 
   assert float(loss) == pytest.approx(want(p_DE), rel=1e-5, abs=1e-5)
   assert not np.any(gradient[3])
@@ -455,21 +371,6 @@ def test_loss_and_gradient_against_loops_with_an_absent_domain():
   p_DE, present_D = five_domains()
   for name, (loss, gradient, *_) in all_losses(p_DE, present_D).items():
     check_loss(loss, gradient, p_DE, present_D, name)
-
-
-def test_transport_loss_and_gradient_against_loops(monkeypatch):
-  p_DE, present_D = five_domains()
-  cost = random_metric(5, 2)
-  # Three tiles of 2 domains, the last with one for padding.
-  monkeypatch.setattr(module, "_TILE_ELEMENTS", 4 * 5 * 5)
-
-  def loss(p):
-    return expert_divergence_loss(
-      p, present_D, divergence="wasserstein", ground_cost_EE=cost
-    )
-
-  result = jax.jit(jax.value_and_grad(loss))(p_DE)
-  check_loss(*result, p_DE, present_D, "wasserstein", cost)
 
 
 def test_tiled_loss_equals_untiled(monkeypatch):
@@ -577,45 +478,6 @@ def test_collapsed_and_disjoint_routing_have_finite_derivatives():
 def test_unknown_divergence_lists_the_names():
   with pytest.raises(ValueError, match="'kl'.*" + ", ".join(DIVERGENCES)):
     expert_divergence_loss(jnp.ones((2, 2)), jnp.ones(2), divergence="kl")
-
-
-def test_ground_cost_needs_wasserstein():
-  with pytest.raises(ValueError, match="needs 'wasserstein', not 'hellinger'"):
-    expert_divergence_loss(
-      jnp.ones((2, 2)),
-      jnp.ones(2),
-      divergence="hellinger",
-      ground_cost_EE=1 - jnp.eye(2),
-    )
-
-
-@pytest.mark.parametrize(
-  ("entries", "rule"),
-  [
-    ({(0, 1): np.nan}, "finite"),
-    ({(1, 1): 0.5}, "0 from an expert to itself"),
-    ({(0, 1): 0.0, (1, 0): 0.0}, "positive elsewhere"),
-    ({(0, 1): 1.5}, "symmetric"),
-    ({(0, 2): 2.5, (2, 0): 2.5}, "no more than a detour"),
-  ],
-)
-def test_ground_cost_that_is_no_metric_is_refused(entries, rule):
-  cost = 1 - np.eye(3)
-  for index, value in entries.items():
-    cost[index] = value
-  p = jnp.full(3, 1 / 3)
-  for function in (
-    wasserstein,
-    jax.jit(lambda p, q, c: wasserstein(p, q, cost)),
-  ):
-    with pytest.raises(ValueError, match=f"no metric: costs must be {rule}"):
-      function(p, p, cost)
-
-
-def test_ground_cost_of_another_size_is_refused():
-  p = jnp.full(3, 1 / 3)
-  with pytest.raises(ValueError, match=r"\(4, 4\), not \(E, E\) with E=3"):
-    jax.jit(wasserstein)(p, p, 1 - np.eye(4))
 
 
 def test_hierarchical_loss_against_loops():
