@@ -12,13 +12,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from edl_jax.config import (
-  Experiment,
-  UserError,
-  check_key,
-  flatten,
-  validate,
-)
+from edl_jax.config import Experiment, UserError, check_key, flatten
+from edl_jax.validation import validate
 
 
 def check_override_keys(arguments: Iterable[str]) -> None:

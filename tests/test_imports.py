@@ -18,13 +18,14 @@ ARROWS = {
   "cache": {"storage"},
   "checkpoint": {"config", "model", "sharding", "step", "storage", "text"},
   "command": {"config", "config_files", "tables"},
-  "config": set(),
-  "config_files": {"config"},
+  "config": {"fields"},
+  "config_files": {"config", "validation"},
   "evaluate": {
     *("checkpoint", "config", "losses", "model", "sharding", "storage"),
     *("tables", "text"),
   },
-  "losses": {"config", "sharding", "tables"},
+  "fields": set(),
+  "losses": {"config", "fields", "sharding", "tables"},
   "main": {
     *("checkpoint", "command", "config", "evaluate", "runtime"),
     *("sharding", "storage", "text", "train"),
@@ -45,6 +46,7 @@ ARROWS = {
     *("model", "optim", "progress", "runtime", "sharding", "step"),
     *("storage", "text"),
   },
+  "validation": {"config", "fields"},
 }
 
 

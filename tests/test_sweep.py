@@ -85,7 +85,7 @@ def test_names_are_single_folders():
     (["--grid=seed=0,x"], "seed=x"),
     (["--grid=seed=0", "--grid=seed=1"], "in another --grid"),
     ([f"--grid={WEIGHT}=0.01,1e-2"], "divergence_weight=0.01 more than once"),
-    (["--grid=model.num_heads=2,0"], "model.num_heads=0: must be positive"),
+    (["--grid=model.num_heads=2,0"], "model.num_heads=0: must be at least 1"),
     (["--grid=seed=1", "--experiment.seed=2"], "set by both"),
     (["--grid=seed=1", "--experiment.sede=2"], "did you mean seed"),
     (["--grid=seed=1", "--experiment.seed"], "needs a value"),

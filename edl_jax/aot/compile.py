@@ -173,7 +173,7 @@ def compile_step(
   """Compiles the step that `edl_jax.main` would run on the slice.
 
   Args:
-    experiment: must have passed `config.validate`.
+    experiment: must have passed `validation.validate`.
     topology: from `topologies.load`.
     num_domains: see `make_taxonomy`.
 

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from edl_jax import tables
-from edl_jax.config import LossesConfig, auto_target
+from edl_jax.config import LossesConfig
+from edl_jax.fields import auto_target
 from edl_jax.losses import routing
 from edl_jax.losses.divergence import hierarchical_divergence_loss
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from edl_jax import config
+from edl_jax import config, validation
 from edl_jax.config import Experiment, LossesConfig, UserError
 from edl_jax.losses import divergence, routing
 from edl_jax.losses import objective as losses
@@ -328,9 +328,9 @@ def test_coarse_and_hierarchical_labels(coarse_weight):
 
 def test_every_divergence_has_a_name_in_the_configuration():
   for name in divergence.DIVERGENCES:
-    config.validate(Experiment(losses=LossesConfig(divergence=name)))
+    validation.validate(Experiment(losses=LossesConfig(divergence=name)))
   with pytest.raises(UserError, match="hellinger"):
-    config.validate(Experiment(losses=LossesConfig(divergence="x")))
+    validation.validate(Experiment(losses=LossesConfig(divergence="x")))
 
 
 @dataclasses.dataclass

@@ -1,0 +1,182 @@
+"""Checks of an experiment that need neither data nor devices.
+
+Every field is checked against its own rule (see `fields`), and then the fields
+that must fit each other, one function for each group.
+"""
+
+import dataclasses
+
+from edl_jax import config, fields
+from edl_jax.config import DataConfig, Experiment, ModelConfig, UserError
+
+# Tokens that each kind of trained tokenizer needs at least: a byte tokenizer
+# has 256 bytes and the end of a document, BPE has merges beside them.
+_LEAST_VOCABULARY = {"byte": 257, "bpe": 300}
+
+
+def validate(experiment: Experiment) -> Experiment:
+  """Checks all that can be checked without data or devices.
+
+  Returns:
+    The same experiment.
+
+  Raises:
+    UserError: one line that names the dotted path, the value and what is
+      allowed.
+  """
+  for group in dataclasses.fields(experiment):
+    value = getattr(experiment, group.name)
+    if dataclasses.is_dataclass(group.type) and type(value) is not group.type:
+      raise UserError(
+        f"{group.name}={value!r}: must be of type {group.type.__name__}"
+      )
+  for key, value in config.flatten(experiment).items():
+    if required := fields.requirement(value, config.FIELDS[key]):
+      raise UserError(f"{key}={value!r}: must be {required}")
+  _check_model(experiment.model)
+  _check_specialization(experiment)
+  _check_train(experiment)
+  _check_mesh(experiment)
+  _check_domains(experiment.data)
+  _check_text(experiment.data)
+  _check_weights(experiment.data)
+  _check_tokenizer(experiment)
+  return experiment
+
+
+def _check_model(model: ModelConfig) -> None:
+  if model.num_heads % model.num_kv_heads:
+    raise UserError(
+      f"model.num_heads={model.num_heads} is not a multiple of"
+      f" model.num_kv_heads={model.num_kv_heads}"
+    )
+  if model.head_width % 2:
+    raise UserError(
+      f"model.head_width={model.head_width}: must be even, because rotary"
+      " position embeddings rotate pairs of elements"
+    )
+  if model.num_active_experts > model.num_experts:
+    raise UserError(
+      f"model.num_active_experts={model.num_active_experts} exceeds"
+      f" model.num_experts={model.num_experts}"
+    )
+  if model.num_dense_layers >= model.num_layers:
+    raise UserError(
+      f"model.num_dense_layers={model.num_dense_layers} leaves no"
+      f" mixture-of-experts layer in model.num_layers={model.num_layers}"
+    )
+
+
+def _check_specialization(experiment: Experiment) -> None:
+  model, losses = experiment.model, experiment.losses
+  if losses.orthogonality_weight and model.num_active_experts < 2:
+    raise UserError(
+      f"losses.orthogonality_weight={losses.orthogonality_weight}: compares the"
+      " active experts of a token and needs at least 2, not"
+      f" model.num_active_experts={model.num_active_experts}"
+    )
+  if losses.orthogonality_weight and experiment.moe.dispatch == "ring":
+    raise UserError(
+      f"losses.orthogonality_weight={losses.orthogonality_weight}: needs the"
+      " output of each expert by itself, but moe.dispatch='ring' only keeps"
+      " their sum; choose another dispatch"
+    )
+  for key in ("orthogonality_weight", "variance_weight"):
+    weight = getattr(losses, key)
+    if isinstance(weight, str) and experiment.train.accumulation != "exact":
+      raise UserError(
+        f"losses.{key}={weight}: needs train.accumulation=exact, not"
+        f" {experiment.train.accumulation}"
+      )
+
+
+def _check_train(experiment: Experiment) -> None:
+  train, optimizer = experiment.train, experiment.optimizer
+  if train.batch_size % train.accumulation_steps:
+    raise UserError(
+      f"train.batch_size={train.batch_size} is not a multiple of"
+      f" train.accumulation_steps={train.accumulation_steps}"
+    )
+  if optimizer.warmup_steps > train.num_steps:
+    raise UserError(
+      f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds"
+      f" train.num_steps={train.num_steps}"
+    )
+
+
+def _check_mesh(experiment: Experiment) -> None:
+  sizes = dataclasses.asdict(experiment.mesh)
+  open_axes = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+  if len(open_axes) > 1:
+    raise UserError(
+      f"{' and '.join(open_axes)} are both -1: only one axis can take the"
+      " devices that are left"
+    )
+
+
+def _check_domains(data: DataConfig) -> None:
+  names = [full.rpartition("/")[-1] for full in data.domains]
+  for name, full in zip(names, data.domains):
+    if not name or full.count("/") > 1 or full.startswith("/"):
+      raise UserError(
+        f"data.domains: {full!r} must be written as fine or coarse/fine"
+      )
+    if names.count(name) > 1:
+      raise UserError(f"data.domains: {name!r} occurs more than once")
+  if data.taxonomy and data.domains:
+    raise UserError(
+      f"data.taxonomy={data.taxonomy} and data.domains={data.domains} both"
+      " name the domains: give one of them"
+    )
+
+
+def _check_text(data: DataConfig) -> None:
+  if data.prepared and data.files:
+    raise UserError(
+      f"data.prepared={data.prepared} and data.files={data.files} both name the"
+      " text: give one of them"
+    )
+  if data.mixing == "equal" and data.temperature != 1:
+    raise UserError(
+      f"data.temperature={data.temperature}: needs data.mixing=tokens or"
+      " bytes, not equal"
+    )
+
+
+def _check_weights(data: DataConfig) -> None:
+  """Checks the weights of every phase, and the order of the phases."""
+  sets = [("data.weights", data.weights)] if data.weights else []
+  earlier = 0.0
+  for number, phase in enumerate(data.weight_phases, start=1):
+    name = f"data.weight_phases: phase {number}"
+    start, *weights = phase or (0.0,)
+    if not earlier < start < 1:
+      raise UserError(
+        f"{name} begins at {start}, which must lie between {earlier} and 1"
+      )
+    earlier = start
+    sets.append((name, tuple(weights)))
+  for name, weights in sets:
+    if not any(weights):
+      raise UserError(f"{name}={weights}: must not all be zero")
+    if data.domains and len(weights) != len(data.domains):
+      raise UserError(
+        f"{name} has {len(weights)} entries for {len(data.domains)}"
+        " data.domains"
+      )
+
+
+def _check_tokenizer(experiment: Experiment) -> None:
+  name = experiment.data.tokenizer
+  size = experiment.model.vocabulary_size
+  if name not in _LEAST_VOCABULARY and not name.endswith((".json", ".model")):
+    raise UserError(
+      f"data.tokenizer={name!r}: must be bpe, byte, or the path of a file that"
+      " ends in .json or .model"
+    )
+  least = _LEAST_VOCABULARY.get(name, 0)
+  if size < least:
+    raise UserError(
+      f"model.vocabulary_size={size}: data.tokenizer={name!r} needs at least"
+      f" {least}"
+    )
