@@ -2,13 +2,14 @@
 # make test        lint and the test suite (slow tests: make test-all)
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
 # make update-tpu  writes the collectives that these find to tests/golden
+# make docs        builds the site from docs/ into site/
 # make clean       removes .venv and what the tests left; runs/ stays
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-tpu update-tpu clean
+.PHONY: demo test test-all test-tpu update-tpu docs clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -45,5 +46,13 @@ test-tpu: $(VENV)/tpu
 update-tpu: $(VENV)/tpu
 	UPDATE_GOLDEN=1 PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot
 
+# The page of loss terms imports the code, hence the environment to run it.
+$(VENV)/docs: $(VENV)/demo requirements-docs.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+docs: $(VENV)/docs
+	$(RUN) -m mkdocs build --quiet --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis build *.egg-info
