@@ -52,7 +52,7 @@ $(VENV)/docs: $(VENV)/demo requirements-docs.txt
 	@touch $@
 
 docs: $(VENV)/docs
-	$(RUN) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis build *.egg-info
