@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
   from edl_jax.checkpoint import Provenance
   from edl_jax.text.batch import Batch
-  from edl_jax.text.input_pipeline import EpochCounter
-  from edl_jax.text.mixture import Corpus
+  from edl_jax.text.mixture import Corpus, EpochCounter
   from edl_jax.text.prepared import PreparedCorpus
   from edl_jax.text.tokenizer import Tokenizer
 

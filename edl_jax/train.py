@@ -34,12 +34,8 @@ from edl_jax.progress import Progress
 from edl_jax.runtime import compiler_options
 from edl_jax.step import abstract_state, init_state, make_train_step
 from edl_jax.text.batch import Batch
-from edl_jax.text.input_pipeline import (
-  EpochCounter,
-  eval_batches,
-  train_iterator,
-)
-from edl_jax.text.mixture import Corpus
+from edl_jax.text.input_pipeline import eval_batches, train_iterator
+from edl_jax.text.mixture import Corpus, EpochCounter
 from edl_jax.text.prepared import PreparedCorpus
 
 

@@ -36,7 +36,7 @@ PROGRAM = """
 import functools, json, os, runpy, sys, time
 import jax
 from edl_jax import sharding
-from edl_jax.text import input_pipeline
+from edl_jax.text import batch as batch_lib
 at, number, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 del sys.argv[1:4]
 jax.distributed.initialize = functools.partial(
@@ -45,11 +45,11 @@ jax.distributed.initialize = functools.partial(
   heartbeat_timeout_seconds=10,
 )
 file = open(path, "w")
-read_row = input_pipeline.PackedRows.__getitem__
+read_row = batch_lib.PackedRows.__getitem__
 def noting(rows, row):
   print(json.dumps([rows.domain, row]), file=file, flush=True)
   return read_row(rows, row)
-input_pipeline.PackedRows.__getitem__ = noting
+batch_lib.PackedRows.__getitem__ = noting
 put_batch, calls = sharding.put_batch, []
 def striking(batch, mesh):
   calls.append(1)

@@ -1,6 +1,12 @@
-"""The arrays of one batch, shared by the input pipeline and the model."""
+"""Rows of packed tokens, and the batches that the model reads."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+
+from edl_jax.text.token_stream import TokenStream
 
 
 class Batch(NamedTuple):
@@ -21,3 +27,54 @@ class Batch(NamedTuple):
   weights_BT: Any
   # Fine domain label of each row, in [0, D), or -1 for none. int32 (B,).
   domain_B: Any
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+  """Returns the batch of rows whose arrays lack the axis B."""
+  return Batch(*map(np.array, zip(*rows)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+  """Random access to the rows of one domain's stream of tokens.
+
+  Row r reads the tokens [rT, rT + T) and predicts [rT + 1, rT + T + 1). The
+  token after a document's last is the next one's start, so a document's end
+  is predicted like any other token and no position is lost.
+  """
+
+  # Documents, each opened by the start token, and one more start at the end:
+  # int32 (tokens,), or what gives such arrays for slices.
+  stream: np.ndarray | TokenStream
+  sequence_length: int
+  document_start_id: int
+  # Fine label of every row, -1 for none.
+  domain: int
+  # Whether a last row that is not full counts, filled up with padding.
+  keep_partial: bool = False
+
+  def __len__(self) -> int:
+    predicted = len(self.stream) - 1
+    if self.keep_partial:
+      predicted += self.sequence_length - 1
+    return predicted // self.sequence_length
+
+  def __getitem__(self, row: int) -> Batch:
+    """Returns a Batch whose arrays lack the axis B."""
+    length = self.sequence_length
+    tokens = self.stream[row * length : (row + 1) * length + 1]
+    inputs_T, targets_T = tokens[:-1], tokens[1:]
+    index_T = np.arange(len(inputs_T), dtype=np.int32)
+    starts_T = inputs_T == self.document_start_id
+    # A row may begin within a document, which then is its first segment.
+    starts_T[0] = True
+    arrays = (
+      inputs_T,
+      targets_T,
+      np.cumsum(starts_T, dtype=np.int32),
+      index_T - np.maximum.accumulate(np.where(starts_T, index_T, 0)),
+      np.ones(len(inputs_T), np.float32),
+    )
+    if missing := length - len(inputs_T):
+      arrays = (np.pad(array_T, (0, missing)) for array_T in arrays)
+    return Batch(*arrays, domain_B=np.int32(self.domain))

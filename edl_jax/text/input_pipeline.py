@@ -1,118 +1,36 @@
 """From a corpus to batches: tokenize, pack within a domain, mix, batch.
 
-Grain's `MapDataset` carries the mixture: row i depends on (i, seed) only, so
-that the state of the input is one number, resuming is exact, and processes
-take their rows of the same global sequence.
+The mixture is a `grain.MapDataset`: row i depends on i and the seed alone. So
+one number is the whole state of the input, a run resumes exactly, and each
+process takes its rows of one global sequence.
 """
 
-import dataclasses
 import hashlib
 import io
 import itertools
-import math
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment, UserError
-from edl_jax.text.batch import Batch
+from edl_jax.text.batch import Batch, PackedRows, stack
 from edl_jax.text.documents import Document
-from edl_jax.text.mixture import Corpus, Phases, mix_phases, mixture_phases
+from edl_jax.text.mixture import (
+  Corpus,
+  EpochCounter,
+  Phases,
+  mix_phases,
+  mixture_phases,
+)
 from edl_jax.text.prepared import PreparedCorpus
 from edl_jax.text.token_stream import EncodedDocuments, TokenStream
 from edl_jax.text.tokenizer import Tokenizer
 
 # Batches made ahead in the background.
 _PREFETCHED_BATCHES = 8
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PackedRows:
-  """Random access to the rows of one domain's stream of tokens.
-
-  Row r reads the tokens [rT, rT + T) and predicts [rT + 1, rT + T + 1). The
-  token after a document's last is the next one's start, so a document's end
-  is predicted like any other token and no position is lost.
-  """
-
-  # Documents, each opened by the start token, and one more start at the end:
-  # int32 (tokens,), or what gives such arrays for slices.
-  stream: np.ndarray | TokenStream
-  sequence_length: int
-  document_start_id: int
-  # Fine label of every row, -1 for none.
-  domain: int
-  # Whether a last row that is not full counts, filled up with padding.
-  keep_partial: bool = False
-
-  def __len__(self) -> int:
-    predicted = len(self.stream) - 1
-    if self.keep_partial:
-      predicted += self.sequence_length - 1
-    return predicted // self.sequence_length
-
-  def __getitem__(self, row: int) -> Batch:
-    """Returns a Batch whose arrays lack the axis B."""
-    length = self.sequence_length
-    tokens = self.stream[row * length : (row + 1) * length + 1]
-    inputs_T, targets_T = tokens[:-1], tokens[1:]
-    index_T = np.arange(len(inputs_T), dtype=np.int32)
-    starts_T = inputs_T == self.document_start_id
-    # A row may begin within a document, which then is its first segment.
-    starts_T[0] = True
-    arrays = (
-      inputs_T,
-      targets_T,
-      np.cumsum(starts_T, dtype=np.int32),
-      index_T - np.maximum.accumulate(np.where(starts_T, index_T, 0)),
-      np.ones(len(inputs_T), np.float32),
-    )
-    if missing := length - len(inputs_T):
-      arrays = (np.pad(array_T, (0, missing)) for array_T in arrays)
-    return Batch(*arrays, domain_B=np.int32(self.domain))
-
-
-class EpochCounter:
-  """How often each source's text was read, exactly, after any number of rows.
-
-  A source that runs out is read again in a new order.
-
-  Args:
-    phases: how sources are mixed.
-    rows: in one epoch of each source, by name.
-  """
-
-  def __init__(self, phases: Phases, rows: Mapping[str, int]):
-    self._phases, self._rows = phases, rows
-
-  def at(self, rows: int) -> dict[str, float]:
-    """Returns the epochs of each source after `rows` rows, fractions too."""
-    drawn = self._phases.drawn(rows)
-    return {
-      name: count / own if count else 0.0
-      for (name, own), count in zip(self._rows.items(), drawn)
-    }
-
-  def repeats(self, start: int, stop: int) -> list[str]:
-    """Tells which sources began epoch 2, 3, 5, 9, ... in rows [start, stop).
-
-    Each doubling only: small sources begin a new epoch every few steps.
-    """
-    begun: dict[int, list[str]] = {}
-    before = self.at(start)
-    for name, epochs in self.at(stop).items():
-      # The row that completes an epoch begins none.
-      last, now = (max(0, math.ceil(x) - 1) for x in (before[name], epochs))
-      if now.bit_length() > last.bit_length():
-        epoch = 2 ** (now.bit_length() - 1) + 1
-        begun.setdefault(epoch, []).append(name)
-    return [
-      f"{', '.join(names)}: read {epoch - 1} time(s), now again in a new order"
-      for epoch, names in sorted(begun.items())
-    ]
 
 
 def train_dataset(
@@ -195,7 +113,7 @@ def train_iterator(
   dataset = dataset[process_index::process_count]
 
   def batch_of(rows: Sequence[Batch]) -> Batch:
-    batch = _stack(rows)
+    batch = stack(rows)
     for label in batch.domain_B:
       if not -unlabelled <= label < num_domains:
         raise UserError(
@@ -255,13 +173,9 @@ def eval_batches(
     for place in places[process_index::process_count]
   ]
   return [
-    _stack(rows[start : start + local_rows])
+    stack(rows[start : start + local_rows])
     for start in range(0, len(rows), local_rows)
   ]
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-  return Batch(*map(np.array, zip(*rows)))
 
 
 def _local_batch_size(experiment: Experiment, process_count: int) -> int:

@@ -3,8 +3,9 @@
 import collections
 import dataclasses
 import hashlib
+import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import grain
 
@@ -170,6 +171,46 @@ class Phases:
       for start, end, weights in zip(self.starts, ends, self.weights)
     ]
     return tuple(map(sum, zip(*parts)))
+
+
+class EpochCounter:
+  """How often each source's text was read, exactly, after any number of rows.
+
+  A source that runs out is read again in a new order.
+
+  Args:
+    phases: how sources are mixed.
+    rows: in one epoch of each source, by name.
+  """
+
+  def __init__(self, phases: Phases, rows: Mapping[str, int]):
+    self._phases, self._rows = phases, rows
+
+  def at(self, rows: int) -> dict[str, float]:
+    """Returns the epochs of each source after `rows` rows, fractions too."""
+    drawn = self._phases.drawn(rows)
+    return {
+      name: count / own if count else 0.0
+      for (name, own), count in zip(self._rows.items(), drawn)
+    }
+
+  def repeats(self, start: int, stop: int) -> list[str]:
+    """Tells which sources began epoch 2, 3, 5, 9, ... in rows [start, stop).
+
+    Each doubling only: small sources begin a new epoch every few steps.
+    """
+    begun: dict[int, list[str]] = {}
+    before = self.at(start)
+    for name, epochs in self.at(stop).items():
+      # The row that completes an epoch begins none.
+      last, now = (max(0, math.ceil(x) - 1) for x in (before[name], epochs))
+      if now.bit_length() > last.bit_length():
+        epoch = 2 ** (now.bit_length() - 1) + 1
+        begun.setdefault(epoch, []).append(name)
+    return [
+      f"{', '.join(names)}: read {epoch - 1} time(s), now again in a new order"
+      for epoch, names in sorted(begun.items())
+    ]
 
 
 def mixture_weights(

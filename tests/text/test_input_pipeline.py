@@ -1,3 +1,5 @@
+"""Batches of a corpus: training rows, resuming, sharing, evaluation."""
+
 import collections
 import dataclasses
 import json
@@ -13,10 +15,9 @@ from edl_jax.config import (
   TrainConfig,
   UserError,
 )
-from edl_jax.text.batch import Batch
+from edl_jax.text.batch import Batch, PackedRows
 from edl_jax.text.documents import Document
 from edl_jax.text.input_pipeline import (
-  PackedRows,
   eval_batches,
   train_dataset,
   train_iterator,
@@ -83,58 +84,6 @@ def assert_equal(batches, others):
     assert isinstance(batch, Batch) and isinstance(other, Batch)
     for name, array, expected in zip(Batch._fields, batch, other):
       np.testing.assert_array_equal(array, expected, err_msg=name)
-
-
-# --- Packing -----------------------------------------------------------------
-
-
-def naive_rows(stream, length, keep_partial):
-  """One token at a time, with lists."""
-  rows = []
-  for first in range(0, len(stream) - 1, length):
-    row = {name: [] for name in ("token", "target", "segment", "position")}
-    segment, position = 0, 0
-    for at in range(first, min(first + length, len(stream) - 1)):
-      if stream[at] == START or at == first:
-        segment, position = segment + 1, 0
-      row["token"].append(stream[at])
-      row["target"].append(stream[at + 1])
-      row["segment"].append(segment)
-      row["position"].append(position)
-      position += 1
-    row["weight"] = [1] * len(row["token"])
-    missing = length - len(row["token"])
-    if not missing or keep_partial:
-      rows.append([values + [0] * missing for values in row.values()])
-  return rows
-
-
-@pytest.mark.parametrize("keep_partial", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 5, 16, 64])
-def test_packing_matches_a_naive_loop(length, keep_partial):
-  rng = np.random.default_rng(0)
-  stream = []
-  # Documents without any text, too.
-  for size in rng.integers(0, 12, 20):
-    stream += [START, *rng.integers(0, 256, size).tolist()]
-  stream.append(START)
-  rows = PackedRows(np.array(stream, np.int32), length, START, 3, keep_partial)
-  expected = naive_rows(stream, length, keep_partial)
-  assert len(rows) == len(expected)
-  for index, arrays in enumerate(expected):
-    row = rows[index]
-    for name, array, values in zip(Batch._fields, row, arrays):
-      assert array.tolist() == values, (index, name)
-      assert array.dtype == (np.float32 if name == "weights_BT" else np.int32)
-    assert row.domain_B == 3
-
-
-def test_packing_leaves_the_stream_alone():
-  stream = np.array([START, 1, 2, 3, 4, 5, START], np.int32)
-  rows = PackedRows(stream, 3, START, 0)
-  assert rows[1].segments_BT.tolist() == [1, 1, 1]
-  assert rows[1].positions_BT.tolist() == [0, 1, 2]
-  assert stream.tolist() == [START, 1, 2, 3, 4, 5, START]
 
 
 # --- Training ----------------------------------------------------------------
@@ -363,37 +312,6 @@ def test_rows_without_a_domain_train_and_are_not_evaluated(granularity):
   assert counted_tokens(batches) == {
     key: count for key, count in whole.items() if key[0] != 2
   }
-
-
-def test_epochs_are_counted():
-  dataset, counter = train_dataset(CORPUS, TOKENIZER, TWO_PHASES)
-  lengths = [
-    sum(len(document.text) + 1 for document in group) // 16
-    for group in CORPUS.train
-  ]
-  seen = [0, 0, 0]
-  said = []
-  for count in range(400):
-    epochs = counter.at(count)
-    assert list(epochs) == ["a", "b", "c"]
-    assert list(epochs.values()) == [n / m for n, m in zip(seen, lengths)]
-    domain = int(dataset[count].domain_B)
-    # This row is the first of another epoch.
-    repeats = seen[domain] // lengths[domain]
-    begins = repeats and seen[domain] % lengths[domain] == 0
-    seen[domain] += 1
-    lines = counter.repeats(count, count + 1)
-    expected = begins and repeats.bit_count() == 1
-    assert lines == (
-      [f"{'abc'[domain]}: read {repeats} time(s), now again in a new order"]
-      if expected
-      else []
-    )
-    said += lines
-  assert len(said) > 2
-  # Together, in one line each.
-  _, both = train_dataset(CORPUS, TOKENIZER, make_experiment(weights=(1, 0, 1)))
-  assert both.repeats(0, 2 * max(lengths) + 2)[-1].startswith("a, c: read 1 ")
 
 
 def test_a_thousand_sources_share_one_thread():

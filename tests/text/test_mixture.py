@@ -8,6 +8,7 @@ import pytest
 
 from edl_jax.config import DataConfig, TrainConfig, UserError
 from edl_jax.text.mixture import (
+  EpochCounter,
   Phases,
   Taxonomy,
   load_corpus,
@@ -305,3 +306,36 @@ def test_phases_begin_with_a_step():
   short = dataclasses.replace(data, weight_phases=((0.5, 3.0),))
   with pytest.raises(UserError, match="phase 1 has 1 entries for 2 domains"):
     mixture_phases(short, train, Taxonomy.from_names(["a", "b"]))
+
+
+def test_epochs_are_counted():
+  lengths = {"a": 30, "b": 17, "c": 41}
+  counter = EpochCounter(PHASES, lengths)
+  mixture = mix_phases(
+    [grain.MapDataset.source([n]).repeat() for n in range(3)], PHASES
+  )
+  seen = dict.fromkeys(lengths, 0)
+  said = 0
+  for count in range(400):
+    epochs = counter.at(count)
+    assert epochs == {name: seen[name] / lengths[name] for name in lengths}
+    name = "abc"[mixture[count]]
+    # Whether this row is the first of another epoch.
+    repeats, within = divmod(seen[name], lengths[name])
+    seen[name] += 1
+    lines = counter.repeats(count, count + 1)
+    if repeats and not within and repeats.bit_count() == 1:
+      assert len(lines) == 1
+      assert lines[0].startswith(f"{name}: read {repeats} time(s)")
+      said += 1
+    else:
+      assert lines == []
+  assert said > 2
+
+
+def test_sources_that_begin_an_epoch_together_share_a_line():
+  counter = EpochCounter(
+    Phases((0,), ((0.5, 0.0, 0.5),)), dict.fromkeys("abc", 9)
+  )
+  (line,) = counter.repeats(0, 2 * 9 + 2)
+  assert line.startswith("a, c: read 1 time(s)")

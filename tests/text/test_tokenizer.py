@@ -3,7 +3,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edl_jax import cache
 from edl_jax.config import DataConfig, Experiment, ModelConfig
 from edl_jax.text import tokenizer as tokenizer_lib
 from edl_jax.text.documents import Document
@@ -152,12 +151,3 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
   monkeypatch.setenv("EDL_JAX_CACHE", str(tmp_path / "file" / "cache"))
   tokenizer = load_tokenizer(bpe_experiment(), corpus_of(TEXTS, []))
   assert tokenizer.to_json() == BPE.to_json()
-
-
-def test_cache_directory(monkeypatch, tmp_path):
-  monkeypatch.delenv("EDL_JAX_CACHE", raising=False)
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  assert cache.cache_directory() == tmp_path / "edl_jax"
-  monkeypatch.delenv("XDG_CACHE_HOME")
-  monkeypatch.setenv("HOME", str(tmp_path))
-  assert cache.cache_directory() == tmp_path / ".cache" / "edl_jax"
