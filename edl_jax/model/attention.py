@@ -25,8 +25,8 @@ def rotary_embedding(
   frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
   cos_BTH, sin_BTH = jnp.cos(angle_BTH), jnp.sin(angle_BTH)
-  # Both halves in one formula: joined afterwards they take a CPU three times as
-  # long.
+  # One formula for both halves: a CPU takes three times as long to join them
+  # afterwards.
   cos_BTH = jnp.concatenate([cos_BTH, cos_BTH], axis=-1)
   sin_BTH = jnp.concatenate([-sin_BTH, sin_BTH], axis=-1)
   x32_BTNH = x_BTNH.astype(jnp.float32)
@@ -37,33 +37,36 @@ def rotary_embedding(
   return rotated.astype(x_BTNH.dtype)
 
 
-# Blocks of queries: of n blocks a share (n + 1) / 2n of all pairs is computed.
+# Blocks of queries. With n blocks, (n + 1) / 2n of all pairs are computed.
 _QUERY_BLOCKS = 4
-# Shorter blocks make matrix products too small to be worth it.
+# Shorter blocks make matrix products too small to run fast.
 _SHORTEST_QUERY_BLOCK = 32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attend(
-  q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+  q_BKQTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
 ):
   """Softmax attention with one pass over (T, S) for each of its formulas.
 
-  G query heads share a key head. What autodiff would make of it takes twice the
-  time on a CPU.
+  The derivative is written by hand: autodiff's takes twice the time on a CPU.
 
   Args:
-    blocks: of queries: where each starts and ends, and how many keys it sees.
+    q_BKQTH: scaled queries.
+    k_BKSH, v_BKSH: keys and values.
+    segments_BT, segments_BS: int32 document of each query and of each key.
+    blocks: of queries: first query, end, and number of keys that it sees.
+    sequence_axis: as in `causal_attention`.
   """
   return _attend_forward(
-    q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+    q_BKQTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
   )[0]
 
 
 def _attend_forward(
-  q_BKGTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
+  q_BKQTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
 ):
-  dtype = q_BKGTH.dtype
+  dtype = q_BKQTH.dtype
   positions_T = jnp.arange(segments_BT.shape[1])
   if sequence_axis is not None:
     positions_T += jax.lax.axis_index(sequence_axis) * len(positions_T)
@@ -71,70 +74,70 @@ def _attend_forward(
   for start, end, seen in blocks:
     mask_BTS = segments_BT[:, start:end, None] == segments_BS[:, None, :seen]
     mask_BTS &= positions_T[start:end, None] >= jnp.arange(seen)
-    logits_BKGTS = jnp.einsum(
-      "BKGTH,BKSH->BKGTS",
-      q_BKGTH[:, :, :, start:end],
+    logits_BKQTS = jnp.einsum(
+      "BKQTH,BKSH->BKQTS",
+      q_BKQTH[:, :, :, start:end],
       k_BKSH[:, :, :seen],
       preferred_element_type=jnp.float32,
     )
-    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, -1e30)
-    exp_BKGTS = jnp.exp(logits_BKGTS - logits_BKGTS.max(-1, keepdims=True))
-    exp_BKGTS = exp_BKGTS.astype(dtype)
-    sum_BKGT1 = exp_BKGTS.sum(-1, keepdims=True, dtype=jnp.float32)
-    # Divided after the product, where it is H numbers a query and not S.
-    y_BKGTH = jnp.einsum(
-      "BKGTS,BKSH->BKGTH",
-      exp_BKGTS,
+    logits_BKQTS = jnp.where(mask_BTS[:, None, None], logits_BKQTS, -1e30)
+    exp_BKQTS = jnp.exp(logits_BKQTS - logits_BKQTS.max(-1, keepdims=True))
+    exp_BKQTS = exp_BKQTS.astype(dtype)
+    sum_BKQT1 = exp_BKQTS.sum(-1, keepdims=True, dtype=jnp.float32)
+    # Divide after the product: that is H divisions a query instead of S.
+    y_BKQTH = jnp.einsum(
+      "BKQTS,BKSH->BKQTH",
+      exp_BKQTS,
       v_BKSH[:, :, :seen],
       preferred_element_type=jnp.float32,
     )
-    results.append((y_BKGTH / sum_BKGT1).astype(dtype))
-    softmax.append((exp_BKGTS, sum_BKGT1))
-  y_BKGTH = checkpoint_name(jnp.concatenate(results, axis=3), "attention")
-  return y_BKGTH, (q_BKGTH, k_BKSH, v_BKSH, softmax, y_BKGTH)
+    results.append((y_BKQTH / sum_BKQT1).astype(dtype))
+    softmax.append((exp_BKQTS, sum_BKQT1))
+  y_BKQTH = checkpoint_name(jnp.concatenate(results, axis=3), "attention")
+  return y_BKQTH, (q_BKQTH, k_BKSH, v_BKSH, softmax, y_BKQTH)
 
 
-def _attend_backward(blocks, sequence_axis, residuals, dy_BKGTH):
+def _attend_backward(blocks, sequence_axis, residuals, dy_BKQTH):
   del sequence_axis
-  q_BKGTH, k_BKSH, v_BKSH, softmax, y_BKGTH = residuals
-  dtype = q_BKGTH.dtype
-  inner_BKGT1 = (dy_BKGTH * y_BKGTH).sum(-1, keepdims=True, dtype=jnp.float32)
+  q_BKQTH, k_BKSH, v_BKSH, softmax, y_BKQTH = residuals
+  dtype = q_BKQTH.dtype
+  inner_BKQT1 = (dy_BKQTH * y_BKQTH).sum(-1, keepdims=True, dtype=jnp.float32)
   dq = []
   dk_BKSH = jnp.zeros(k_BKSH.shape, jnp.float32)
   dv_BKSH = jnp.zeros(v_BKSH.shape, jnp.float32)
-  for (start, end, seen), (exp_BKGTS, sum_BKGT1) in zip(
+  for (start, end, seen), (exp_BKQTS, sum_BKQT1) in zip(
     blocks, softmax, strict=True
   ):
-    dy_block = (dy_BKGTH[:, :, :, start:end] / sum_BKGT1).astype(dtype)
+    dy_block = (dy_BKQTH[:, :, :, start:end] / sum_BKQT1).astype(dtype)
     dv_BKSH = dv_BKSH.at[:, :, :seen].add(
       jnp.einsum(
-        "BKGTS,BKGTH->BKSH",
-        exp_BKGTS,
+        "BKQTS,BKQTH->BKSH",
+        exp_BKQTS,
         dy_block,
         preferred_element_type=jnp.float32,
       )
     )
-    dexp_BKGTS = jnp.einsum(
-      "BKGTH,BKSH->BKGTS",
+    dexp_BKQTS = jnp.einsum(
+      "BKQTH,BKSH->BKQTS",
       dy_block,
       v_BKSH[:, :, :seen],
       preferred_element_type=jnp.float32,
     )
-    inner_block = inner_BKGT1[:, :, :, start:end] / sum_BKGT1
-    dlogits_BKGTS = (exp_BKGTS * (dexp_BKGTS - inner_block)).astype(dtype)
+    inner_block = inner_BKQT1[:, :, :, start:end] / sum_BKQT1
+    dlogits_BKQTS = (exp_BKQTS * (dexp_BKQTS - inner_block)).astype(dtype)
     dq.append(
-      jnp.einsum("BKGTS,BKSH->BKGTH", dlogits_BKGTS, k_BKSH[:, :, :seen])
+      jnp.einsum("BKQTS,BKSH->BKQTH", dlogits_BKQTS, k_BKSH[:, :, :seen])
     )
     dk_BKSH = dk_BKSH.at[:, :, :seen].add(
       jnp.einsum(
-        "BKGTS,BKGTH->BKSH",
-        dlogits_BKGTS,
-        q_BKGTH[:, :, :, start:end],
+        "BKQTS,BKQTH->BKSH",
+        dlogits_BKQTS,
+        q_BKQTH[:, :, :, start:end],
         preferred_element_type=jnp.float32,
       )
     )
-  dq_BKGTH = jnp.concatenate(dq, axis=3)
-  return dq_BKGTH, dk_BKSH.astype(dtype), dv_BKSH.astype(dtype), None, None
+  dq_BKQTH = jnp.concatenate(dq, axis=3)
+  return dq_BKQTH, dk_BKSH.astype(dtype), dv_BKSH.astype(dtype), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -143,23 +146,23 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _dense_attention(
   q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, sequence_axis
 ):
-  """All logits of a block of queries at once, by XLA."""
+  """Attention by XLA, which holds all logits of a block of queries."""
   rows, length, heads, width = q_BTNH.shape
   kv_heads = k_BSKH.shape[2]
-  q_BTKGH = q_BTNH.reshape(rows, length, kv_heads, -1, width)
+  q_BTKQH = q_BTNH.reshape(rows, length, kv_heads, -1, width)
   count = _QUERY_BLOCKS
   if length % count or length // count < _SHORTEST_QUERY_BLOCK:
     count = 1
   if sequence_axis is not None:
-    # Which keys none of the queries sees differs from device to device.
+    # Blocks skip keys by position, which differs from device to device.
     count = 1
   size = length // count
   blocks = tuple(
     (end - size, end, end if sequence_axis is None else k_BSKH.shape[1])
     for end in range(size, length + 1, size)
   )
-  y_BKGTH = _attend(
-    q_BTKGH.transpose(0, 2, 3, 1, 4),
+  y_BKQTH = _attend(
+    q_BTKQH.transpose(0, 2, 3, 1, 4),
     k_BSKH.swapaxes(1, 2),
     v_BSKH.swapaxes(1, 2),
     segments_BT,
@@ -167,7 +170,7 @@ def _dense_attention(
     blocks,
     sequence_axis,
   )
-  return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+  return y_BKQTH.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
 # The implementation for each platform; "default" is for all others.
@@ -185,18 +188,18 @@ def causal_attention(
   """Scaled dot-product attention to earlier tokens of the same segment.
 
   Vaswani et al., arXiv:1706.03762; query head n reads key head n K // N
-  (Ainslie et al., arXiv:2305.13245). Logits and softmax are float32. Its output
-  is named "attention" for policies of rematerialisation.
+  (Ainslie et al., arXiv:2305.13245). Logits and softmax are float32.
+  Rematerialisation policies know the output by the name "attention".
 
   Args:
     q_BTNH: queries.
     k_BSKH, v_BSKH: keys and values, S = T; K divides N.
     segments_BT: int32 document of each token.
-    sequence_axis: a manual mesh axis over which the tokens of a row are spread
-      in order, if any. T and S are then a shard's; keys, values and segments
-      are gathered.
-    backend: a name of `BACKENDS`. By default that of the platform which the
-      program is compiled for, where the length allows it.
+    sequence_axis: the manual mesh axis, if any, over which the tokens of a row
+      are spread in order. T and S are then a shard's, and this function gathers
+      keys, values and segments.
+    backend: a name of `BACKENDS`. By default the one of the platform that the
+      program is compiled for, if it can run this length.
 
   Returns:
     y_BTNH, in the dtype of `q_BTNH`.
@@ -218,8 +221,8 @@ def causal_attention(
     return attend[backend](*arrays)
   if not splash.fits(shards * length, shards):
     return attend["default"](*arrays)
-  # What the program is compiled for is known now if there is a mesh. If not,
-  # both ways are traced.
+  # A mesh names the platform that the program is compiled for. Without one,
+  # trace every backend and let the compiler choose.
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None:
     return jax.lax.platform_dependent(*arrays, **attend)

@@ -1,7 +1,7 @@
 """One grouped matrix product: rows sorted by group, one matrix per group.
 
-A backend is two products, `rows_product` and `weights_product`: the derivative
-of the first consists of both, so that there is one derivative for them all.
+A backend implements two products, `rows_product` and `weights_product`. The
+derivative of the first consists of both, so one derivative serves all backends.
 """
 
 import functools
@@ -16,11 +16,11 @@ class Backend(NamedTuple):
   """The two products of an implementation."""
 
   # (x_RM, w_EMF, group_sizes_E, transposed) -> y_RF: each row times the matrix
-  # of its group. Transposed: the rows are (R, F) and the result is (R, M).
+  # of its group. If transposed, the rows are (R, F) and the result is (R, M).
   rows_product: Callable[[jax.Array, jax.Array, jax.Array, bool], jax.Array]
-  # (x_RM, dy_RF, group_sizes_E) -> dw_EMF: the sum over the rows of each group
-  # of their outer products, added up in float32 and returned in the dtype of
-  # the rows; zero for empty groups.
+  # (x_RM, dy_RF, group_sizes_E) -> dw_EMF: for each group, the sum of its rows'
+  # outer products, added up in float32 and returned in the dtype of the rows;
+  # zero for empty groups.
   weights_product: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -33,10 +33,11 @@ def grouped_matmul(
 ) -> jax.Array:
   """Multiplies each group of rows with the matrix of its group.
 
-  Differentiable in `x_RM` and `w_EMF`. Work is that of the rows in the groups,
-  memory that of R rows, however they are spread, but for the reference on a
-  CPU. Rows behind the last group are not computed: there the result and the
-  gradient of `x_RM` are arbitrary, even NaN. Nothing else depends on them.
+  Differentiable in `x_RM` and `w_EMF`. The work grows with the rows in groups,
+  and the memory with R, however rows are spread over groups; only the reference
+  on a CPU needs more. Rows behind the last group are not computed: there the
+  result and the gradient of `x_RM` are arbitrary, even NaN. Nothing else
+  depends on them.
 
   Args:
     x_RM: rows, sorted by group.
@@ -87,7 +88,7 @@ def _product(name: str, backend: str | None) -> Callable[..., jax.Array]:
 
 
 # --- Reference: XLA's own ----------------------------------------------------
-# What GPUs run too. On a CPU it multiplies every row with every matrix.
+# GPUs run it too. On a CPU it multiplies every row with every matrix.
 
 
 def _ragged_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
@@ -111,16 +112,16 @@ def _ragged_weights_product(x_RM, dy_RF, group_sizes_E):
 
 
 # --- TPU: Pallas kernels -----------------------------------------------------
-# The kernels of megablox (Gale et al., arXiv:2211.15841) that come with JAX.
-# Not with their own derivative: it uses one tiling for three products whose
-# dimensions change places.
+# JAX ships the kernels of megablox (Gale et al., arXiv:2211.15841). Their own
+# derivative is not used: it applies one tiling to three products that contract
+# different dimensions.
 
 
 def _tile(size: int, largest: int) -> int:
-  """The largest multiple of 128 that divides `size`, up to `largest`.
+  """Returns the largest multiple of 128 up to `largest` that divides `size`.
 
-  Where there is none the tile is `largest` or all of a smaller `size`, and the
-  kernels mask what is beyond the end.
+  If there is none, the tile is the smaller of `size` and `largest`, and the
+  kernels mask what lies beyond the end.
   """
   for tile in range(largest, 0, -128):
     if size % tile == 0:
@@ -129,9 +130,9 @@ def _tile(size: int, largest: int) -> int:
 
 
 def _row_tile(num_rows: int, num_groups: int) -> int:
-  """Rows in a tile: 512, less where groups are small.
+  """Returns the rows of a tile: 512, or fewer where groups are small.
 
-  A tile that holds rows of n groups is multiplied n times.
+  The kernels multiply a tile once for each group that has rows in it.
   """
   tile = 512
   while tile > 128 and tile * num_groups > num_rows:
@@ -140,7 +141,7 @@ def _row_tile(num_rows: int, num_groups: int) -> int:
 
 
 def _padded(x_RM: jax.Array, tile: int) -> jax.Array:
-  """Adds rows behind the last group: the kernels want full row tiles."""
+  """Adds rows behind the last group, because the kernels need full tiles."""
   return jnp.pad(x_RM, ((0, -x_RM.shape[0] % tile), (0, 0)))
 
 
@@ -164,15 +165,15 @@ def _pallas_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
 def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  # Larger tiles do not fit in the vector memory of a v5p, next to a tile of the
-  # result and its accumulator.
+  # The vector memory of a v5p must hold a tile of the result and of the
+  # accumulator too, so larger tiles of rows do not fit.
   largest = 1024 // x_RM.dtype.itemsize
   row_tile = min(_row_tile(x_RM.shape[0], len(group_sizes_E)), largest)
   return tgmm(
     _padded(x_RM, row_tile).T,
     _padded(dy_RF, row_tile),
     group_sizes_E,
-    # Adds up in float32 all the same.
+    # The kernel adds up in float32 whatever this says.
     preferred_element_type=x_RM.dtype,
     tiling=(row_tile, _tile(x_RM.shape[1], 1024), _tile(dy_RF.shape[1], 1024)),
   )
@@ -180,12 +181,12 @@ def _pallas_weights_product(x_RM, dy_RF, group_sizes_E):
 
 # --- CPU: loops over blocks of rows ------------------------------------------
 # XLA's dense product runs near the machine's peak from a hundred rows on, but
-# needs shapes that are known when it is compiled. So each group is cut into
-# full blocks of the largest size and one that holds the rest, of the smallest
-# size that does. No row is copied into a padded layout, the work is
-# R M F plus at most a part of a block a group, and the matrix of a group is
-# read out once for all its blocks. A block costs as much beside its product as
-# 25 to 70 rows do in it: hence few blocks, and of many sizes.
+# its shapes must be known at compile time. So each group is cut into full
+# blocks of the largest size, and one block for the remainder, of the smallest
+# size that holds it. No row is copied into a padded layout, the work is R M F
+# plus at most a part of a block for each group, and a group's matrix is read
+# once for all its blocks. A block's overhead costs as much as 25 to 70 of its
+# rows: hence few blocks, and many sizes.
 
 _BLOCK_SIZES = (512, 384, 256, 160, 128, 64, 32)
 
@@ -197,27 +198,31 @@ def _over_groups(
   carry: Any,
   overrun: bool,
 ) -> Any:
-  """Goes through blocks of `num_rows` rows that cover every group in turn.
+  """Runs a function on blocks that cover the rows of every group in turn.
 
   Args:
     num_rows: R.
     group_sizes_E: rows in each group.
-    make_body: takes a group and returns what its blocks run: a function of the
-      carry, the first row of a block, its size, and a mask (C,) of the rows
-      that are this group's and no other block's, None if none is needed.
-    carry: what is carried from block to block, at first.
-    overrun: whether a block without a mask may reach beyond its rows, which
-      later blocks then cover. If not, a group's first block has a mask, and no
-      other one has.
+    make_body: takes a group and returns the function that its blocks run. This
+      one takes the carry, the first row of a block, its size W, and a mask (W,)
+      of the rows that belong to this group and to no other block, or None where
+      all do; and returns the carry.
+    carry: the initial carry.
+    overrun: whether a block without a mask may reach beyond its group, into
+      rows that later blocks cover again. If not, the first block of each group
+      has a mask, and no other block has one.
+
+  Returns:
+    The final carry.
   """
   sizes = [n for n in _BLOCK_SIZES if n <= num_rows] or [num_rows]
   end_E = jnp.cumsum(group_sizes_E)
   start_E = end_E - group_sizes_E
-  # What full blocks do not hold comes first, and is never nothing.
+  # The remainder goes first; a non-empty group always has one.
   full_E = jnp.maximum(group_sizes_E - 1, 0) // sizes[0] * sizes[0]
   split_E = end_E - full_E
-  # Blocks come by size: which, whether they have masks, and for each group the
-  # row where they end, which is where they start if there are none.
+  # A stage is the blocks of one size: the size, whether they have masks, and
+  # the row of each group where they end (their start, if there are none).
   stages = []
   row_E = start_E
   for size, smaller in zip(sizes, [*sizes[1:], 0]):
@@ -226,27 +231,26 @@ def _over_groups(
       takes_E &= row_E + size <= num_rows
     row_E = jnp.where(takes_E, row_E + size, row_E)
     stages.append((size, not overrun, row_E))
-  if overrun:  # What is left where a block would reach beyond the last row.
+  if overrun:  # A last stage, where a block would reach beyond the last row.
     stages.append((sizes[-1], True, split_E))
-  stop_KE = jnp.stack([row_E for _, _, row_E in stages])
+  stop_IE = jnp.stack([row_E for _, _, row_E in stages])
 
   def group(e, carry):
     body = make_body(e)
     state = start_E[e], carry
     for stage, (size, is_masked, _) in enumerate(stages):
-      # A loop also where it takes one turn at most: conditionals copy their
-      # results.
+      # Use a loop even for one block at most: a conditional copies its result.
       def turn(state, size=size, is_masked=is_masked):
         row, carry = state
         if not is_masked:
           return row + size, body(carry, row, size, None)
         first = jnp.minimum(row, num_rows - size)
-        row_C = first + jnp.arange(size)
-        inside_C = (row_C >= row) & (row_C < split_E[e])
-        return row + size, body(carry, first, size, inside_C)
+        row_W = first + jnp.arange(size)
+        inside_W = (row_W >= row) & (row_W < split_E[e])
+        return row + size, body(carry, first, size, inside_W)
 
       state = jax.lax.while_loop(
-        lambda state, stage=stage: state[0] < stop_KE[stage, e], turn, state
+        lambda state, stage=stage: state[0] < stop_IE[stage, e], turn, state
       )
 
     def full(state):
@@ -261,8 +265,7 @@ def _over_groups(
   return jax.lax.fori_loop(0, len(group_sizes_E), group, carry)
 
 
-# Rows and groups are counted from the first one: XLA need not look whether an
-# index is negative.
+# Indices are never negative, so XLA need not check.
 _rows = functools.partial(
   jax.lax.dynamic_slice_in_dim, allow_negative_indices=False
 )
@@ -277,20 +280,20 @@ def _block_rows_product(x_RM, w_EMF, group_sizes_E, transposed):
       w_EMF, e, keepdims=False, allow_negative_indices=False
     )
 
-    def block(y_RF, row, size, inside_C):
-      y_CF = jax.lax.dot_general(
+    def block(y_RF, row, size, inside_W):
+      y_WF = jax.lax.dot_general(
         _rows(x_RM, row, size), w_MF, (((1,), (contracted - 1,)), ((), ()))
       )
-      if inside_C is not None:
-        y_CF = jnp.where(inside_C[:, None], y_CF, _rows(y_RF, row, size))
+      if inside_W is not None:
+        y_WF = jnp.where(inside_W[:, None], y_WF, _rows(y_RF, row, size))
       return jax.lax.dynamic_update_slice_in_dim(
-        y_RF, y_CF, row, 0, allow_negative_indices=False
+        y_RF, y_WF, row, 0, allow_negative_indices=False
       )
 
     return block
 
-  # Every row of a group is written, and what a block writes beyond its group
-  # the next ones write again.
+  # Blocks write every row of a group. Rows that a block writes beyond its group
+  # are written again by later blocks.
   y_RF = jax.lax.empty((num_rows, w_EMF.shape[result]), x_RM.dtype)
   return _over_groups(num_rows, group_sizes_E, group, y_RF, overrun=True)
 
@@ -299,20 +302,20 @@ def _block_weights_product(x_RM, dy_RF, group_sizes_E):
   num_rows, num_groups = x_RM.shape[0], len(group_sizes_E)
 
   def group(e):
-    def block(dw_EMF, row, size, inside_C):
-      x_CM, dy_CF = _rows(x_RM, row, size), _rows(dy_RF, row, size)
-      if inside_C is not None:
-        # Both: zero times what is in a row behind the groups may be NaN.
-        x_CM, dy_CF = (
-          jnp.where(inside_C[:, None], rows, 0) for rows in (x_CM, dy_CF)
+    def block(dw_EMF, row, size, inside_W):
+      x_WM, dy_WF = _rows(x_RM, row, size), _rows(dy_RF, row, size)
+      if inside_W is not None:
+        # Mask both: a row behind the groups may hold NaN, and 0 NaN is NaN.
+        x_WM, dy_WF = (
+          jnp.where(inside_W[:, None], rows, 0) for rows in (x_WM, dy_WF)
         )
       dw_MF = jax.lax.dot_general(
-        x_CM,
-        dy_CF,
+        x_WM,
+        dy_WF,
         (((0,), (0,)), ((), ())),
         preferred_element_type=jnp.float32,
       )
-      if inside_C is None:  # Not the first.
+      if inside_W is None:  # Not the first block of its group.
         return dw_EMF.at[e].add(dw_MF, mode="promise_in_bounds")
       return jax.lax.dynamic_update_index_in_dim(
         dw_EMF, dw_MF, e, 0, allow_negative_indices=False

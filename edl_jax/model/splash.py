@@ -9,26 +9,26 @@ import operator
 import jax
 import jax.numpy as jnp
 
-# What a vector register holds: sizes of blocks are multiples of it.
+# Elements in a row of a vector register; block sizes are multiples of it.
 _LANES = 128
-# Steps this large outlast what a step costs; of larger blocks on the diagonal
-# more is computed in vain.
+# At this size a step's work outweighs its overhead. Larger blocks would waste
+# more work on masked pairs at the diagonal.
 _LARGEST_BLOCK = 1024
 # The fused backward pass does five products a block instead of seven, but
-# writes a part of the queries' gradient for each block of keys.
+# writes one partial gradient of the queries for each block of keys.
 _MOST_GRADIENT_PARTS = 8
 
 
 def fits(length: int, shards: int = 1) -> bool:
   """Tells whether the kernels can run on rows of `length` tokens.
 
-  A shard of several holds two chunks, as `attention` says.
+  If shards share a row, each holds two chunks of it; see `attention`.
   """
   return length % (_LANES * (2 * shards if shards > 1 else 1)) == 0
 
 
 def _block(length: int, shards: int) -> int:
-  """The largest block, in tokens, that divides a row, or a shard's chunks."""
+  """Returns the largest block that divides a row, or a shard's two chunks."""
   chunk = length // (2 * shards) if shards > 1 else length
   return next(
     block for block in range(_LARGEST_BLOCK, 0, -_LANES) if chunk % block == 0
@@ -42,9 +42,9 @@ def _is_fused(length: int, block: int) -> bool:
 def flops(
   rows: int, length: int, heads: int, width: int, shards: int = 1
 ) -> tuple[int, int]:
-  """Counts what one call computes, which XLA's cost analysis leaves out.
+  """Counts the FLOPs of one call, which XLA's cost analysis leaves out.
 
-  Of n blocks of queries, block i meets i + 1 blocks of keys. A block takes two
+  Block i of queries meets i + 1 blocks of keys. Each such pair takes two
   products forward; backward it takes five, or seven in two kernels. Softmax
   does not count.
 
@@ -54,8 +54,7 @@ def flops(
     shards: devices over which the T of a row is spread.
 
   Returns:
-    FLOPs on one device of the forward pass, and of the backward pass without
-    it.
+    FLOPs on one device of the forward pass, and of the backward pass alone.
   """
   block = _block(length, shards)
   count = length // block
@@ -75,22 +74,21 @@ def attention(
 ) -> jax.Array:
   """Attention of scaled queries to earlier tokens of the same segment.
 
-  Where late queries meet many keys and early ones few, P devices share the work
-  evenly if each takes two of 2P chunks of queries, one as early as the other is
-  late. Queries go there and outputs come back, which is far less to send than
-  all keys; nothing outside needs to know.
+  Late queries meet many keys and early ones few. n devices share this work
+  evenly if each takes two of 2n chunks of queries, one as early as the other is
+  late. This function sends queries to such places and their outputs back, which
+  is far less than all keys; callers see no difference.
 
   Args:
     q_BTNH: queries; query head n reads key head n K // N.
     k_BSKH, v_BSKH: keys and values of whole rows; K divides N.
     segments_BT, segments_BS: int32 document of each query and of each key.
-    sequence_axis: the mesh axis, manual here, over which T is spread; without,
-      S = T.
+    sequence_axis: the manual mesh axis over which T is spread; None if S = T.
     interpret: runs the kernels anywhere, slowly, in Pallas's interpreter.
 
   Returns:
-    y_BTNH, in the dtype of `q_BTNH`. Rematerialisation knows it, and what else
-    the backward pass needs of the kernel, as "attention".
+    y_BTNH, in the dtype of `q_BTNH`. Rematerialisation policies know it, and
+    the kernel's other residuals, by the name "attention".
   """
   length = q_BTNH.shape[1]
   positions_T = jnp.arange(length, dtype=jnp.int32)
@@ -116,12 +114,12 @@ def attention(
 
 
 # --- Chunks of queries -------------------------------------------------------
-# Device i of P holds the chunks 2i and 2i + 1, and works at the chunks i and
-# 2P - 1 - i. One of those is even, the other odd; the even one comes first.
+# Device i of n holds the chunks 2i and 2i + 1, and works on the chunks i and
+# 2n - 1 - i. One of these two is even and the other odd; the even one is first.
 
 
 def _workers(sequence_axis: str, odd: bool) -> list[tuple[int, int]]:
-  """Which device holds an even (an odd) chunk, and which works at it."""
+  """Returns (holder, worker) of every even chunk, or of every odd one."""
   shards = jax.lax.axis_size(sequence_axis)
   chunks = range(odd, 2 * shards, 2)
   return [(c // 2, min(c, 2 * shards - 1 - c)) for c in chunks]
@@ -156,8 +154,8 @@ def _attention(
   block: int,
   interpret: bool,
 ) -> jax.Array:
-  """Attention of any blocks of queries to the keys of whole rows."""
-  # Takes a third of a second, which other platforms need not spend.
+  """Runs the kernel: any blocks of queries against the keys of whole rows."""
+  # This import takes a third of a second, which other platforms need not spend.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as library,
   )
@@ -165,9 +163,9 @@ def _attention(
     splash_attention_mask_info as mask_library,
   )
 
-  # Where a block of queries meets none of keys the kernel does not run; what
-  # it reads next is what it fetches meanwhile. JAX finds the same from the
-  # whole mask, which takes seconds for long rows.
+  # The kernel skips pairs of blocks that are masked entirely, and `data_next`
+  # names the block to fetch meanwhile. JAX can derive both from the whole mask,
+  # but takes seconds for long rows.
   num_keys = k_BSKH.shape[1]
   key_block = jnp.arange(num_keys // block)
   query_block = positions_T[::block, None] // block
