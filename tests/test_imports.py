@@ -20,6 +20,7 @@ ARROWS = {
   "command": {"config", "config_files", "tables"},
   "config": {"fields"},
   "config_files": {"config", "validation"},
+  "describe": {"config", "fields", "tables"},
   "evaluate": {
     *("checkpoint", "config", "losses", "model", "sharding", "storage"),
     *("tables", "text"),
