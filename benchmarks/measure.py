@@ -7,7 +7,6 @@ within a turn, which slow minutes do not change.
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax
 
-from edl_jax import tables
+from edl_jax import storage, tables
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
@@ -90,8 +89,7 @@ def report(rows: Sequence[Mapping[str, Any]], path: str, **more: Any) -> None:
     **more,
     "rows": list(rows),
   }
-  with open(path, "w", encoding="utf-8") as file:
-    json.dump(result, file, indent=2)
+  storage.write_json(path, result, indent=2)
   print(f"written to {path}")
 
 

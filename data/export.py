@@ -8,8 +8,10 @@ domains and split on any machine, whatever is installed there, if its
 """
 
 import json
+import os
 import sys
 
+from edl_jax import storage
 from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.sources import read_documents
@@ -34,15 +36,18 @@ def export(data: DataConfig, path: str) -> int:
   """
   taxonomy, documents = read_documents(data)
   label = dict(zip(taxonomy.fine, taxonomy.names))
+  if os.path.exists(path):
+    raise UserError(f"--out={path}: the file exists; choose another")
   try:
-    with open(path, "x", encoding="utf-8") as file:
+    with storage.whole_file(path) as file:
       for document in documents:
         record = {
           "domain": label[document.domain],
           "origin": document.origin,
           "text": document.text,
         }
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        file.write(line.encode())
   except OSError as error:
     raise UserError(f"--out={path}: {error.strerror}") from error
   return len(documents)

@@ -20,7 +20,6 @@ import os
 import random
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,10 @@ import numpy as np
 from data import chunks
 from data.labels import LabelReport
 from data.plan import Plan, make_plan
+from edl_jax import storage
 from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
+from edl_jax.progress import BytesProgress
 from edl_jax.text.mixture import content_hash
 from edl_jax.text.prepared import (
   DOCUMENT,
@@ -169,42 +170,8 @@ def _opened(out: str, settings: Mapping[str, Any]) -> Iterator[None]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise UserError(f"--out={out}: another process works on it") from error
-    chunks.write_whole(path, json.dumps(settings).encode())
+    storage.write_json(path, settings)
     yield
-
-
-class _Progress:
-  """One live line on a terminal, a line every ten seconds elsewhere."""
-
-  def __init__(self, name: str, total: int | None = None):
-    self._name, self._total, self._done = name, total, 0
-    self._start = self._shown = time.monotonic()
-    self._live = sys.stderr.isatty()
-
-  def add(self, size: int) -> None:
-    """Counts so many bytes of text as done."""
-    self._done += size
-    now = time.monotonic()
-    if now - self._shown < (0.2 if self._live else 10):
-      return
-    self._shown = now
-    rate = self._done / (now - self._start)
-    line = f"{self._name}: {self._done / 1e6:,.1f} MB"
-    if self._total:
-      left = (self._total - self._done) / rate
-      line += f" of {self._total / 1e6:,.1f} MB, {left:,.0f} s left"
-    line += f", {rate / 1e6:.2f} MB/s"
-    print(
-      f"\r\x1b[K{line}" if self._live else line,
-      end="" if self._live else "\n",
-      file=sys.stderr,
-      flush=True,
-    )
-
-  def close(self) -> None:
-    """Removes the live line."""
-    if self._live:
-      print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class _Preparation:
@@ -248,7 +215,7 @@ class _Preparation:
 
   def _scan(self, workers: chunks.Workers) -> int:
     """Labels and measures every record; returns the number of chunks."""
-    progress, count = _Progress("reading"), 0
+    progress, count = BytesProgress("reading"), 0
 
     def missing() -> Iterator[chunks.Chunk]:
       nonlocal count
@@ -259,7 +226,7 @@ class _Preparation:
 
     for size in workers.in_order(chunks.scan, missing()):
       progress.add(size)
-    progress.close()
+    progress.close(erase=True)
     return count
 
   def _tokenizer(self, plan: Plan) -> Tokenizer:
@@ -276,7 +243,7 @@ class _Preparation:
       tokenizer = train_tokenizer(sample, size)
     else:
       tokenizer = open_tokenizer(kind)
-    chunks.write_whole(path, tokenizer.to_json().encode())
+    storage.write_bytes(path, tokenizer.to_json().encode())
     return tokenizer
 
   def _sample(self, plan: Plan, enough: int) -> list[str]:
@@ -300,7 +267,7 @@ class _Preparation:
 
   def _encode(self, plan: Plan, workers: chunks.Workers) -> None:
     """Writes the tokens of every chunk."""
-    progress = _Progress("tokenizing", plan.num_bytes)
+    progress = BytesProgress("tokenizing", plan.num_bytes)
 
     def missing() -> Iterator[chunks.Job]:
       for chunk in self._chunks():
@@ -323,7 +290,7 @@ class _Preparation:
 
     for size in workers.in_order(chunks.encode, missing()):
       progress.add(size)
-    progress.close()
+    progress.close(erase=True)
 
   def _finish(
     self, plan: Plan, tokenizer: Tokenizer, settings: Mapping[str, Any]
@@ -343,7 +310,7 @@ class _Preparation:
     documents = np.concatenate(parts)
     index = io.BytesIO()
     np.save(index, documents)
-    chunks.write_whole(self._out / DOCUMENTS, index.getvalue())
+    storage.write_bytes(self._out / DOCUMENTS, index.getvalue())
     for name in (DOCUMENTS, TOKENIZER):
       files[name] = checksum(self._out / name)
     manifest = {
@@ -360,8 +327,7 @@ class _Preparation:
       "skipped": plan.skipped,
       "files": files,
     }
-    content = json.dumps(manifest, ensure_ascii=False, indent=2)
-    chunks.write_whole(self._out / MANIFEST, content.encode())
+    storage.write_json(self._out / MANIFEST, manifest, indent=2)
     shutil.rmtree(self._out / "work")
     return manifest
 

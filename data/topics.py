@@ -7,6 +7,7 @@ model, says how often it is right on samples it was not shown, and writes a
 folder that the rule `{by: topic, model: topics}` of `data.labels` reads.
 """
 
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from edl_jax import storage
 from edl_jax.command import Command
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest, position
@@ -78,14 +80,12 @@ class TopicClassifier:
     """
     try:
       os.makedirs(folder, exist_ok=True)
-      np.savez_compressed(
-        os.path.join(folder, "model.npz"),
-        weights=self._weights_FD.T,
-        bias=self._bias_D,
+      arrays = io.BytesIO()
+      np.savez_compressed(arrays, weights=self._weights_FD.T, bias=self._bias_D)
+      storage.write_bytes(os.path.join(folder, "model.npz"), arrays.getvalue())
+      storage.write_json(
+        os.path.join(folder, "labels.json"), self.labels, indent=2
       )
-      path = os.path.join(folder, "labels.json")
-      with open(path, "w", encoding="utf-8") as file:
-        json.dump(list(self.labels), file, ensure_ascii=False, indent=2)
     except OSError as error:
       raise UserError(f"{folder}: {error.strerror}") from error
 

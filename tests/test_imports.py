@@ -12,8 +12,8 @@ PACKAGE = ROOT / "edl_jax"
 ARROWS = {
   "analysis": {"config", "metrics", "storage", "tables"},
   "aot": {
-    *("command", "config", "config_files", "model", "optim", "runtime"),
-    *("sharding", "step", "text"),
+    *("command", "config", "config_files", "model", "optim", "progress"),
+    *("runtime", "sharding", "step", "storage", "text"),
   },
   "cache": {"storage"},
   "checkpoint": {"config", "model", "sharding", "step", "storage", "text"},

