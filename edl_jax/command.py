@@ -16,7 +16,9 @@ its flags, so that one process can import many commands, and tests can call
 """
 
 import difflib
+import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -121,30 +123,37 @@ class Command:
     """
     return config_files.load(self._values["experiment"].value, self.overrides)
 
-  def main(
-    self, function: Callable[[], int | None]
-  ) -> Callable[[Sequence[str] | None], int]:
+  def main(self, function: Callable[[], int | None]) -> Callable[..., int]:
     """Decorates a program that reads its flags and returns its exit code.
 
     The result takes the arguments after the program's name, `sys.argv[1:]` if
     there are none, and returns the exit code: 0 unless the program says
-    otherwise, 2 after a UserError, 130 after Ctrl-C.
+    otherwise, 2 after a UserError, and after a signal, as a shell reports it,
+    128 + number: 130 after Ctrl-C, 141 when the output was closed.
     """
 
     def main(arguments: Sequence[str] | None = None) -> int:
       arguments = sys.argv[1:] if arguments is None else arguments
-      if "--help" in arguments:
-        print(self.help())
-        return 0
       try:
-        self.parse(arguments)
-        return function() or 0
+        if "--help" in arguments:
+          print(self.help())
+          code = 0
+        else:
+          self.parse(arguments)
+          code = function() or 0
+        sys.stdout.flush()
+        return code
+      except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python flushes once more
+        # at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
       except UserError as error:
         print_error(error)
         return 2
       except KeyboardInterrupt:
         print_error("interrupted")
-        return 130
+        return 128 + signal.SIGINT
 
     main.__doc__ = function.__doc__
     return main
@@ -206,6 +215,8 @@ class Command:
     return "\n".join([self._documentation, "", "Flags:", *table])
 
   def _syntax(self, name: str) -> str:
+    if f"--{name}" in self._bare:
+      return "[=VALUE]"
     parser = self._parsers.get(name)
     if parser is None or not parser.choices or parser.kind is tuple:
       return ""

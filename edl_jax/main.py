@@ -7,7 +7,8 @@ Any field of the experiment can be set by its dotted name:
   --experiment.losses.divergence_weight=0.01 --experiment.train.num_steps=500
 
 Started again, the same command resumes from the newest checkpoint in --workdir.
-With --mode=eval it evaluates that checkpoint instead of training.
+With --mode=eval it evaluates that checkpoint instead of training. --describe
+lists every field of the experiment, and does nothing else.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from absl import logging
 
 from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
+from edl_jax.describe import describe
 
 if TYPE_CHECKING:
   import grain
@@ -40,6 +42,14 @@ _WORKDIR = COMMAND.flag(
 )
 _MODE = COMMAND.flag(
   "mode", "train", "What to do with the experiment.", choices=["train", "eval"]
+)
+_DESCRIBE = COMMAND.flag(
+  "describe",
+  None,
+  "List the settings with value, help and bounds, and do nothing else. Names a"
+  " group, as --describe=losses, or one key.",
+  kind=str,
+  bare="",
 )
 _DISTRIBUTED = COMMAND.flag(
   "distributed",
@@ -173,22 +183,22 @@ def execute(run: Run, mesh: "Mesh") -> int:
   """
   import jax
 
+  from edl_jax import train
   from edl_jax.evaluate import evaluate_checkpoint
-  from edl_jax.train import NonFiniteError, Preempted, describe, train
 
   workdir, provenance, corpus, training = run
   if jax.process_index() == 0:
-    lines = describe(provenance.experiment, corpus, mesh)
+    lines = train.describe(provenance.experiment, corpus, mesh)
     print("\n".join(lines), flush=True)
   if training is None:
     evaluate_checkpoint(corpus, provenance, mesh, workdir)
     return 0
   try:
-    train(corpus, *training, provenance, mesh, workdir)
-  except NonFiniteError as error:
+    train.train(corpus, *training, provenance, mesh, workdir)
+  except train.NonFiniteError as error:
     print_error(error)
     return 1
-  except Preempted as error:
+  except train.Preempted as error:
     print_error(error)
     # The code by which a shell reports a process that a signal ended.
     return 128 + error.signal
@@ -212,6 +222,9 @@ def main() -> int:
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
   experiment = COMMAND.load()
+  if _DESCRIBE.value is not None:
+    print("\n".join(describe(experiment, _DESCRIBE.value)))
+    return 0
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the folder of the run")
   # Imports JAX, which --help and errors in flags do without.

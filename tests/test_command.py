@@ -1,6 +1,8 @@
 """Flags, --help and the one-line errors that all commands share."""
 
+import importlib
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,21 +132,33 @@ def test_exit_codes(capsys, raised, code, line):
   assert Command("").main(lambda: 3)([]) == 3
 
 
+def test_a_reader_that_stops_early_is_no_error():
+  ended = subprocess.run(
+    [f"{sys.executable} -m data.topics --help | true; echo ${{PIPESTATUS[0]}}"],
+    cwd=ROOT,
+    shell=True,
+    executable="bash",
+    capture_output=True,
+    text=True,
+  )
+  assert (ended.stdout, ended.stderr) == (f"{128 + signal.SIGPIPE}\n", "")
+
+
 def test_help_is_documentation_and_aligned_flags(capsys):
   command, _ = command_with_flags()
   assert command.main(lambda: pytest.fail("ran"))(["--mode=c", "--help"]) == 0
   assert capsys.readouterr().out == (
     "What it does.\n\n  python -m it\n\nFlags:\n"
-    "  --out_file  File to write. Required.\n"
-    "  --rounds    Turns to take. Default: 9.\n"
-    "  --share     Share to keep. Default: 0.5.\n"
-    "  --mode=a|b  Mode. Default: a.\n"
-    "  --names     Names. Default: x, y.\n"
-    "  --grid      Grids.\n"
-    "  --dry       Do nothing.\n"
-    "  --limit     Limit.\n"
-    "  --show      Part to show.\n"
-    "  --help      Show this text.\n"
+    "  --out_file      File to write. Required.\n"
+    "  --rounds        Turns to take. Default: 9.\n"
+    "  --share         Share to keep. Default: 0.5.\n"
+    "  --mode=a|b      Mode. Default: a.\n"
+    "  --names         Names. Default: x, y.\n"
+    "  --grid          Grids.\n"
+    "  --dry           Do nothing.\n"
+    "  --limit         Limit.\n"
+    "  --show[=VALUE]  Part to show.\n"
+    "  --help          Show this text.\n"
   )
 
 
@@ -165,24 +179,28 @@ def test_experiment_and_its_fields():
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_of_every_program(program):
   """In one style: 80 columns, sentences, words joined by underscores."""
-  program = program.removesuffix(".__main__")
-  # The package's own programs answer before they load JAX.
-  without = "jax" if program.startswith("edl_jax.") else ""
-  code = (
-    f"import runpy, sys; sys.modules[{without!r}] = None\n"
-    f"runpy.run_module({program!r}, run_name='__main__', alter_sys=True)\n"
+  text = importlib.import_module(program).COMMAND.help()
+  text, _, flags = text.partition("\nFlags:\n")
+  assert f"python -m {program.removesuffix('.__main__')}" in text
+  lines = flags.splitlines()
+  assert all(len(line) <= 80 for line in lines)
+  names = re.findall(r"^  --([^ =[]+)", flags, re.MULTILINE)
+  assert names[-1] == "help"
+  assert all(re.fullmatch("[a-z0-9_]+", name) for name in names)
+
+
+@pytest.mark.parametrize("module", ["main", "sweep", "aot.__main__"])
+def test_help_comes_before_jax_is_loaded(module):
+  program = (
+    "import sys; sys.modules['jax'] = None\n"
+    f"from edl_jax.{module} import main\n"
+    "sys.exit(main())\n"
   )
   ended = subprocess.run(
-    [sys.executable, "-c", code, "--help"],
+    [sys.executable, "-c", program, "--help"],
     cwd=ROOT,
     capture_output=True,
     text=True,
   )
   assert (ended.returncode, ended.stderr) == (0, "")
-  text, _, flags = ended.stdout.partition("\nFlags:\n")
-  assert f"python -m {program}" in text
-  lines = flags.splitlines()
-  assert all(len(line) <= 80 for line in lines)
-  names = re.findall("^  --([^ =]+)", flags, re.MULTILINE)
-  assert names[-1] == "help"
-  assert all(re.fullmatch("[a-z0-9_]+", name) for name in names)
+  assert "\nFlags:\n  --experiment" in ended.stdout

@@ -28,7 +28,7 @@ ARROWS = {
   "fields": set(),
   "losses": {"config", "fields", "sharding", "tables"},
   "main": {
-    *("checkpoint", "command", "config", "evaluate", "runtime"),
+    *("checkpoint", "command", "config", "describe", "evaluate", "runtime"),
     *("sharding", "storage", "text", "train"),
   },
   "metrics": {"config", "storage"},

@@ -288,3 +288,27 @@ def test_prepared_text_that_is_not_there_is_refused(tmp_path):
   experiment = config_files.load(TINY, {"data.prepared": f"{tmp_path}/none"})
   message = refused(experiment, tmp_path / "run")
   assert message == f"data.prepared={tmp_path}/none: no such folder"
+
+
+@pytest.mark.parametrize(
+  ("argument", "shown", "hidden"),
+  [
+    ("--describe", ["model.width", "losses.z_weight"], []),
+    ("--describe=losses", ["losses.z_weight"], ["model.width"]),
+    ("--describe=losses.z_weight", ["0.25"], ["losses.balance_weight"]),
+  ],
+)
+def test_describe_lists_settings_without_a_folder(
+  capsys, argument, shown, hidden
+):
+  arguments = [f"--experiment={TINY}", "--experiment.losses.z_weight=0.25"]
+  assert main.main([*arguments, argument]) == 0
+  text = capsys.readouterr().out
+  assert all(word in text for word in ["losses.z_weight", "0.25", *shown])
+  assert not any(word in text for word in hidden)
+
+
+def test_describe_of_an_unknown_part_names_the_nearest(capsys):
+  assert main.main([f"--experiment={TINY}", "--describe=loses"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: --describe=loses") and "losses" in line
