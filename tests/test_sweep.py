@@ -1,12 +1,10 @@
 """Sweeps: points, commands, skipping, signals, and the report over seeds."""
 
-import csv
 import json
 import os
 import pathlib
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -15,7 +13,6 @@ import pytest
 
 from edl_jax import config, metrics, sweep
 from edl_jax.analysis import sweep_report
-from edl_jax.config import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -186,89 +183,6 @@ def loss_of(experiment):
   return BASE[experiment.seed] - gain
 
 
-def markdown_rows(text):
-  lines = [line for line in text.splitlines() if line.startswith("|")]
-  return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-
-
-def test_report_has_spread_and_paired_differences(tmp_path, capsys):
-  # Written in an order that is not the order of the weights.
-  write_sweep(tmp_path, [f"{WEIGHT}=0.1,0.01,0", "seed=0,1,2"], loss_of)
-  (tmp_path / "unfinished").mkdir()
-  assert sweep.main(["--report", f"--workdir={tmp_path}"]) == 0
-  text = (tmp_path / "report.md").read_text()
-  assert text.strip() in capsys.readouterr().out
-  rows = markdown_rows(text)
-  groups = {row[0]: row for row in rows[2:5]}
-  assert list(groups) == [
-    f"divergence_weight={w}" for w in ("0", "0.01", "0.1")
-  ]
-  for row, weight in zip(groups.values(), GAIN):
-    losses = [BASE[seed] - GAIN[weight][seed] for seed in range(3)]
-    assert row[1] == "3"
-    assert row[2] == (f"{sum(losses) / 3:.4f} ± {statistics.stdev(losses):.4f}")
-  # The spread of the differences is that of the gain: seeds cancel.
-  start = text.index("Difference from divergence_weight=0, paired by seed")
-  small, large = markdown_rows(text[start:])[2:]
-  assert small[:3] == ["divergence_weight=0.01", "3", "-0.5000 ± 0.2500"]
-  assert large[:3] == ["divergence_weight=0.1", "3", "-1.0000 ± 0.0000"]
-  with open(tmp_path / "report.csv", newline="") as file:
-    table = list(csv.DictReader(file))
-  assert len(table) == 9
-  for row in table:
-    key = float(row[WEIGHT]), int(row["seed"])
-    expected = BASE[key[1]] - GAIN[key[0]][key[1]]
-    assert float(row["lm_loss"]) == expected
-    assert float(row["lm_loss/legal"]) == 2 * expected
-    assert row["diversity/layer_1"] == "0.5"
-  pictures = {path.name for path in tmp_path.glob("*.png")}
-  assert pictures == {
-    "loss_by_divergence_weight.png",
-    "diversity_by_divergence_weight.png",
-    "loss_by_step.png",
-  }
-
-
-def test_plot_has_one_line_a_group_with_error_bars(tmp_path):
-  grids = [
-    f"{WEIGHT}=0,0.01,0.1",
-    "data.granularity=fine,shuffled",
-    "seed=0,1,2",
-  ]
-  write_sweep(tmp_path, grids, loss_of)
-  runs = sweep_report.read_runs(str(tmp_path))
-  keys = sweep_report.swept_keys(runs)
-  assert keys == [WEIGHT, "data.granularity", "seed"]
-  figure = sweep_report._draw_by(
-    WEIGHT,
-    sweep_report.short_names(keys),
-    sweep_report.group_runs(runs),
-    "lm_loss",
-    "loss",
-  )
-  (axes,) = figure.axes
-  legend = [text.get_text() for text in axes.get_legend().get_texts()]
-  assert legend == ["granularity=fine", "granularity=shuffled"]
-  for container in axes.containers:
-    line, _, (bars,) = container.lines
-    assert list(line.get_xdata()) == [0.0, 0.01, 0.1]
-    for y, segment, weight in zip(line.get_ydata(), bars.get_segments(), GAIN):
-      losses = [BASE[seed] - GAIN[weight][seed] for seed in range(3)]
-      assert y == pytest.approx(statistics.fmean(losses))
-      spread = segment[1, 1] - segment[0, 1]
-      assert spread == pytest.approx(2 * statistics.stdev(losses))
-
-
-def test_seeds_that_are_not_shared_are_not_paired(tmp_path):
-  write_sweep(tmp_path, [f"{WEIGHT}=0", "seed=0"], loss_of)
-  write_sweep(tmp_path, [f"{WEIGHT}=0.1", "seed=1,2"], loss_of)
-  base, other = sweep_report.group_runs(sweep_report.read_runs(str(tmp_path)))
-  assert sweep_report.paired_differences(base, other, "lm_loss") == []
-  text = sweep_report.write_report(str(tmp_path))
-  assert "Difference" not in text
-  assert markdown_rows(text)[2][:3] == ["divergence_weight=0", "1", "3.0000"]
-
-
 def test_two_runs_print_the_comparison(tmp_path, capsys):
   write_sweep(tmp_path, [f"{WEIGHT}=0,0.1"], loss_of)
   assert sweep.main(["--report", f"--workdir={tmp_path}"]) == 0
@@ -289,13 +203,6 @@ def test_result_of_another_experiment_is_refused(tmp_path, capsys):
   assert code == 2
   assert "train.num_steps: 20 -> 9" in capsys.readouterr().err
   assert not (tmp_path / "seed=2").exists()
-
-
-def test_damaged_result_is_a_user_error(tmp_path):
-  (tmp_path / "run").mkdir()
-  (tmp_path / "run" / "result.json").write_text("{")
-  with pytest.raises(UserError, match=r"run/result\.json: not the result"):
-    sweep_report.read_runs(str(tmp_path))
 
 
 # Stands for edl_jax.main, whose start alone takes seconds. Writes a line when

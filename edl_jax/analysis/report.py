@@ -30,6 +30,7 @@ COLORS = (
   "#56B4E9",
   "#8A8A00",
 )
+DPI = 110
 LINE_STYLES = ("-", "--", ":", "-.")
 # More lines than this are drawn without names.
 _MAX_NAMED_DOMAINS = 2 * len(COLORS)
@@ -75,7 +76,7 @@ def write_run_report(workdir: str) -> list[str]:
 def save_figure(figure: Figure, path: str) -> None:
   """Writes a figure as a PNG file."""
   with storage.whole_file(path) as file:
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=DPI)
 
 
 def line_style(index: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from matplotlib import image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from edl_jax import metrics
 from edl_jax.analysis import report
@@ -31,26 +32,117 @@ def write_run(folder, num_layers, domains, num_experts):
     for step in (10, 20, 30):
       names = ("lm_loss", "divergence_loss", "balance_loss", "z_loss")
       values = {f"train/{name}": 30.0 / step for name in names}
-      values["routing/diversity"] = values["routing/inter_fraction"] = 0.2
+      values |= {"routing/diversity": 0.2, "routing/inter_fraction": 0.4}
       writer.write(step, values)
-      writer.write(step, {f"eval/lm_loss/{name}": 2.0 for name in domains})
-      writer.write(step, {"eval/lm_loss": 2.0, "eval/routing/diversity": 0.2})
+      losses = {f"eval/lm_loss/{d}": 2 + i / 2 for i, d in enumerate(domains)}
+      writer.write(step, {"eval/lm_loss": 2.25, **losses})
+      writer.write(step, {"eval/routing/diversity": 0.3})
   return routing
 
 
+def pixels_of(figure, axes, points):
+  """Returns the pixels (row, column) of a saved figure at data coordinates."""
+  figure.set_dpi(report.DPI)
+  FigureCanvasAgg(figure).draw()
+  x, y = axes.transData.transform(points).T
+  height = figure.bbox.height
+  return (height - y).astype(int), x.astype(int)
+
+
 @pytest.mark.parametrize("sizes", [(1, 2, 4), (3, 16, 40)])
-def test_run_report_draws_three_pictures(tmp_path, sizes):
+def test_pictures_show_every_cell_in_its_colour(tmp_path, sizes):
   num_layers, num_domains, num_experts = sizes
   domains = [f"domain_{i}" for i in range(num_domains)]
-  write_run(tmp_path / "run", num_layers, domains, num_experts)
+  routing = write_run(tmp_path / "run", num_layers, domains, num_experts)
   paths = report.write_run_report(str(tmp_path / "run"))
   names = ("loss", "experts_by_domain", "domain_divergence")
   assert paths == [str(tmp_path / f"run/report/{n}.png") for n in names]
-  for path in paths:
-    pixels = image.imread(path)
-    assert min(pixels.shape[:2]) > 150
-    # Something was drawn besides the white ground.
-    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20
+  for path, draw, columns in (
+    (paths[1], report._draw_experts, num_experts),
+    (paths[2], report._draw_divergence, num_domains),
+  ):
+    picture = image.imread(path)[..., :3]
+    figure = draw(routing, "run")
+    # One panel a layer, and the colour bar.
+    assert len(figure.axes) == num_layers + 1
+    for axes in figure.axes[:num_layers]:
+      (drawn,) = axes.images
+      shown = np.asarray(drawn.get_array())
+      assert shown.shape == (num_domains, columns)
+      # A third of a cell from its centre, beside the number written there.
+      points = [
+        (column + 0.33, row + 0.33)
+        for row in range(num_domains)
+        for column in range(columns)
+      ]
+      colors = picture[pixels_of(figure, axes, points)]
+      expected = drawn.cmap(drawn.norm(shown.ravel()))[:, :3]
+      np.testing.assert_allclose(colors, expected, atol=1.5 / 255)
+
+
+def test_domains_name_the_rows_of_the_leftmost_panels(tmp_path):
+  domains = [f"domain_{i}" for i in range(16)]
+  routing = write_run(tmp_path, 3, domains, 40)
+  for draw in (report._draw_experts, report._draw_divergence):
+    panels = draw(routing, "run").axes[:3]
+    columns = panels[0].get_gridspec().ncols
+    for index, axes in enumerate(panels):
+      labels = [label.get_text() for label in axes.get_yticklabels()]
+      assert labels == (domains if index % columns == 0 else [""] * 16)
+
+
+def test_loss_picture_has_a_line_for_each_figure(tmp_path):
+  write_run(tmp_path, 1, ["c", "legal"], 4)
+  lines = metrics.read_metrics(str(tmp_path))
+  steps = [10, 20, 30]
+  loss, routing, auxiliary = report._draw_loss(lines, "run").axes
+  drawn = {
+    line.get_label(): line.get_xydata().round(9).tolist()
+    for axes in (loss, routing, auxiliary)
+    for line in axes.lines
+    if not line.get_label().startswith("_")
+  }
+  falling = [[step, 30.0 / step] for step in steps]
+  middle = sum(y for _, y in falling) / 3
+  smoothed = [falling[0], [20, round(middle, 9)], falling[2]]
+  assert drawn == {
+    "training, smoothed": smoothed,
+    "c": [[step, 2.0] for step in steps],
+    "legal": [[step, 2.5] for step in steps],
+    "held-out, overall": [[step, 2.25] for step in steps],
+    "diversity: mean JSD of domain pairs / ln 2": [[s, 0.2] for s in steps],
+    "share between domains: D_inter / D_total": [[s, 0.4] for s in steps],
+    "held-out": [],
+    "balance": smoothed,
+    "divergence": smoothed,
+    "z": smoothed,
+  }
+  # Without names: the training loss as it is; of each routing figure the values
+  # as they are and the held-out points.
+  unnamed = [
+    [line.get_xydata().tolist() for line in axes.lines[start::step]]
+    for axes, start, step in ((loss, 0, 5), (routing, 0, 3), (routing, 2, 3))
+  ]
+  assert unnamed == [
+    [falling],
+    [[[s, 0.2] for s in steps], [[s, 0.4] for s in steps], []],
+    [[[s, 0.3] for s in steps], []],
+  ]
+
+
+def test_many_domains_share_one_name(tmp_path):
+  domains = [f"domain_{i}" for i in range(20)]
+  write_run(tmp_path, 1, domains, 4)
+  lines = metrics.read_metrics(str(tmp_path))
+  axes = report._draw_loss(lines, "run").axes[0]
+  # Training twice, each domain, overall.
+  assert len(axes.lines) == 2 + 20 + 1
+  legend = [text.get_text() for text in axes.get_legend().get_texts()]
+  assert legend == [
+    "training, smoothed",
+    "each of 20 held-out domains",
+    "held-out, overall",
+  ]
 
 
 def test_run_report_draws_what_there_is(tmp_path):
