@@ -1,0 +1,160 @@
+"""Evaluation against loops over tokens in NumPy float64."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from edl_jax.config import Experiment, MeshConfig, ModelConfig
+from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
+from edl_jax.model.transformer import Model
+from edl_jax.sharding import make_mesh
+from edl_jax.text.batch import Batch
+from edl_jax.text.taxonomy import Taxonomy
+from edl_jax.text.tokenizer import byte_tokenizer
+
+CONFIG = ModelConfig(
+  vocabulary_size=257,
+  num_layers=3,
+  num_dense_layers=1,
+  dense_width=16,
+  width=16,
+  num_heads=2,
+  num_kv_heads=1,
+  head_width=8,
+  num_experts=5,
+  num_active_experts=2,
+  expert_width=16,
+)
+ROWS, LENGTH = 4, 6
+# The third domain has no text.
+TAXONOMY = Taxonomy.from_names(["x/a", "x/b", "c", "d"])
+DOMAINS = ([0, 1, 1, 3], [3, 0, 0, 3])
+
+
+def make_batch(seed, domains):
+  """Rows of whole documents; the last one ends in padding."""
+  random = np.random.default_rng(seed)
+  tokens = random.integers(0, 257, (ROWS, LENGTH + 1)).astype(np.int32)
+  weights = np.ones((ROWS, LENGTH), np.float32)
+  weights[-1, -2:] = 0
+  return Batch(
+    tokens_BT=tokens[:, :-1],
+    targets_BT=tokens[:, 1:],
+    segments_BT=weights.astype(np.int32),
+    positions_BT=np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
+    weights_BT=weights,
+    domain_B=np.array(domains, np.int32),
+  )
+
+
+@pytest.fixture(scope="module")
+def model():
+  return Model(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def batches():
+  return [make_batch(seed, domains) for seed, domains in enumerate(DOMAINS)]
+
+
+@pytest.fixture(scope="module")
+def evaluation(model, batches):
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    return evaluate(
+      make_eval_step(4, byte_tokenizer()),
+      model,
+      batches,
+      mesh,
+      TAXONOMY,
+      Experiment(model=CONFIG),
+    )
+
+
+def counted(model, batches):
+  """Yields domain, target, nats and active experts by layer of each token."""
+  logits = jax.jit(lambda model, tokens: model(tokens))
+  token_routing = jax.jit(lambda model, tokens: model.token_routing(tokens))
+  for batch in batches:
+    logits_BTV = np.asarray(logits(model, batch.tokens_BT), np.float64)
+    _, expert_LBTA = token_routing(model, batch.tokens_BT)
+    expert_LBTA = np.asarray(expert_LBTA)
+    for b, t in np.argwhere(batch.weights_BT):
+      target = batch.targets_BT[b, t]
+      row = logits_BTV[b, t]
+      nats = math.log(np.exp(row).sum()) - row[target]
+      yield batch.domain_B[b], target, nats, expert_LBTA[:, b, t]
+
+
+def test_losses_are_those_of_every_counted_token(model, batches, evaluation):
+  nats, tokens, size = (dict.fromkeys(range(4), 0) for _ in range(3))
+  for domain, target, loss, _ in counted(model, batches):
+    nats[domain] += loss
+    tokens[domain] += 1
+    # Token 256, the start of a document, stands for no byte.
+    size[domain] += target < 256
+  losses = evaluation.losses
+  assert list(losses["domains"]) == ["a", "b", "d"]
+  for domain, name in ((0, "a"), (1, "b"), (3, "d")):
+    figures = losses["domains"][name]
+    assert figures["tokens"] == tokens[domain]
+    assert figures["bytes"] == size[domain]
+    assert figures["lm_loss"] == pytest.approx(
+      nats[domain] / tokens[domain], rel=1e-5
+    )
+    assert figures["bits_per_byte"] == pytest.approx(
+      nats[domain] / math.log(2) / size[domain], rel=1e-5
+    )
+  total = sum(nats.values())
+  assert losses["lm_loss"] == pytest.approx(
+    total / sum(tokens.values()), rel=1e-5
+  )
+  assert losses["bits_per_byte"] == pytest.approx(
+    total / math.log(2) / sum(size.values()), rel=1e-5
+  )
+
+
+def test_report_has_the_share_of_each_expert(model, batches, evaluation):
+  count_LDE = np.zeros((2, 4, 5))
+  for domain, _, _, expert_LA in counted(model, batches):
+    for layer, active in enumerate(expert_LA):
+      count_LDE[layer, domain, active] += 1
+  share_LDE = count_LDE / np.maximum(count_LDE.sum(-1, keepdims=True), 1)
+  report = evaluation.report
+  np.testing.assert_allclose(report["assignments"], share_LDE, rtol=1e-6)
+  assert report["domains"] == ["a", "b", "c", "d"]
+  # Numbers of the mixture-of-experts layers in the model.
+  assert report["layers"] == [1, 2]
+  assert np.shape(report["probabilities"]) == (2, 4, 5)
+  assert np.shape(report["pairwise_divergence"]) == (2, 4, 4)
+
+
+def test_routing_figures_are_means_over_layers(evaluation):
+  layers = evaluation.routing["layers"]
+  assert len(layers) == 2
+  names = set(evaluation.routing) - {"layers"}
+  assert {"diversity", "inter_fraction", "max_violation"} <= names
+  for name in names:
+    values = [layer[name] for layer in layers]
+    assert evaluation.routing[name] == pytest.approx(np.mean(values))
+
+
+def test_metrics_are_named_by_figure_and_domain():
+  evaluation = Evaluation(
+    losses={
+      "lm_loss": 3.0,
+      "bits_per_byte": 2.0,
+      "domains": {"a": {"lm_loss": 4.0, "bits_per_byte": 1.0, "tokens": 9}},
+    },
+    routing={"diversity": 0.5, "layers": [{"diversity": 0.5}]},
+    report={},
+  )
+  assert evaluation.metrics() == {
+    "eval/lm_loss": 3.0,
+    "eval/lm_loss/a": 4.0,
+    "eval/bits_per_byte": 2.0,
+    "eval/bits_per_byte/a": 1.0,
+    "eval/routing/diversity": 0.5,
+  }
