@@ -46,8 +46,8 @@ test-tpu: $(VENV)/tpu
 update-tpu: $(VENV)/tpu
 	UPDATE_GOLDEN=1 PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot
 
-# The page of loss terms imports the code, hence the environment to run it.
-$(VENV)/docs: $(VENV)/demo requirements-docs.txt
+# The pages of settings and losses import the code, and ruff wraps signatures.
+$(VENV)/docs: $(VENV)/test requirements-docs.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
