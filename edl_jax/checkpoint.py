@@ -1,7 +1,7 @@
-"""Orbax checkpoints that explain themselves.
+"""Self-contained Orbax checkpoints.
 
 A checkpoint holds the parameters, the optimizer state, the position in the
-data and the run's `Provenance`: experiment, taxonomy, tokenizer and content
+data, and the run's `Provenance`: experiment, taxonomy, tokenizer and content
 hash of the corpus. `load` needs nothing else.
 """
 
@@ -33,7 +33,7 @@ _FOLDER = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-  """What a run was made from; a run continues only one that has the same."""
+  """What a run is made from. A run resumes only one of equal provenance."""
 
   experiment: Experiment
   taxonomy: Taxonomy
@@ -41,7 +41,7 @@ class Provenance:
   content_hash: str
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns a JSON object."""
+    """Returns the fields as a JSON object."""
     return {
       "experiment": config.flatten(self.experiment),
       "taxonomy": self.taxonomy.to_dict(),
@@ -60,9 +60,17 @@ class Provenance:
     )
 
   def check_continues(self, saved: Mapping[str, Any], where: str) -> None:
-    """Raises UserError unless this run may continue what `saved` describes."""
+    """Checks that this run may resume the one that `saved` describes.
+
+    Args:
+      saved: a `to_dict`.
+      where: the folder of that run, for messages.
+
+    Raises:
+      UserError: the two differ; names what differs.
+    """
     current = self.to_dict()
-    way_out = "choose another --workdir, or restore what differs"
+    way_out = "choose another --workdir, or undo the difference"
     keys = config.differing_keys(saved["experiment"], current["experiment"])
     if keys:
       raise UserError(
@@ -80,12 +88,12 @@ class Provenance:
 def check_workdir(
   workdir: str, provenance: Provenance, checkpoint_bytes: int
 ) -> None:
-  """Checks, before any device work, that a run can live in `workdir`.
+  """Checks, before any device work, that a run can use `workdir`.
 
-  Changes nothing there.
+  Changes nothing there. A bucket is taken to have room enough.
 
   Args:
-    workdir: folder of the run; need not exist. A bucket has room enough.
+    workdir: folder of the run; need not exist.
     provenance: of the run about to start.
     checkpoint_bytes: size of one checkpoint.
 
@@ -103,7 +111,7 @@ def check_workdir(
       f"cannot write to --workdir={workdir}: {error.strerror}; choose another"
     ) from error
   keep = provenance.experiment.train.keep_checkpoints
-  # One more than is kept exists while it is being written.
+  # While a checkpoint is being written, there is one more than is kept.
   needed = (keep + 1) * checkpoint_bytes
   if room < needed:
     raise UserError(
@@ -113,14 +121,18 @@ def check_workdir(
 
 
 def _room(workdir: str) -> float:
-  """Returns the bytes that checkpoints may take, after trying to write."""
+  """Returns the bytes that checkpoints may take.
+
+  Raises:
+    OSError: the folder cannot be written.
+  """
   if storage.in_bucket(workdir):
     storage.check_writable(workdir)
     return math.inf
   existing = os.path.abspath(workdir)
   while not os.path.lexists(existing):
     existing = os.path.dirname(existing)
-  # Permissions tell little on read-only or special file systems: try it.
+  # Permission bits say little on read-only or special file systems: write.
   with tempfile.TemporaryFile(dir=existing) as file:
     file.write(b"x")
   present = _folder_bytes(os.path.join(workdir, _FOLDER))
@@ -128,7 +140,10 @@ def _room(workdir: str) -> float:
 
 
 def describe_workdir(workdir: str, provenance: Provenance) -> None:
-  """Says in `workdir`/run.json whose folder it is, before any checkpoint."""
+  """Writes the provenance to `workdir`/run.json, if that file is missing.
+
+  Until the first checkpoint, it alone says whose folder this is.
+  """
   path = os.path.join(workdir, "run.json")
   if not epath.Path(path).exists():
     storage.make_folder(workdir)
@@ -136,7 +151,7 @@ def describe_workdir(workdir: str, provenance: Provenance) -> None:
 
 
 def saved_provenance(workdir: str) -> dict[str, Any] | None:
-  """Returns what `workdir` says of its run, None if it has none."""
+  """Returns the provenance saved in `workdir`, None if there is none."""
   folder = os.path.join(workdir, _FOLDER)
   steps = checkpoint_steps(folder)
   if steps:
@@ -146,7 +161,7 @@ def saved_provenance(workdir: str) -> dict[str, Any] | None:
 
 
 def _read_provenance(checkpoint: str) -> dict[str, Any]:
-  # Where Orbax puts what JsonSave is given.
+  # Orbax writes the dict that JsonSave is given to this path.
   return _read_json(os.path.join(checkpoint, "provenance", "metadata"))
 
 
@@ -161,8 +176,8 @@ def checkpoint_steps(folder: str) -> list[int]:
   """Returns the steps of the complete checkpoints in `folder`, rising."""
   if not epath.Path(folder).is_dir():
     return []
-  # Orbax writes under a temporary name and renames when complete; in a bucket
-  # it adds an object that says so.
+  # Orbax writes a checkpoint under a temporary name and renames it when it is
+  # complete. In a bucket it adds an object that marks it as complete.
   return sorted(
     int(path.name)
     for path in epath.Path(folder).iterdir()
@@ -171,7 +186,7 @@ def checkpoint_steps(folder: str) -> list[int]:
 
 
 class Checkpointer:
-  """Saves asynchronously, keeps the newest few, restores exactly."""
+  """Saves asynchronously, keeps the newest checkpoints, restores exactly."""
 
   def __init__(self, workdir: str, keep: int):
     self._manager = ocp.CheckpointManager(
@@ -180,7 +195,7 @@ class Checkpointer:
     )
 
   def latest_step(self) -> int | None:
-    """Returns the newest complete checkpoint's step, None without any."""
+    """Returns the step of the newest complete checkpoint, None without one."""
     return self._manager.latest_step()
 
   def save(
@@ -190,7 +205,7 @@ class Checkpointer:
     data_state: Mapping[str, Any],
     provenance: Provenance,
   ) -> None:
-    """Copies the state to the host and writes it while training goes on."""
+    """Copies the state to the host, then writes it while training continues."""
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -210,11 +225,11 @@ class Checkpointer:
   def restore(
     self, step: int, abstract: TrainState
   ) -> tuple[TrainState, dict[str, Any]]:
-    """Restores the state, laid out as `abstract` says, and the data position.
+    """Restores the training state and the position in the data.
 
     Args:
       step: of a complete checkpoint.
-      abstract: `jax.ShapeDtypeStruct`s with the shardings wanted.
+      abstract: `jax.ShapeDtypeStruct`s with the shardings of the result.
     """
     restored = self._manager.restore(
       step,
@@ -242,12 +257,12 @@ class Checkpointer:
     self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Completes the last save and releases Orbax's threads."""
+    """Waits for the last save, then ends Orbax's threads."""
     self._manager.close()
 
 
 class Loaded(NamedTuple):
-  """A run as a notebook sees it."""
+  """What `load` returns: a trained model, and what it was trained on."""
 
   model: Model
   tokenizer: Tokenizer
@@ -260,17 +275,17 @@ class Loaded(NamedTuple):
 def load(
   path: str, step: int | None = None, mesh: Mesh | None = None
 ) -> Loaded:
-  """Loads a model from a checkpoint directory alone.
+  """Loads a model; needs nothing but its checkpoint.
 
   Args:
-    path: a run's workdir, its `checkpoints` folder, or one step in it, on
-      this machine or in a bucket (gs://...).
-    step: which checkpoint; the newest by default.
-    mesh: where the parameters go, whatever mesh wrote them; one device by
-      default.
+    path: a run's workdir, its `checkpoints` folder, or the folder of one step,
+      on this machine or in a bucket (gs://...).
+    step: which checkpoint; by default the newest.
+    mesh: where the parameters go; by default one device. It need not be the
+      mesh that wrote them.
 
   Raises:
-    UserError: there is no such checkpoint, or no access to its bucket.
+    UserError: there is no such checkpoint, or its bucket cannot be read.
   """
   checkpoint, step = _find(path, step)
   provenance = Provenance.from_dict(_read_provenance(checkpoint))
@@ -309,7 +324,7 @@ def _find(path: str, step: int | None = None) -> tuple[str, int]:
     folder, name = os.path.split(path)
     if not name.isdigit():
       raise UserError(
-        f"{path}: a checkpoint's folder must be named by its step"
+        f"{path}: the folder of a checkpoint must be named by its step"
       )
     steps = [known for known in checkpoint_steps(folder) if str(known) == name]
   else:
@@ -330,11 +345,12 @@ def _find(path: str, step: int | None = None) -> tuple[str, int]:
 def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
   """Returns the tokenizer of `train.initial_checkpoint`, None without one.
 
-  A run that has a checkpoint of its own took it over: the one that it started
-  from may be gone.
+  Once the run has a checkpoint of its own, the tokenizer comes from there: the
+  initial checkpoint may have been deleted.
 
   Raises:
-    UserError: there is no such checkpoint, or its model has another shape.
+    UserError: there is no such checkpoint, or its model differs from
+      `experiment.model`.
   """
   path = experiment.train.initial_checkpoint
   if not path:
@@ -358,15 +374,15 @@ def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
   if keys:
     raise UserError(
       f"train.initial_checkpoint={path} holds another model:"
-      f" {'; '.join(keys)}; set the model's sizes to its own"
+      f" {'; '.join(keys)}; set these keys to the checkpoint's values"
     )
   return provenance.tokenizer
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
-  """Returns the leaves of any pytree as nested dicts of their path's names.
+  """Returns the leaves of a pytree in nested dicts, keyed by their path.
 
-  So a checkpoint is readable without this library's classes.
+  Checkpoints of such dicts can be read without this library's classes.
   """
   nested: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -379,7 +395,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _like(tree: Any, nested: Mapping[str, Any]) -> Any:
-  """Inverse of `_by_name`, with the structure of `tree`."""
+  """Inverse of `_by_name`; the result has the structure of `tree`."""
 
   def pick(path, _):
     holder = nested

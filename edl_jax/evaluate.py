@@ -1,4 +1,4 @@
-"""Held-out loss per domain, and the routing report."""
+"""Evaluation: held-out loss by domain, and the routing report."""
 
 import functools
 import os
@@ -24,9 +24,9 @@ from edl_jax.text.tokenizer import Tokenizer
 
 
 class EvalSums(NamedTuple):
-  """What evaluation adds up over batches, on the device."""
+  """Sums over batches, on the device. Adds leaf by leaf."""
 
-  # Cross-entropy of counted tokens by domain, nats, float32 (D,).
+  # Cross-entropy of the counted tokens by domain, in nats, float32 (D,).
   nats_D: jax.Array
   # Counted tokens by domain, float32 (D,).
   tokens_D: jax.Array
@@ -36,18 +36,19 @@ class EvalSums(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-  """Figures of one evaluation, on the host."""
+  """The figures of one evaluation, on the host."""
 
-  # "lm_loss" (nats per token), "bits_per_byte", and "domains": by fine name
-  # the same with "tokens" and "bytes".
+  # "lm_loss" (nats per token), "bits_per_byte", and "domains": a dict by fine
+  # name of the same two with "tokens" and "bytes".
   losses: dict[str, Any]
-  # Means over layers by metric, and "layers": the same for each layer.
+  # Routing metrics, each its mean over layers; and "layers": a list of the same
+  # metrics of each layer.
   routing: dict[str, Any]
-  # Arrays by domain and expert, as `routing.json` holds them.
+  # The content of `routing.json`: arrays by layer, domain and expert.
   report: dict[str, Any]
 
   def metrics(self) -> dict[str, float]:
-    """Returns the scalars of `metrics.jsonl`."""
+    """Returns the scalars by their names in `metrics.jsonl`."""
     values = {}
     for name in ("lm_loss", "bits_per_byte"):
       values[f"eval/{name}"] = self.losses[name]
@@ -62,7 +63,7 @@ class Evaluation(NamedTuple):
 def make_eval_step(
   num_domains: int, tokenizer: Tokenizer
 ) -> Callable[[Model, Batch], EvalSums]:
-  """Returns the jitted step of an evaluation."""
+  """Returns the jitted function that sums up one batch; see `evaluate`."""
   byte_lengths_V = np.asarray(tokenizer.byte_lengths_V, np.float32)
 
   @jax.jit
@@ -100,10 +101,11 @@ def evaluate(
   Args:
     eval_step: from `make_eval_step`.
     model: laid out on `mesh`.
-    batches: this process's rows of every batch, the same number everywhere.
-    mesh: in use.
-    taxonomy: names the domains.
-    experiment: tells which layers are mixtures of experts.
+    batches: this process's rows of every batch. Every process must have the
+      same number of batches.
+    mesh: the mesh in use.
+    taxonomy: the names of the domains.
+    experiment: the experiment, for its number of dense layers.
   """
   total = None
   for batch in batches:
@@ -125,7 +127,7 @@ def _routing_figures(stats: routing.RoutingStats) -> dict[str, Any]:
 def summarize(
   sums: EvalSums, taxonomy: Taxonomy, num_dense_layers: int
 ) -> Evaluation:
-  """Turns sums into figures; domains without a token are left out."""
+  """Turns sums into figures. `losses` omits domains without a token."""
   figures, sums = jax.device_get((_routing_figures(sums.routing), sums))
   nats_D, tokens_D, bytes_D = (
     np.asarray(x, np.float64)
@@ -183,8 +185,8 @@ def evaluate_checkpoint(
 ) -> None:
   """Evaluates the newest checkpoint of `workdir`.
 
-  Prints the figures and leaves them in `workdir`/eval.json, with the step and
-  the arrays of the routing report; the run's own files stay as they are.
+  Prints the figures, and writes them to `workdir`/eval.json with the step and
+  the arrays of the routing report. Changes no other file of the run.
   """
   process = (jax.process_index(), jax.process_count())
   with jax.set_mesh(mesh):

@@ -1,6 +1,6 @@
-"""The figures of a run: `metrics.jsonl` and TensorBoard.
+"""The metrics of a run, in `metrics.jsonl` and TensorBoard.
 
-Imports no JAX: reports and sweeps read metrics without starting a device.
+This module imports no JAX: reports and sweeps read metrics without a device.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ _METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-  """Reads `workdir`/metrics.jsonl in the order written.
+  """Reads `workdir`/metrics.jsonl, in the order written.
 
-  A last line that is incomplete, because the run was killed or is still
-  writing, is left out.
+  An incomplete last line is ignored: the run was killed, or is still writing.
 
   Returns:
-    One dict a line: "step" (int) and its values (float); empty without a file.
+    One dict per line with "step" (int) and the values of that line (float); an
+    empty list if there is no file.
 
   Raises:
     UserError: a line before the last is not a JSON object with a step.
@@ -36,7 +36,7 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 
 
 def _read_lines(workdir: str) -> list[tuple[bytes, dict[str, Any]]]:
-  """Returns every complete line of metrics.jsonl, as it is and parsed."""
+  """Returns every complete line of metrics.jsonl: its bytes, and its values."""
   path = os.path.join(workdir, _METRICS_FILE)
   if not epath.Path(path).exists():
     return []
@@ -61,27 +61,27 @@ def _read_lines(workdir: str) -> list[tuple[bytes, dict[str, Any]]]:
 class MetricsWriter:
   """Appends scalars to metrics.jsonl and to TensorBoard, both in `workdir`.
 
-  On construction everything after `first_step` is dropped, which a killed run
-  may have written after its last checkpoint; so the file of a resumed run
-  equals that of one that was never interrupted.
+  A killed run may have written lines after its last checkpoint. The constructor
+  drops the lines after `first_step`, so that the file of a resumed run equals
+  that of an uninterrupted one.
 
-  Objects in a bucket cannot be added to: there both files grow in a temporary
-  folder, and `sync` replaces the objects.
+  An object in a bucket cannot be appended to. If `workdir` is in a bucket, both
+  files grow in a temporary folder, and `sync` uploads them.
   """
 
   def __init__(self, workdir: str, *, first_step: int = 0):
-    """Opens the files, making `workdir` where needed.
+    """Opens the files; creates `workdir` if it is missing.
 
     Args:
       workdir: folder of the run.
-      first_step: step of the checkpoint the run goes on from, 0 for a new run.
+      first_step: step of the checkpoint that the run resumes from, 0 for none.
 
     Raises:
       UserError: `workdir` cannot be written.
     """
     self._workdir, folder = workdir, workdir
     self._temporary = None
-    # Bytes of the files that the bucket has, by their names.
+    # Sizes of the uploaded files in bytes, by name.
     self._synced: dict[str, int] = {}
     try:
       if storage.in_bucket(workdir):
@@ -105,11 +105,11 @@ class MetricsWriter:
 
     Args:
       step: optimizer steps taken so far.
-      values: scalars by name; float32 values are written as the float64 that
-        equals them. NaN and infinities are written as Python's json does.
+      values: scalars by name. A float32 is written as the float64 of the same
+        value; NaN and infinities are written as Python's json writes them.
 
     Raises:
-      UserError: the disk is full or gone.
+      UserError: the disk is full or cannot be written any more.
     """
     scalars = {name: float(value) for name, value in values.items()}
     line = json.dumps({"step": int(step), **scalars}) + "\n"
@@ -120,14 +120,14 @@ class MetricsWriter:
     except OSError as error:
       raise UserError(
         f"cannot write metrics to {self._workdir}: {error.strerror}; make room"
-        " and start again, the run goes on from its last checkpoint"
+        " and run the same command again: it resumes from the last checkpoint"
       ) from error
 
   def sync(self) -> None:
-    """Writes to a bucket what is new; files of this machine have it already.
+    """Uploads files that have grown; does nothing for a local `workdir`.
 
-    To be called before a checkpoint is written, so that whoever goes on from
-    it finds the figures up to its step.
+    Call this before writing a checkpoint: a run that resumes from it then finds
+    the metrics up to its step.
 
     Raises:
       UserError: the bucket cannot be written.
@@ -143,16 +143,17 @@ class MetricsWriter:
         storage.write_bytes(f"{self._workdir}/{name}", content)
       except OSError as error:
         raise UserError(
-          f"cannot write metrics to {self._workdir}: {error.strerror}; once it"
-          " can, the same command goes on from the last checkpoint"
+          f"cannot write metrics to {self._workdir}: {error.strerror}; once the"
+          " bucket can be written, run the same command again: it resumes from"
+          " the last checkpoint"
         ) from error
       self._synced[name] = len(content)
 
   def close(self) -> None:
     """Closes both files."""
-    # Every write was flushed: all that can be left, and fail again, is a line
-    # whose failure `write` has reported; or, in a bucket, what no checkpoint
-    # has either.
+    # Every write was flushed. Closing can only fail again for a line whose
+    # failure `write` has reported. An upload that fails here loses metrics that
+    # are newer than the last checkpoint.
     for file in (self._file, self._tensorboard):
       with contextlib.suppress(OSError):
         file.close()
@@ -169,15 +170,16 @@ class MetricsWriter:
 
 
 class _TensorBoard:
-  """Event files written in this thread.
+  """Writes TensorBoard's event files in the calling thread.
 
-  tensorboardX.SummaryWriter writes in a thread of its own: on a full disk that
-  thread dies and the run hangs on its queue; and two writers opened within one
-  second share a file name, so a quick restart loses the first one's events.
+  tensorboardX.SummaryWriter has two faults for our use. It writes in a thread
+  of its own, which dies on a full disk, and the run then hangs on its queue.
+  And two writers opened within one second share a file name, so that a quick
+  restart overwrites the events of the first.
   """
 
   def __init__(self, folder: str, first_step: int):
-    # Loads protobuf, which readers of this module do not need.
+    # These load protobuf, which readers of metrics do not need.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
@@ -187,7 +189,7 @@ class _TensorBoard:
     self._events = EventsWriter(
       os.path.join(folder, "events"), filename_suffix=f".{time.time_ns()}"
     )
-    # Hides events of this step and later in the files of a killed run.
+    # TensorBoard then hides events of this step and later in older files.
     self._add(first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -208,7 +210,7 @@ class _TensorBoard:
 
 
 def _drop_after(workdir: str, first_step: int, path: str) -> None:
-  """Leaves at `path` the complete lines up to `first_step`, all or nothing."""
+  """Writes the complete lines of `workdir` up to `first_step` to `path`."""
   kept = b"".join(
     line
     for line, values in _read_lines(workdir)

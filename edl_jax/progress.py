@@ -1,6 +1,6 @@
 """Progress lines: one live line on a terminal, plain lines elsewhere.
 
-Imports no JAX: data preparation shows its progress without starting a device.
+This module imports no JAX: data preparation needs no device.
 """
 
 import contextlib

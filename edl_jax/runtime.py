@@ -1,7 +1,7 @@
 """Settings of the process that make starts and steps faster.
 
-`configure` is called by programs before JAX finds its devices, never by the
-library's functions, whose callers decide about their own process.
+Programs call `configure` before JAX finds its devices. The library's functions
+never call it: their callers decide about their own process.
 """
 
 import ctypes
@@ -16,8 +16,8 @@ import jax
 
 from edl_jax.cache import cache_directory
 
-# What makes the TPU compiler send and compute at once. Gathers of weights are
-# cut in steps that run inside the fusions before they are needed, ...
+# These let the TPU compiler overlap communication with computation. It cuts an
+# all-gather of weights into steps and runs them inside earlier fusions.
 _TPU_OPTIONS = {
   "xla_enable_async_all_gather": True,
   "xla_tpu_enable_async_collective_fusion": True,
@@ -26,8 +26,8 @@ _TPU_OPTIONS = {
   "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
   "xla_tpu_overlap_compute_collective_tc": True,
 }
-# ... and gradients are reduced and scattered by the SparseCores, of chips that
-# have these and where the compiler can use them so.
+# These let the SparseCores run the reduce-scatter of gradients, on chips whose
+# SparseCores the compiler can use for it.
 _SPARSE_CORE_OPTIONS = {
   "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
   "xla_tpu_enable_reduce_scatter_offload_tracing": True,
@@ -41,10 +41,9 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def configure() -> None:
   """Keeps compiled programs for the next start, and freed memory for reuse.
 
-  Programs that took a second or more to compile are kept in the cache
-  directory, or where JAX_COMPILATION_CACHE_DIR says (empty: nowhere). Without
-  an accelerator machine code is optimised at level 1, unless XLA_FLAGS says
-  otherwise.
+  JAX keeps programs that took a second or more to compile in the cache folder,
+  or in JAX_COMPILATION_CACHE_DIR (empty: nowhere). Without an accelerator, XLA
+  optimises machine code at level 1, unless XLA_FLAGS sets another level.
   """
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     folder = cache_directory() / "compiled" / _processor()
@@ -52,7 +51,8 @@ def configure() -> None:
   if _computes_on_cpu():
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_optimization_level" not in flags:
-      # Higher levels compile up to three times as long, to code as fast.
+      # Higher levels take up to three times as long to compile, for code that
+      # is no faster.
       os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1"
     if sys.platform == "linux":
       _keep_freed_memory()
@@ -67,15 +67,15 @@ def compiler_options(device: jax.Device) -> dict[str, bool]:
 
 
 def _processor() -> str:
-  """A short name for this kind of processor.
+  """Returns a short name for this kind of processor.
 
-  CPU programs use the instructions of the machine that compiled them, and home
-  directories are shared between machines.
+  Machines with different processors may share a home directory, and a compiled
+  CPU program uses the instructions of the machine that compiled it.
   """
   features = [platform.machine(), platform.processor()]
   if os.path.exists("/proc/cpuinfo"):
     with open("/proc/cpuinfo", encoding="utf-8") as file:
-      # "flags" on x86, "Features" on ARM; the same for every core.
+      # The key is "flags" on x86 and "Features" on ARM.
       features += sorted(
         {line for line in file if line[:4] in ("flag", "Feat")}
       )
@@ -83,7 +83,7 @@ def _processor() -> str:
 
 
 def _computes_on_cpu() -> bool:
-  """Whether JAX will find no accelerator, without starting it."""
+  """Returns whether JAX will find no accelerator; does not start JAX."""
   if platforms := os.environ.get("JAX_PLATFORMS"):
     return platforms == "cpu"
   plugins = importlib.metadata.entry_points(group="jax_plugins")
@@ -91,17 +91,17 @@ def _computes_on_cpu() -> bool:
 
 
 def _keep_freed_memory() -> None:
-  """Tells glibc not to give freed memory back to the system.
+  """Tells glibc not to return freed memory to the system.
 
-  XLA allocates the temporaries of a step when it starts and frees them at its
-  end. By default each step then faults in every page anew, which took 8% to
-  18% of the step of `experiments/bench.py`.
+  XLA allocates a step's temporaries when the step starts, and frees them when
+  it ends. By default every step then faults in each page again, which took 8%
+  to 18% of a step of `experiments/bench.py`.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt is None:  # Another C library.
+  if mallopt is None:  # The C library is not glibc.
     return
-  # Only the main arena grows without maps; a limit holds from now on, so call
-  # this before threads start.
+  # Only the main arena grows without mmap. The limit on arenas does not affect
+  # those that exist, so this must run before threads start.
   mallopt(_ARENA_MAX, 1)
   mallopt(_MMAP_MAX, 0)
   mallopt(_TRIM_THRESHOLD, -1)

@@ -1,6 +1,6 @@
 """Tables of text: aligned columns for a terminal, and Markdown.
 
-Imports no JAX: reports and sweeps write tables without starting a device.
+This module imports no JAX: reports and sweeps need no device.
 """
 
 import itertools
