@@ -21,7 +21,7 @@ import tarfile
 import tempfile
 import urllib.parse
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,6 +86,19 @@ class Package:
       zipfile.BadZipFile,
     ) as error:
       raise PackageError(f"{self.path}: damaged ({error})") from error
+
+  def read(self, paths: Sequence[str]) -> list[bytes]:
+    """Returns the contents of some files, unpacked as by `members`.
+
+    Raises:
+      PackageError: a file is not there, or the archive is damaged.
+    """
+    pattern = "|".join(map(re.escape, paths))
+    found = dict(self.members(f"^(?:{pattern})$"))
+    for path in paths:
+      if path not in found:
+        raise PackageError(f"{self.path}: no file {path} in it")
+    return [found[path] for path in paths]
 
 
 def fetch(name: str, cache: Path) -> Package:

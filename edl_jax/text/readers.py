@@ -78,7 +78,7 @@ def read_records(path: str, root: str = "") -> Iterator[Found]:
   suffix = os.path.splitext(name)[1]
   read: Callable[[str], Iterator[Found]]
   if suffix in _JSON_LINES or (not suffix and _begins_with_brace(path)):
-    read = _read_json_lines
+    read = read_json_lines
   elif suffix == ".parquet":
     read = _read_parquet
   elif ".array_record" in os.path.basename(path):
@@ -195,8 +195,12 @@ def _begins_with_brace(path: str) -> bool:
 # --- Kinds of file -----------------------------------------------------------
 
 
-def _read_json_lines(path: str) -> Iterator[Found]:
-  """Yields ("path:line", record) of every line that is not blank."""
+def read_json_lines(path: str) -> Iterator[Found]:
+  """Yields ("path:line", object or error) of every line that is not blank.
+
+  A name that ends in .gz or .zst is decompressed. What the objects hold is not
+  checked.
+  """
   number, offset = 0, 0
   try:
     with _open(path) as stream:
@@ -239,10 +243,7 @@ def _parse(line: bytes, where: str) -> Record | UserError:
   except (ValueError, RecursionError) as error:  # Too long, or too deep.
     return UserError(f"{where}: not JSON ({error})")
   if not isinstance(record, dict):
-    return UserError(
-      f"{where}: not an object with the keys text and domain, but"
-      f" {type(record).__name__}"
-    )
+    return UserError(f"{where}: not an object, but {type(record).__name__}")
   return record
 
 

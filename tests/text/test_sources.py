@@ -64,7 +64,7 @@ def test_byte_order_mark_is_accepted(tmp_path):
     ('{"text": "cut', "not JSON"),
     ("9" * 5000, "not JSON"),
     ("[" * 100_000, "not JSON"),
-    ("[1]", "not an object with the keys text and domain, but list"),
+    ("[1]", "not an object, but list"),
     ('{"domain": "a"}', "key 'text' is missing"),
     ('{"text": "t"}', "key 'domain' is missing"),
     ('{"text": 3, "domain": "a"}', "text must be a string, not int"),
