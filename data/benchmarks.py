@@ -21,11 +21,10 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +145,7 @@ def _earlier(out: Path) -> dict[str, Any]:
 def _save(manifest: Mapping[str, Any], out: Path) -> None:
   """Writes the manifest, its files in the order of their names."""
   ordered = {**manifest, "tasks": dict(sorted(manifest["tasks"].items()))}
-  content = json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
-  path = out / "manifest.json"
-  # A run that has nothing to do leaves the file as it is.
-  if not path.exists() or path.read_text() != content:
-    storage.write_bytes(path, content.encode())
+  storage.write_json(out / "manifest.json", ordered, indent=2)
 
 
 def _key(benchmark: Benchmark) -> str:
@@ -214,7 +209,10 @@ def _write(
     documents=documents,
   )
   path = out / f"{benchmark.name}.jsonl.gz"
-  size = _write_lines(path, task_lines(task))
+  size = 0
+  with storage.whole_gzip_file(path) as file:
+    for line in task_lines(task):
+      size += file.write(line)
   row = {
     "task": benchmark.task,
     "form": benchmark.form,
@@ -239,18 +237,6 @@ def _write(
       file=sys.stderr,
     )
   return row
-
-
-def _write_lines(path: Path, lines: Iterable[bytes]) -> int:
-  """Writes a gzip file whole or not at all; returns its bytes, unpacked."""
-  size = 0
-  with (
-    storage.whole_file(path) as file,
-    gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
-  ):
-    for line in lines:
-      size += packed.write(line)
-  return size
 
 
 @COMMAND.main

@@ -117,13 +117,9 @@ def _source_key(source: Source) -> str:
 def _write_records(path: Path, records: Iterable[Any]) -> None:
   """Writes a .jsonl.gz file; the same records give the same bytes."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with (
-    storage.whole_file(path) as file,
-    # Without the name and the time that gzip otherwise stores.
-    gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
-  ):
+  with storage.whole_gzip_file(path) as file:
     for record in records:
-      packed.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+      file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 # What extractors raise when a file is not what they expect.

@@ -6,6 +6,7 @@ cannot be renamed, mapped into memory or appended to, and needs no folder.
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import logging
@@ -83,6 +84,17 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     with contextlib.suppress(OSError):
       os.unlink(temporary)
     raise
+
+
+@contextlib.contextmanager
+def whole_gzip_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+  """Opens a gzip file as `whole_file` does; equal contents give equal bytes."""
+  with (
+    whole_file(path) as file,
+    # Without the name and the time that gzip otherwise stores.
+    gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
+  ):
+    yield packed
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

