@@ -1,4 +1,8 @@
-"""Work on text in chunks, by several processes, that may be killed any time."""
+"""Scans and tokenizes text in chunks, which several processes share.
+
+Every chunk's result is a file that is complete or missing, so that the work can
+be killed at any time and resumed.
+"""
 
 import concurrent.futures
 import functools
@@ -28,31 +32,31 @@ from edl_jax.text.tokenizer import Tokenizer
 _Job = TypeVar("_Job")
 _Made = TypeVar("_Made")
 
-# Messages about bad records that are kept for the report.
+# Number of messages about bad records that the report keeps.
 _MESSAGES = 10
 
 
 class Chunk(NamedTuple):
-  """Consecutive records, good and bad, of one or many files."""
+  """Consecutive records of one or more files, and errors of bad ones."""
 
   number: int
   found: list[Found]
 
   def records(self) -> list[Record]:
-    """Returns the good ones."""
+    """Returns the good records."""
     return [found for _, found in self.found if isinstance(found, dict)]
 
 
 def read_chunks(
   root: str, paths: Sequence[str], characters: int
 ) -> Iterator[Chunk]:
-  """Cuts all records into chunks of about so many characters, in order."""
+  """Yields all records in order, in chunks of about `characters` each."""
   numbers = itertools.count()
   chunk, size = [], 0
   for path in paths:
     for where, found in read_records(path, root):
       chunk.append((where, found))
-      # A record is some work, however short.
+      # Each record costs some work, however short it is.
       size += 100 + (len(found["text"]) if isinstance(found, dict) else 0)
       if size >= characters:
         yield Chunk(next(numbers), chunk)
@@ -62,13 +66,13 @@ def read_chunks(
 
 
 class Workers:
-  """Processes that call functions of modules on jobs; with one, this process.
+  """A context manager that applies a function to jobs in several processes.
 
-  Used as a context manager. Processes begin when there is a job for them.
+  A count of one uses this process. Others start with their first job.
   """
 
   def __init__(self, count: int, start: Callable[..., None], *arguments: Any):
-    """`start` is called once in each process, with `arguments`."""
+    """Calls `start` once in each process, with `arguments`."""
     self._count, self._pool = count, None
     if count == 1:
       start(*arguments)
@@ -90,7 +94,7 @@ class Workers:
   def in_order(
     self, function: Callable[[_Job], _Made], jobs: Iterable[_Job]
   ) -> Iterator[_Made]:
-    """Yields `function` of each job, in order; reads a few jobs ahead.
+    """Yields `function(job)` of each job, in order; reads a few jobs ahead.
 
     Raises:
       UserError: a process was killed.
@@ -108,17 +112,17 @@ class Workers:
         yield pending.popleft().result()
     except concurrent.futures.BrokenExecutor as error:
       raise UserError(
-        "a worker process was killed, perhaps for want of memory; the same"
-        " command goes on, with fewer --workers if need be"
+        "a worker process was killed, perhaps because memory ran out; start"
+        " the same command again to resume, if need be with fewer --workers"
       ) from error
 
 
 def _start_process(
   start: Callable[..., None], arguments: Sequence[Any]
 ) -> None:
-  # Processes side by side take the place of the tokenizer's own threads.
+  # The processes replace the tokenizer's own threads.
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  # A parent that was killed cannot end its children.
+  # A killed parent cannot end its children, so they watch for its end.
   parent = multiprocessing.parent_process()
   assert parent is not None, "must run in a worker"
 
@@ -137,11 +141,11 @@ def write_arrays(path: Path, **arrays: Any) -> None:
   storage.write_bytes(path, file.getvalue())
 
 
-# --- What the processes do ---------------------------------------------------
+# --- Functions that run in the processes -------------------------------------
 
 
 class _Worker:
-  """What a process needs for every chunk."""
+  """The state of a process."""
 
   def __init__(self, out: str, rules: str, skip_bad: bool):
     self.out, self.skip_bad = Path(out), skip_bad
@@ -149,7 +153,7 @@ class _Worker:
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
-    """The tokenizer, which is there when encoding begins."""
+    """The tokenizer, whose file is written before encoding begins."""
     text = (self.out / TOKENIZER).read_text(encoding="utf-8")
     return Tokenizer.from_json(text)
 
@@ -164,20 +168,20 @@ def start_worker(out: str, rules: str, skip_bad: bool) -> None:
 
 
 def scan_path(out: str | Path, number: int) -> Path:
-  """Where `scan` leaves what it found in a chunk."""
+  """Returns the path of the arrays that `scan` writes for a chunk."""
   return Path(out, "work", f"scan-{number:05}.npz")
 
 
 def encoded_path(out: str | Path, number: int) -> Path:
-  """Where `encode` leaves the documents of a chunk."""
+  """Returns the path of the documents that `encode` writes for a chunk."""
   return Path(out, "work", f"documents-{number:05}.npz")
 
 
 def scan(chunk: Chunk) -> int:
-  """Labels and measures the records of a chunk; returns their bytes.
+  """Writes labels, sizes and digests of a chunk's records; returns their bytes.
 
   Raises:
-    UserError: a record is bad, and bad ones are not to be skipped.
+    UserError: a record is bad, and bad records are not skipped.
   """
   problems = [str(p) for _, p in chunk.found if isinstance(p, UserError)]
   if problems and not _worker.skip_bad:
@@ -217,7 +221,7 @@ def scan(chunk: Chunk) -> int:
     blank=np.array(blank, bool),
     text=_digests(text),
     origin=_digests(origin),
-    # By index, the first place of each.
+    # The name of each label by its index, and where it first occurs.
     labels=json.dumps([(name, where) for name, (_, where) in labels.items()]),
     ids=json.dumps(ids),
     problems=json.dumps([len(problems), problems[:_MESSAGES]]),
@@ -230,7 +234,7 @@ def _digests(digests: Sequence[bytes]) -> np.ndarray:
 
 
 class Job(NamedTuple):
-  """What is kept of a chunk: texts, their sources, which are held out."""
+  """The texts to keep of a chunk, their sources, and which are held out."""
 
   number: int
   texts: list[str]
@@ -239,7 +243,7 @@ class Job(NamedTuple):
 
 
 def encode(job: Job) -> int:
-  """Writes the tokens of a chunk, then its documents; returns their bytes."""
+  """Writes a chunk's tokens, then its documents; returns their bytes."""
   tokenizer = _worker.tokenizer
   pieces = tokenizer.encode_batch(job.texts)
   dtype = token_dtype(tokenizer)
@@ -269,7 +273,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
   """Reads what `write_arrays` wrote.
 
   Raises:
-    UserError: a failing machine lost part of it; the next start writes it anew.
+    UserError: the file is damaged, for example by a failing machine. It is
+      removed, so that the next start writes it again.
   """
   try:
     with np.load(path, allow_pickle=False) as arrays:
@@ -281,9 +286,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def lost(path: Path) -> UserError:
   """Returns the error of a file that changed after it was written."""
-  return UserError(f"{path}: damaged; the same command writes it anew")
+  return UserError(f"{path}: damaged; the same command writes it again")
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
-  """Returns the smallest type that holds every id, little-endian."""
+  """Returns the smallest little-endian integer type that holds every id."""
   return "<u2" if tokenizer.vocabulary_size <= 2**16 else "<u4"

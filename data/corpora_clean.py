@@ -1,7 +1,8 @@
-"""From texts to documents: tidy, without repetitions, of a sensible size.
+"""Cleans extracted text, cuts it into documents, and scrubs held-out text.
 
-And the scrub: what held-out documents say in so many words is removed from
-the training documents.
+`clean` removes control characters and repetitions, and joins or cuts texts to a
+sensible size. `Scrub` removes from training documents the lines that share 13
+words in a row with a held-out document.
 """
 
 import collections
@@ -12,21 +13,21 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# A document and the origin that the train/held-out split hashes.
+# (origin, text) of a document; the train/held-out split hashes the origin.
 Text = tuple[str, str]
 
-# Shorter texts of a file are joined until they have as many characters.
+# Short texts of a file are joined until they have this many characters.
 _JOINED = 2_000
 # A longer text is cut at blank lines into pieces of about _PIECE characters.
 _LONGEST, _PIECE = 100_000, 20_000
 # A document with fewer characters is a stub.
 _SHORTEST = 100
-# Lines (or paragraphs) of so many bytes that repeat an earlier one of their
-# source are boilerplate.
+# A line (or paragraph) of at least this many bytes that occurred before in its
+# source is boilerplate.
 _REPEATED = 40
-# Chinese text keeps the lines of which so much is Chinese.
+# Chinese text keeps the lines with at least this share of Chinese characters.
 _CHINESE_SHARE = 0.2
-# Words in a row that a training and a held-out document must not share.
+# Training and held-out documents must not share this many words in a row.
 _SHARED_WORDS = 13
 
 _CHINESE = re.compile(
@@ -52,17 +53,17 @@ def clean(
   """Makes the documents of one source.
 
   Args:
-    files: name of each file, unique, and the texts in it.
-    is_chinese: drop lines with less than 20% Chinese characters.
-    repeats: what is dropped where it occurred before, if it is long:
-      "lines"; "paragraphs", for text whose lines were broken to a width; or
-      "none", for code.
-    max_bytes: UTF-8 bytes of all documents, a choice by hash.
+    files: unique name of each file, and its texts.
+    is_chinese: whether to drop lines with less than 20% Chinese characters.
+    repeats: which long parts to drop where they occur again: "lines";
+      "paragraphs", for text whose lines were wrapped; or "none", for code.
+    max_bytes: limit on the UTF-8 bytes of all documents, which are chosen by
+      hash.
 
   Returns:
-    (origin, text) in an order by hash that has nothing to do with that of the
-    split, so that a cap in a later reader takes a fair sample; and what was
-    removed, as counts and bytes.
+    (origin, text) of each document, and counts and bytes of what was removed.
+    Documents are ordered by a hash that is independent of the split's, so that
+    a reader that stops early takes a fair sample.
   """
   removed = collections.Counter[str]()
   seen: set[int] = set()
@@ -100,7 +101,7 @@ def _order(origin: str) -> bytes:
 def _tidy(
   text: str, is_chinese: bool, removed: collections.Counter[str]
 ) -> str:
-  """Drops control characters, spaces at ends of lines, foreign lines."""
+  """Drops control characters, trailing spaces, and lines not in Chinese."""
   text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_CONTROL)
   lines = [line.rstrip() for line in text.split("\n")]
   if is_chinese:
@@ -114,7 +115,7 @@ def _tidy(
 def _unseen(
   text: str, separator: str, seen: set[int], removed: collections.Counter[str]
 ) -> str:
-  """Drops the parts that occurred before, and remembers the others."""
+  """Drops the parts that are in `seen`, and adds the others to it."""
   kept = []
   for part in text.split(separator):
     words = " ".join(part.split())
@@ -133,7 +134,7 @@ def _mostly_chinese(line: str) -> bool:
 
 
 def _sized(texts: Iterable[str]) -> Iterable[str]:
-  """Joins short texts of one file, and cuts long ones at blank lines."""
+  """Joins the short texts of a file, and cuts the long ones."""
   joined: list[str] = []
   for text in texts:
     parts = _cut(text) if len(text) > _LONGEST else [text]
@@ -147,7 +148,7 @@ def _sized(texts: Iterable[str]) -> Iterable[str]:
 
 
 def _cut(text: str) -> list[str]:
-  """Cuts at blank lines or, where these are too far apart, at any line."""
+  """Cuts at blank lines, or at any line where these are too far apart."""
   separator = "\n\n"
   if max(map(len, text.split(separator))) > _LONGEST:
     separator = "\n"
@@ -165,15 +166,16 @@ def _cut(text: str) -> list[str]:
 
 
 class Scrub:
-  """Finds the lines of a text that share 13 words in a row with others."""
+  """Removes the lines of a text that share 13 words in a row with others."""
 
   def __init__(self, held_out: Iterable[str]):
+    """Takes the texts whose words must not remain."""
     grams = [_grams(_words(text)[0]) for text in held_out]
     self._held_out = np.unique(np.concatenate([*grams, _NO_GRAMS]))
 
   def __call__(self, text: str) -> str:
-    """Returns the text without those lines; "" if a stub is left."""
-    # What is left may share words again, across a gap.
+    """Returns the text without those lines, or "" if only a stub is left."""
+    # Lines around a gap may share 13 words once they are neighbours.
     while (kept := self._once(text)) != text:
       text = kept
     return text
@@ -203,7 +205,7 @@ _NO_GRAMS = np.zeros(0, np.uint64)
 
 
 def _words(text: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns a hash of each word, uint64, and the number of its line."""
+  """Returns the uint64 hash and the line number of each word."""
   found = [_WORD.findall(line) for line in text.lower().split("\n")]
   lines = np.repeat(np.arange(len(found)), [len(words) for words in found])
   hashes = [hash(word) for words in found for word in words]
@@ -211,7 +213,7 @@ def _words(text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _grams(words: np.ndarray) -> np.ndarray:
-  """Returns a hash of every run of 13 words, uint64: a polynomial mod 2**64."""
+  """Returns uint64 hashes of all runs of 13 words: polynomials mod 2**64."""
   count = len(words) - _SHARED_WORDS + 1
   if count <= 0:
     return _NO_GRAMS

@@ -1,8 +1,8 @@
-"""Plain text out of files: one small extractor a format.
+"""Extracts plain text from files, with one small function a format.
 
-An extractor takes the bytes of one file and yields the texts in it: a page, a
-poem, the entries of a dictionary. It keeps words and drops markup; what makes
-documents of the texts (joining short ones, cutting long ones) is elsewhere.
+An extractor takes the bytes of a file and yields its texts: a page, a poem, the
+entries of a dictionary. It keeps words and drops markup. `corpora_clean` makes
+documents of the texts.
 """
 
 import csv
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def decode(content: bytes) -> str:
-  """Returns text of UTF-8 (a byte order mark is dropped) or else Latin-1."""
+  """Decodes UTF-8, without its byte order mark, or else Windows-1252."""
   try:
     return content.decode("utf-8-sig")
   except UnicodeDecodeError:
@@ -33,17 +33,17 @@ def _set(names: str) -> frozenset[str]:
 
 
 def plain(content: bytes) -> Iterator[str]:
-  """The file is the text."""
+  """Yields the whole file."""
   yield decode(content)
 
 
 def fortunes(content: bytes) -> Iterator[str]:
-  """Texts between lines of "%"."""
+  """Yields the texts between lines of "%"."""
   yield from re.split(r"^%$\n?", decode(content), flags=re.MULTILINE)
 
 
 def dictionary(content: bytes) -> Iterator[str]:
-  """GNU's dictionary, without the sources "[1913 Webster]" of its entries."""
+  """Yields GNU's dictionary without notes of source: "[1913 Webster]"."""
   yield re.sub(
     r"^\s*\[[^\[\]\n]*(Webster|WordNet|PJC)[^\[\]\n]*\]$\n?",
     "",
@@ -65,7 +65,7 @@ _NOT_TEXT = _set(
   "aside button footer form head header nav noscript script select style "
   "svg template"
 )
-# What the makers of documentation call their menus, by class or id.
+# Classes and ids that documentation tools give to their menus.
 _CHROME = _set(
   "chlinkbot chlinkprevnextbot chlinkprevnexttop chlinktop ChapSects "
   "ContSect contents footer header headerlink linenodiv mathjaxlink "
@@ -75,7 +75,7 @@ _CHROME = _set(
 )
 
 
-# As html.parser gives them: names, and values where there is one.
+# As html.parser passes them: names, and values or None.
 _Attributes = list[tuple[str, str | None]]
 
 
@@ -85,7 +85,7 @@ class _Page(html.parser.HTMLParser):
   def __init__(self):
     super().__init__(convert_charrefs=True)
     self.pieces: list[str] = []
-    # Open elements, outermost first: (tag, whether it hides what is in it).
+    # Open elements, outermost first: (tag, whether its content is hidden).
     self._open: list[tuple[str, bool]] = []
     self._hidden = 0
     self._verbatim = 0
@@ -139,7 +139,7 @@ class _Page(html.parser.HTMLParser):
 
 
 def html_page(content: bytes) -> Iterator[str]:
-  """The main part of a page where it names one, else all of it."""
+  """Yields the main part of a page, or all of it if no part is marked."""
   page = _Page()
   page.feed(decode(content))
   page.close()
@@ -148,7 +148,7 @@ def html_page(content: bytes) -> Iterator[str]:
 
 # --- Manuals -----------------------------------------------------------------
 
-# Marks of cells that hold several lines, and lines drawn in a table.
+# Delimiters of table cells with several lines, and rules of tables.
 _ROFF_TABLES = ((r"\n?T\}", ""), (r"T\{\n?", ""), (r"^[_=]$\n?", ""))
 _ROFF_ESCAPES = (
   (r'\\".*$', ""),
@@ -168,19 +168,19 @@ _ROFF_ESCAPES = (
   (r"\\[ ~0]", " "),
   (r"\\[|^&:%/,acdpt)]", ""),
   (r"\\(.)", r"\1"),
-  # A backslash that is text waited for the end.
+  # \\e became a NUL above, so that no other rule changes its backslash.
   ("\0", r"\\"),
 )
-# Requests whose arguments are text in some font; alternating fonts stick.
+# Requests whose arguments are text in a font; alternating fonts join words.
 _ROFF_FONTS = _set("B I R SB SM UR MT TQ")
 _ROFF_GLUED = _set("BI BR IB IR RB RI")
 _ROFF_BREAKS = _set("SH SS TP PP P LP IP HP RS RE sp TS")
 
 
 def roff(content: bytes) -> Iterator[str]:
-  """A manual page: headings, and paragraphs of one line each."""
+  """Yields a manual page: headings, and paragraphs of one line each."""
   paragraphs: list[list[str]] = [[]]
-  # Ends a macro's definition, or the description of a table's columns.
+  # Pattern that ends a macro definition or a table's column description.
   skipped_to, filled = "", True
   source = re.sub(r"\\\n", "", decode(content).replace("\\\\", "\\e"))
   for line in source.splitlines():
@@ -216,7 +216,7 @@ def roff(content: bytes) -> Iterator[str]:
       paragraphs.append([])
     elif words:
       paragraphs[-1].append(words if filled else f"{words}\n")
-  # Lines that keep their breaks end with one.
+  # Unfilled lines end with a line break and keep it.
   text = "\n\n".join(
     "".join(lines) if lines[-1].endswith("\n") else " ".join(lines)
     for lines in filter(None, paragraphs)
@@ -227,7 +227,7 @@ def roff(content: bytes) -> Iterator[str]:
 
 
 def _roff_arguments(rest: str, glue: str = " ") -> str:
-  """Joins the arguments of a request; quotes hold words together."""
+  """Joins the arguments of a request, of which some are quoted."""
   rest = re.sub(r'\\".*$', "", rest).replace("\\ ", "\\~")
   found = re.findall(r'"((?:[^"]|"")*)"?|(\S+)', rest)
   return glue.join(quoted.replace('""', '"') or word for quoted, word in found)
@@ -239,7 +239,7 @@ def _first(rest: str) -> str:
 
 
 def pod(content: bytes) -> Iterator[str]:
-  """Perl's documentation; of a module, what is between =head and =cut."""
+  """Yields the Perl documentation of a file, from =head to =cut."""
   paragraphs, shown, skipping = [], False, False
   for paragraph in re.split(r"\n[ \t]*\n", decode(content)):
     paragraph = paragraph.strip("\n")
@@ -259,7 +259,8 @@ def _pod_words(text: str) -> str:
     return text
   text = re.sub(r"X<[^<>]*>|Z<>", "", text)
   entities = {"lt": "<", "gt": ">", "verbar": "|", "sol": "/"}
-  # Innermost codes first; angles that are text wait as control characters.
+  # Literal angle brackets become control characters while codes, innermost
+  # first, are removed.
   angles = str.maketrans("<>", "\1\2")
   text = re.sub(
     r"E<(\w+)>",
@@ -287,7 +288,7 @@ def _pod_words(text: str) -> str:
 
 
 def mail(content: bytes) -> Iterator[str]:
-  """The subject and the plain text of a message; no other header."""
+  """Yields the subject and the plain text of a message."""
   message = email.message_from_bytes(content, policy=email.policy.compat32)
   subject = str(message.get("Subject", "")).replace("\n", " ")
   for part in message.walk():
@@ -299,20 +300,20 @@ def mail(content: bytes) -> Iterator[str]:
 
 
 def brown(content: bytes) -> Iterator[str]:
-  """Words tagged as "The/at jury/nn", a sentence a line."""
+  """Yields sentences, one a line, of words tagged as "The/at jury/nn"."""
   text = re.sub(r"(\S+)/\S+", r"\1", decode(content))
   text = re.sub(r"[ \t]+", " ", text)
   text = re.sub(r" ([,.;:?!)\]]+)(?=\s)", r"\1", text)
   text = re.sub(r"`` ?", '"', text)
   text = re.sub(r" ?''", '"', text)
   text = re.sub(r"([(\[]) ", r"\1", text)
-  # A sentence's end is tagged as well: "./." or ";/.", and often twice.
+  # The final sign is tagged too, as "./." or ";/.", and often occurs twice.
   text = re.sub(r"([.;?!])\1$", r"\1", text, flags=re.MULTILINE)
   yield re.sub(r"\n+ ?", "\n", text)
 
 
 def wordnet(content: bytes) -> Iterator[str]:
-  """Synonyms and their gloss, a set of them a line; a licence comes first."""
+  """Yields the synonyms and gloss of each line; skips the licence above."""
   for line in decode(content).splitlines():
     if "|" not in line or line.startswith(" "):
       continue
@@ -324,12 +325,12 @@ def wordnet(content: bytes) -> Iterator[str]:
 
 
 def front_matter(content: bytes) -> Iterator[str]:
-  """What follows a block of settings between two lines of "---"."""
+  """Yields what follows a block of settings between two lines of "---"."""
   yield re.sub(r"\A---\n.*?\n---\n", "", decode(content), flags=re.DOTALL)
 
 
 def r_strings(content: bytes) -> Iterator[str]:
-  """Long vectors of strings in R's data base of lazily loaded objects.
+  """Yields the long string vectors in R's database of lazily loaded objects.
 
   Objects are zlib streams of R's serialization (R Internals, section 1.8):
   after a vector's flags, 16, and its length, each string has flags whose last
@@ -352,13 +353,13 @@ def r_strings(content: bytes) -> Iterator[str]:
 
 
 def wiki_dump(content: bytes) -> Iterator[str]:
-  """Articles of a MediaWiki export, which may break off."""
+  """Yields the articles of a MediaWiki export, which may be truncated."""
   tag = "{*}"
   title, parser = "", xml.etree.ElementTree.XMLPullParser(("end",))
   for start in range(0, len(content), 1 << 16):
     try:
       parser.feed(content[start : start + (1 << 16)])
-      # Any: the declared type covers the events that were not asked for.
+      # The declared type covers kinds of events that were not requested.
       events: list[Any] = list(parser.read_events())
     except xml.etree.ElementTree.ParseError:
       return
@@ -377,7 +378,7 @@ def _wiki_words(text: str) -> str:
   text = re.sub(r"<ref[^>]*/>|<ref.*?</ref>", "", text, flags=re.DOTALL)
   text = re.sub(r"<(gallery|table)\b.*?</\1>", "", text, flags=re.DOTALL)
   previous = None
-  while previous != text:  # From the innermost.
+  while previous != text:  # Innermost brackets first.
     previous = text
     text = re.sub(r"\{\{[^{}]*\}\}", "", text)
     text = re.sub(r"\{\|[^{}]*\|\}", "", text)
@@ -392,7 +393,7 @@ def _wiki_words(text: str) -> str:
   text = re.sub(r"\[https?:\S+ ?([^\]]*)\]", r"\1", text)
   text = re.sub(r"<[^<>]+>|'{2,}|__[A-Z]+__", "", text)
   text = re.sub(r"^=+ *(.*?) *=+ *$", r"\1", text, flags=re.MULTILINE)
-  # Lists are mostly links at the end of an article; their marks say nothing.
+  # Lists are mostly links at the end of an article; drop their marks.
   text = re.sub(r"^[*#:;]+ *", "", text, flags=re.MULTILINE)
   return html.unescape(html.unescape(text))
 
@@ -401,7 +402,7 @@ def _wiki_words(text: str) -> str:
 
 
 def poems(content: bytes) -> Iterator[str]:
-  """Poems of a JSON list: title, author, lines."""
+  """Yields the poems of a JSON list: title, author, lines."""
   for poem in json.loads(decode(content)):
     title = poem.get("title") or poem.get("rhythmic") or ""
     lines = [title, poem.get("author", ""), *poem.get("paragraphs", ())]
@@ -409,7 +410,7 @@ def poems(content: bytes) -> Iterator[str]:
 
 
 def idioms(content: bytes) -> Iterator[str]:
-  """Idioms of a CSV file: word, explanation, source, example."""
+  """Yields the idioms of a CSV file: word, explanation, source, example."""
   for row in csv.DictReader(io.StringIO(decode(content))):
     fields = ("word", "explanation", "derivation", "example")
     texts = [row[field].strip() for field in fields if row[field]]
@@ -417,7 +418,7 @@ def idioms(content: bytes) -> Iterator[str]:
 
 
 def laws(content: bytes) -> Iterator[str]:
-  """Laws of an SQLite data base, article by article."""
+  """Yields the laws of an SQLite database, each with all its articles."""
   connection = sqlite3.connect(":memory:")
   connection.deserialize(content)
   rows = connection.execute(
@@ -438,7 +439,7 @@ def laws(content: bytes) -> Iterator[str]:
 
 
 def questions(content: bytes) -> Iterator[str]:
-  """Questions and answers of JSON lines; no instructions."""
+  """Yields the questions and answers of JSON lines, without instructions."""
   for line in decode(content).splitlines():
     record = json.loads(line)
     yield f"{record['query']}\n{record['response']}"
@@ -448,27 +449,27 @@ def questions(content: bytes) -> Iterator[str]:
 
 
 def metamath_comments(content: bytes) -> Iterator[str]:
-  """Comments of a Metamath data base, between "$(" and "$)"."""
+  """Yields the comments of a Metamath database, between "$(" and "$)"."""
   for comment in re.findall(r"\$\((.*?)\$\)", decode(content), re.DOTALL):
     words = " ".join(comment.split())
-    # Who wrote it and when, and advice to those who write proofs.
+    # Remove authors, dates, and advice to writers of proofs.
     words = re.sub(
       r" ?\((Contributed|Revised|Proof shortened|Proof modification"
       r"|New usage)[^()]*\)",
       "",
       words,
     )
-    # Headings are ruled by runs of signs; "$j" and "$t" are settings.
+    # Runs of signs underline headings; "$j" and "$t" are settings.
     if len(words) > 40 and not re.match(r"[$]|\W{4}", words):
-      # Formulas stand between backquotes, a label after a tilde.
+      # Remove the backquotes of formulas and the tildes before labels.
       words = re.sub(r"(?<!\S)~ |`|</?[A-Za-z][^<>]*>", "", words)
       yield re.sub(r" +", " ", words)
 
 
 def metamath_statements(content: bytes) -> Iterator[str]:
-  """Statements of a Metamath data base, each with what its proof cites.
+  """Yields the statements of a Metamath database and the labels they cite.
 
-  Compressed proofs, strings of letters that stand for steps, are left out.
+  Drops compressed proofs, in which letters stand for steps.
   """
   text = re.sub(r"\$\(.*?\$\)", "", decode(content), flags=re.DOTALL)
   for block in re.split(r"\n(?=\s*\S+ \$[ap])", text):

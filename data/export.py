@@ -1,10 +1,10 @@
-"""Writes the embedded mixture as JSONL: to read, to edit, or to carry along.
+"""Writes the embedded mixture as JSONL, to read, edit, or copy elsewhere.
 
   python -m data.export --out=corpus.jsonl
 
-An experiment with `data.files="corpus.jsonl"` then reads the same documents,
-domains and split on any machine, whatever is installed there, if its
-`data.max_characters_per_domain` is no smaller than the export's.
+An experiment with `data.files="corpus.jsonl"` reads the same documents, domains
+and split on any machine, whatever is installed there, provided that its
+`data.max_characters_per_domain` is at least the export's.
 """
 
 import json

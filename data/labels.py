@@ -1,10 +1,10 @@
-"""Domain labels from what is there: rules that a few lines of YAML configure.
+"""Labels the domains of text by rules that a YAML file lists.
 
   python -m data.labels --files="dump/*.jsonl" --rules=rules.yaml
 
-prints how many documents and bytes each label gets, and how sure the rules
-are. `python -m data.prepare --labels=rules.yaml` uses the same file. Rules are
-asked in order, and the first that knows a label decides:
+prints how many documents and bytes each label gets, and with what confidence.
+`python -m data.prepare --labels=rules.yaml` uses the same file. Rules are tried
+in order, and the first that finds a label decides:
 
   rules:
     - {by: column, column: subject, labels: {cs: code/papers, hist: history}}
@@ -17,9 +17,10 @@ asked in order, and the first that knows a label decides:
       coarse: {by: language, labels: {en: english, zh: chinese}}
       fine: {by: topic, model: topics}
 
-`labels` translates what a rule found, and anything else is not known to it;
-without `labels` what was found is the label. Labels are "fine" or
-"coarse/fine". A document that no rule knows is unlabelled.
+`labels` maps what a rule found to a label; a rule finds no label for anything
+that `labels` lacks. Without `labels`, what the rule found is the label. A label
+is "fine" or "coarse/fine". A document for which no rule finds a label is
+unlabelled.
 """
 
 import collections
@@ -40,26 +41,26 @@ COMMAND = Command(__doc__)
 _FILES = COMMAND.flag("files", "", "Glob of the files to label.", required=True)
 _RULES = COMMAND.flag("rules", "", "File of rules.", required=True)
 
-# Characters of a text that a model looks at: enough to tell, and cheap.
+# A model examines only these first characters of a text: enough, and cheap.
 EXAMINED_CHARACTERS = 1000
 
-# What py3langid tells apart and users call one language.
+# Languages of py3langid that users call by another name.
 _LANGUAGES = {"wuu": "zh"}
 
 
 class Label(NamedTuple):
-  """A domain label, and how sure its rule is, in [0, 1]."""
+  """A domain label, and the confidence of its rule, in [0, 1]."""
 
   name: str
   confidence: float = 1.0
 
 
-# Returns None for a record whose label it does not know.
+# A rule returns None for a record whose label it cannot find.
 Rule = Callable[[Record], Label | None]
 
 
 def first_of(rules: Sequence[Rule]) -> Rule:
-  """Returns the rule that asks `rules` in order until one knows the label."""
+  """Returns the rule that tries `rules` in order until one finds a label."""
 
   def rule(record: Record) -> Label | None:
     return next(
@@ -72,7 +73,7 @@ def first_of(rules: Sequence[Rule]) -> Rule:
 def both(coarse: Rule, fine: Rule) -> Rule:
   """Returns the rule that labels "coarse/coarse_fine" by two rules.
 
-  The fine name holds the coarse one, since a fine label has one parent.
+  The fine name includes the coarse one, because a fine label has one parent.
   """
 
   def rule(record: Record) -> Label | None:
@@ -86,7 +87,7 @@ def both(coarse: Rule, fine: Rule) -> Rule:
 
 
 def by_column(column: str) -> Rule:
-  """Returns the rule that takes a metadata column for the label."""
+  """Returns the rule whose label is the value of a metadata column."""
 
   def rule(record: Record) -> Label | None:
     value = record.get(column)
@@ -96,10 +97,10 @@ def by_column(column: str) -> Rule:
 
 
 def by_url(labels: dict[str, str], column: str = "url") -> Rule:
-  """Returns the rule that goes by the host of an address.
+  """Returns the rule that looks up the host of a URL.
 
-  A host or suffix of hosts, as "arxiv.org" or ".gov", counts for everything
-  below it too; the longest that fits decides.
+  A host or a suffix, such as "arxiv.org" or ".gov", matches every host below it
+  too. The longest match decides.
   """
   by_suffix = {suffix.lstrip("."): name for suffix, name in labels.items()}
 
@@ -109,7 +110,7 @@ def by_url(labels: dict[str, str], column: str = "url") -> Rule:
       host = urllib.parse.urlsplit(
         address if "//" in address else f"//{address}"
       ).hostname
-    except ValueError:  # As "http://[".
+    except ValueError:  # Such as "http://[".
       return None
     parts = (host or "").split(".")
     for start in range(len(parts)):
@@ -121,9 +122,9 @@ def by_url(labels: dict[str, str], column: str = "url") -> Rule:
 
 
 def by_path(labels: dict[str, str], column: str = "path") -> Rule:
-  """Returns the rule that goes by patterns of paths, the first that fits.
+  """Returns the rule that matches a path with patterns, in order.
 
-  A "*" also stands for folders: "*.py" is a file extension anywhere.
+  A "*" matches slashes too, so "*.py" matches the extension in any folder.
   """
 
   def rule(record: Record) -> Label | None:
@@ -139,7 +140,7 @@ def by_path(labels: dict[str, str], column: str = "path") -> Rule:
 def by_language() -> Rule:
   """Returns the rule that names the text's language: "en", "zh", ...
 
-  By py3langid, offline. Its confidence is a probability.
+  py3langid identifies it offline; the confidence is its probability.
   """
   module = need_package("py3langid.langid", "labelling by language")
   identifier = module.LanguageIdentifier.from_model_file(
@@ -149,14 +150,15 @@ def by_language() -> Rule:
   def rule(record: Record) -> Label | None:
     shares = collections.Counter[str]()
     for name, share in identifier.rank(record["text"][:EXAMINED_CHARACTERS]):
-      shares[_LANGUAGES.get(name, name)] += share
+      language: str = _LANGUAGES.get(name) or name
+      shares[language] += share
     return Label(*shares.most_common(1)[0])
 
   return rule
 
 
 def by_file_type() -> Rule:
-  """Returns the rule that names what kind of file a text is, by magika."""
+  """Returns the rule that names the type of file that magika finds."""
   try:
     magika = need_package("magika", "labelling by file type").Magika()
   except UserError as error:
@@ -172,7 +174,7 @@ def by_file_type() -> Rule:
 
 
 def by_topic(model: str) -> Rule:
-  """Returns the rule of a classifier that `data.topics` trained."""
+  """Returns the rule that applies a classifier of `data.topics`."""
   from data.topics import TopicClassifier
 
   classifier = TopicClassifier.load(model)
@@ -186,9 +188,10 @@ def by_topic(model: str) -> Rule:
 def translated(
   rule: Rule, labels: dict[str, str] | None, at_least: float = 0.0
 ) -> Rule:
-  """Returns a rule whose names are looked up in `labels`, if there are any.
+  """Returns a rule that maps the labels of `rule` by `labels`, if given.
 
-  A name that is not there, or less sure than `at_least`, is not known.
+  It finds no label where `labels` lacks the name, or where the confidence is
+  below `at_least`.
   """
 
   def outer(record: Record) -> Label | None:
@@ -230,7 +233,7 @@ def load_rules(path: str) -> Rule:
   Paths of models are relative to the file.
 
   Raises:
-    UserError: something is wrong, or a package is missing; names file and rule.
+    UserError: a rule is wrong, or its package is missing; names file and rule.
   """
   content = read_yaml(path)
   rules = content.get("rules")
@@ -257,7 +260,7 @@ def _rule(entry: Any, where: str, folder: str) -> Rule:
         f"{where}: unknown key {key!r}; by {kind} knows"
         f" {', '.join(sorted(_KEYS[kind]))}"
       )
-  if kind in _REQUIRED and _REQUIRED[kind] not in entry:
+  if kind in _REQUIRED and entry.get(_REQUIRED[kind]) is None:
     raise UserError(f"{where}: by {kind} needs {_REQUIRED[kind]!r}")
   if kind == "both":
     parts = (
@@ -269,13 +272,13 @@ def _rule(entry: Any, where: str, folder: str) -> Rule:
   if labels is not None:
     if not isinstance(labels, dict) or not labels:
       raise UserError(f"{where}: 'labels' must be {{found: label, ...}}")
-    # YAML reads "no" and 3 as other things than names.
+    # YAML reads no as a boolean and 3 as an integer.
     labels = {str(found): str(name) for found, name in labels.items()}
   if isinstance(at_least, bool) or not isinstance(at_least, (int, float)):
     raise UserError(f"{where}: at_least must be a number, not {at_least!r}")
   if kind in ("url", "path"):
     make = by_url if kind == "url" else by_path
-    return make(labels, str(entry.get("column", kind)))
+    return make(labels or {}, str(entry.get("column", kind)))
   if kind == "column":
     return translated(by_column(str(entry["column"])), labels)
   if kind == "language":
@@ -290,7 +293,7 @@ def _rule(entry: Any, where: str, folder: str) -> Rule:
 
 
 class LabelReport:
-  """Documents, bytes and mean confidence by label; reports add."""
+  """Documents, bytes and mean confidence by label."""
 
   def __init__(self):
     self._sums = collections.defaultdict[str, list[float]](lambda: [0, 0, 0.0])
@@ -303,7 +306,7 @@ class LabelReport:
     sums[2] += confidence
 
   def merge(self, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds what `rows` of another report returned."""
+    """Adds the `rows` of another report."""
     for row in rows:
       sums = self._sums[row["label"]]
       sums[0] += row["documents"]
@@ -311,7 +314,7 @@ class LabelReport:
       sums[2] += row["confidence"] * row["documents"]
 
   def rows(self) -> list[dict[str, Any]]:
-    """Returns a dict for each label, by name, as JSON can hold it."""
+    """Returns a dict for each label, in order of the names, for JSON."""
     return [
       {
         "label": name,

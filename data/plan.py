@@ -1,4 +1,7 @@
-"""Decides what is kept of scanned text, exactly as reading into memory does."""
+"""Chooses which scanned records to keep and which to hold out.
+
+The choice is exactly that of `edl_jax.text`, which reads text into memory.
+"""
 
 import dataclasses
 import json
@@ -14,39 +17,39 @@ from edl_jax.text.mixture import held_out_origins
 from edl_jax.text.readers import SeenIds
 from edl_jax.text.taxonomy import Taxonomy
 
-# Messages about bad records that are kept for the report.
+# Number of messages about bad records that the report keeps.
 _MESSAGES = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """What becomes of each good record, N in all, in the order of reading."""
+  """What happens to each of N good records, in the order of reading."""
 
   taxonomy: Taxonomy
-  # Index into the taxonomy's sources, -1 where dropped, (N,).
+  # Index into the taxonomy's sources, -1 for a dropped record, (N,).
   source_N: np.ndarray
-  # Characters that are kept, 0 where dropped, (N,).
+  # Number of characters to keep, 0 for a dropped record, (N,).
   characters_N: np.ndarray
   held_out_N: np.ndarray
-  # How sure the rules were of the label, (N,).
+  # Confidence of the label, (N,).
   confidence_N: np.ndarray
-  # Digests of the origins, (N, 32).
+  # SHA-256 of the origin, uint8 (N, 32).
   origin_N: np.ndarray
-  # Number of the first record of each chunk, and N.
+  # Number of the first record of each chunk, then N, (chunks + 1,).
   begin: np.ndarray
-  # UTF-8 bytes of the texts that are kept, whole.
+  # UTF-8 bytes of the kept records, before texts are shortened.
   num_bytes: int
-  # Counts of what is left out by reason, and "messages" about bad records.
+  # Number of dropped records by reason, and "messages" about bad ones.
   skipped: dict[str, Any]
 
   def digests(
     self, source_K: np.ndarray, text_K: Sequence[np.ndarray]
   ) -> list[Iterator[tuple[bytes, bytes]]]:
-    """Returns digests of origin and text, by source, of the K kept documents.
+    """Returns the digests of origin and text of K kept documents, by source.
 
     Args:
-      source_K: the source of each.
-      text_K: the digest of the text of each.
+      source_K: source of each document.
+      text_K: digest of each document's text.
     """
     origin_K = self.origin_N[self.source_N >= 0]
 
@@ -57,10 +60,10 @@ class Plan:
     return [of_source(source) for source in range(len(self.taxonomy.sources))]
 
   def report(self, documents: np.ndarray) -> list[dict[str, Any]]:
-    """Returns counts, sizes and confidence of each source.
+    """Returns the counts, sizes and confidence of each source.
 
     Args:
-      documents: the kept ones, of type `prepared.DOCUMENT`.
+      documents: the kept documents, of type `prepared.DOCUMENT`.
     """
     confidence_K = self.confidence_N[self.source_N >= 0]
     rows = []
@@ -78,14 +81,14 @@ class Plan:
 
 
 class _Selection:
-  """What is kept, record by record."""
+  """Chooses record by record, in the order of reading."""
 
   def __init__(self, data: DataConfig, skip_bad: bool):
     self.domains, self._skip_bad = DomainNames(data), skip_bad
     self._ids, self._texts = SeenIds(), set[bytes]()
     limit = data.max_characters_per_domain
     self._room = defaultdict[str, int](lambda: limit)
-    # Domain (None: dropped) and kept characters of each record.
+    # Domain (None if dropped) and kept characters of each record.
     self.domain: list[str | None] = []
     self.characters: list[int] = []
     self.skipped: dict[str, Any] = {
@@ -100,7 +103,7 @@ class _Selection:
     """Adds the records of a chunk.
 
     Raises:
-      UserError: a label or an id is wrong, and bad records are not skipped.
+      UserError: a label or an id is bad, and bad records are not skipped.
     """
     count, messages = json.loads(str(scan["problems"]))
     self.skipped["bad"] += count
@@ -135,7 +138,7 @@ class _Selection:
   def _kept(
     self, domain: str, scan: Mapping[str, np.ndarray], index: int
   ) -> int:
-    """Returns how many characters are kept, 0 if the record is dropped."""
+    """Returns the number of characters to keep, 0 to drop the record."""
     digest = scan["text"][index].tobytes()
     if self._room[domain] <= 0:
       reason = "over the limit"
@@ -158,16 +161,16 @@ def make_plan(
   *,
   skip_bad: bool,
 ) -> Plan:
-  """Chooses what is kept and what is held out.
+  """Chooses which records to keep and which to hold out.
 
   Args:
-    scans: what `chunks.scan` wrote, chunk by chunk.
-    data: its files (for messages), taxonomy, limit and held-out fraction.
-    skip_bad: whether to leave out bad records, or to stop at the first.
+    scans: arrays that `chunks.scan` wrote, one mapping a chunk.
+    data: gives taxonomy, limit, held-out fraction, and files (for messages).
+    skip_bad: whether to drop bad records instead of stopping at the first.
 
   Raises:
-    UserError: a bad record; no text, or a domain without or that cannot be
-      split.
+    UserError: a record is bad, there is no text, or a domain has none or too
+      little to split.
   """
   selection = _Selection(data, skip_bad)
   columns: dict[str, list[np.ndarray]] = defaultdict(list)

@@ -3,11 +3,11 @@
   python -m data.prepare --files="text/*.jsonl.gz" --taxonomy=taxonomy.yaml \\
     --tokenizer=bpe:8192 --out=prepared
 
-An experiment with `data.prepared="prepared"` then reads the same rows as one
-that reads the files themselves. Domains come from the key "domain" of each
-record, or from the rules of --labels (see data/labels.py). Whatever ends the
-command, the same command goes on where it was; once all is there, it only
-compares checksums. The folder is valid when manifest.json is in it.
+An experiment with `data.prepared="prepared"` then trains on the same rows as
+one that reads the files themselves. Domains come from the key "domain" of each
+record, or from the rules of --labels (see data/labels.py). Started again after
+an interruption, the same command resumes; once it has finished, it verifies
+checksums. The folder is complete once it holds manifest.json.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ _WORKERS = COMMAND.flag(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What to prepare, and how; see the flags."""
+  """What to prepare and how; see the flags."""
 
   files: str
   out: str
@@ -97,11 +97,11 @@ class Options:
   max_characters_per_domain: int | None = None
   skip_bad: bool = False
   workers: int = 1
-  # Text that is worked on, and written, at once.
+  # Size of the chunks in which text is processed and written.
   chunk_characters: int = 4_000_000
 
   def settings(self, paths: Sequence[str]) -> dict[str, Any]:
-    """Returns all that the result depends on, as JSON can hold it."""
+    """Returns everything that the result depends on, for JSON."""
     settings = dataclasses.asdict(self)
     for key in ("out", "workers"):
       del settings[key]
@@ -116,11 +116,11 @@ class Options:
 
 
 def prepare(options: Options) -> dict[str, Any]:
-  """Prepares a folder, or what is missing of it; returns its manifest.
+  """Prepares a folder, or the part of it that is missing; returns its manifest.
 
   Raises:
-    UserError: bad text, options that cannot be, a folder of other options, or
-      one that cannot be written. What was done stays for the next start.
+    UserError: the text or an option is wrong, the folder has other options or
+      cannot be written. A later call resumes from the finished chunks.
   """
   root, paths = find_files(options.files, "--files")
   settings = options.settings(paths)
@@ -136,7 +136,7 @@ def prepare(options: Options) -> dict[str, Any]:
   except OSError as error:
     raise UserError(
       f"cannot write to --out={options.out}: {error.strerror or error}; once it"
-      " can, the same command goes on"
+      " can, start the same command again to resume"
     ) from error
 
 
@@ -150,39 +150,41 @@ def _check_same(
   ]
   if different:
     raise UserError(
-      f"--out={out} was prepared from something else ({'; '.join(different)});"
+      f"--out={out} was prepared with other settings ({'; '.join(different)});"
       " choose another folder or delete this one"
     )
 
 
 @contextlib.contextmanager
 def _opened(out: str, settings: Mapping[str, Any]) -> Iterator[None]:
-  """Makes the folder, or checks that it is of the same command; locks it."""
+  """Creates the folder, or checks its settings; locks it for the block."""
   work = Path(out, "work")
   path = work / "settings.json"
   if path.exists():
     _check_same(out, json.loads(path.read_text()), settings)
   elif os.path.isdir(out) and set(os.listdir(out)) - {"work"}:
-    raise UserError(f"--out={out} is not empty, and not of this command")
+    raise UserError(
+      f"--out={out} holds other files; choose an empty or a new folder"
+    )
   work.mkdir(parents=True, exist_ok=True)
   with open(work / "lock", "w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f"--out={out}: another process works on it") from error
+      raise UserError(f"--out={out}: another process is writing it") from error
     storage.write_json(path, settings)
     yield
 
 
 class _Preparation:
-  """The four steps: scan, plan, encode, finish. Each skips what is there."""
+  """Scan, plan, encode, finish: four steps that skip what earlier runs did."""
 
   def __init__(self, options: Options, root: str, paths: Sequence[str]):
     self._options, self._root, self._paths = options, root, paths
     self._out = Path(options.out)
 
   def run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Does what is missing; returns the manifest."""
+    """Takes the four steps; returns the manifest."""
     options = self._options
     with chunks.Workers(
       options.workers,
@@ -214,7 +216,7 @@ class _Preparation:
     )
 
   def _scan(self, workers: chunks.Workers) -> int:
-    """Labels and measures every record; returns the number of chunks."""
+    """Scans every chunk; returns their number."""
     progress, count = BytesProgress("reading"), 0
 
     def missing() -> Iterator[chunks.Chunk]:
@@ -230,7 +232,7 @@ class _Preparation:
     return count
 
   def _tokenizer(self, plan: Plan) -> Tokenizer:
-    """Makes tokenizer.json, if it is not there."""
+    """Returns the tokenizer, and writes tokenizer.json if it is missing."""
     kind, path = self._options.tokenizer, self._out / TOKENIZER
     if path.exists():
       return Tokenizer.from_json(path.read_text(encoding="utf-8"))
@@ -247,7 +249,7 @@ class _Preparation:
     return tokenizer
 
   def _sample(self, plan: Plan, enough: int) -> list[str]:
-    """Returns the training text that `load_tokenizer` would learn from."""
+    """Returns the training text from which `load_tokenizer` would learn."""
     train = np.flatnonzero((plan.source_N >= 0) & ~plan.held_out_N)
     train = train[np.argsort(plan.source_N[train], kind="stable")]
     size, wanted = 0, {}
@@ -334,7 +336,7 @@ class _Preparation:
 
 @COMMAND.main
 def main() -> None:
-  """Prepares the text, then prints what there is of each domain."""
+  """Prepares the text, then prints the documents and bytes of each domain."""
   manifest = prepare(_options())
   report = LabelReport()
   report.merge(manifest["domains"])
@@ -352,7 +354,7 @@ def main() -> None:
 
 
 def _options() -> Options:
-  """Returns the options that the flags give.
+  """Returns the options that the flags set.
 
   Raises:
     UserError: the vocabulary is too small.

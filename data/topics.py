@@ -1,10 +1,10 @@
-"""A topic classifier for domain labels, trained on labelled samples.
+"""Trains a topic classifier for domain labels on labelled samples.
 
   python -m data.topics --files="samples/*.jsonl" --out=topics
 
-learns the domains of the samples from hashed character n-grams with a linear
-model, says how often it is right on samples it was not shown, and writes a
-folder that the rule `{by: topic, model: topics}` of `data.labels` reads.
+fits a linear model of hashed character n-grams to the samples' domains, prints
+its accuracy on held-out samples, and writes a folder that the rule
+`{by: topic, model: topics}` of `data.labels` reads.
 """
 
 import io
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edl_jax import storage
+from edl_jax import storage, tables
 from edl_jax.command import Command
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest, position
@@ -26,12 +26,12 @@ COMMAND = Command(__doc__)
 _FILES = COMMAND.flag("files", "", "Glob of labelled samples.", required=True)
 _OUT = COMMAND.flag("out", "", "Folder to write.", required=True)
 
-# Characters of a text that count: the topic shows early, and time is linear.
+# Only these first characters count: they show the topic, and cost is linear.
 _EXAMINED_CHARACTERS = 4000
 _FEATURES = 2**18
-# Lengths of the n-grams, in characters: words in part, and Han words whole.
+# Shortest and longest n-gram in characters: parts of words, whole Han words.
 _NGRAMS = (1, 4)
-# Share of samples, by hash of their text, that measure the accuracy.
+# Share of the samples, chosen by hash, that is held out to measure accuracy.
 _TEST_SHARE = 0.2
 _PURPOSE = "labelling by topic"
 
@@ -42,7 +42,7 @@ class TopicClassifier:
   def __init__(
     self, labels: Sequence[str], weights_DF: np.ndarray, bias_D: np.ndarray
   ):
-    """Takes what training found, float32 (labels, features) and (labels,)."""
+    """Takes float32 weights (labels, features) and biases (labels,)."""
     text = need_package("sklearn.feature_extraction.text", _PURPOSE)
     self.labels = tuple(labels)
     self._weights_FD = np.ascontiguousarray(weights_DF.T)
@@ -57,7 +57,8 @@ class TopicClassifier:
   def probabilities(self, texts: Sequence[str]) -> np.ndarray:
     """Returns each label's probability for each text, (texts, labels).
 
-    Each label was trained against all others; their scores add up to one.
+    Each label has a classifier against all others; their scores are scaled to
+    sum to one.
     """
     features = self._vectorizer.transform(
       [text[:_EXAMINED_CHARACTERS] for text in texts]
@@ -67,7 +68,7 @@ class TopicClassifier:
     return share / share.sum(1, keepdims=True)
 
   def classify(self, text: str) -> tuple[str, float]:
-    """Returns the likeliest label of a text, and its probability."""
+    """Returns the most probable label of a text, and its probability."""
     (share,) = self.probabilities([text])
     best = int(share.argmax())
     return self.labels[best], float(share[best])
@@ -91,7 +92,7 @@ class TopicClassifier:
 
   @classmethod
   def load(cls, folder: str) -> "TopicClassifier":
-    """Inverse of `save`; runs no code from the files.
+    """Reads what `save` wrote, without running code from the files.
 
     Raises:
       UserError: the folder holds no such model.
@@ -102,11 +103,11 @@ class TopicClassifier:
       with np.load(os.path.join(folder, "model.npz")) as arrays:
         weights_DF, bias_D = arrays["weights"], arrays["bias"]
       if weights_DF.shape != (len(labels), _FEATURES):
-        raise ValueError("other labels than the model has")
+        raise ValueError("labels and model differ in number")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
       raise UserError(
-        f"{folder}: no topic classifier ({error}); python -m data.topics makes"
-        " one"
+        f"{folder}: no topic classifier ({error}); make one with"
+        " python -m data.topics"
       ) from error
     return cls(labels, weights_DF, bias_D)
 
@@ -114,12 +115,12 @@ class TopicClassifier:
 def train_topics(
   texts: Sequence[str], names: Sequence[str], seed: int = 0
 ) -> TopicClassifier:
-  """Trains a classifier; deterministic for a seed.
+  """Trains a classifier; equal arguments give an equal one.
 
   Args:
-    texts: samples.
-    names: the label of each.
-    seed: of the order in which samples are seen.
+    texts: the samples.
+    names: the label of each sample.
+    seed: sets the order in which training visits the samples.
 
   Raises:
     UserError: fewer than two labels.
@@ -137,7 +138,7 @@ def train_topics(
   )
   model.fit(features, [labels.index(name) for name in names])
   weights_DF, bias_D = model.coef_, model.intercept_
-  if len(labels) == 2:  # One model tells them apart.
+  if len(labels) == 2:  # scikit-learn fits a single model then.
     weights_DF, bias_D = (np.concatenate([-x, x]) for x in (weights_DF, bias_D))
   return TopicClassifier(
     labels, weights_DF.astype(np.float32), bias_D.astype(np.float32)
@@ -173,14 +174,15 @@ def train_and_measure(pattern: str) -> tuple[TopicClassifier, list[str]]:
   every = [right for own in found.values() for right in own]
   if not every:
     raise UserError(f"--files={pattern}: too few samples to measure accuracy")
+  rows = [
+    (name, f"{np.mean(own):.3f}", f"{len(own):,}")
+    for name, own in found.items()
+    if own
+  ]
   return classifier, [
-    f"{len(train):,} samples trained on; of {len(every):,} others"
-    f" {np.mean(every):.3f} right",
-    *(
-      f"  {name}: {np.mean(own):.3f} of {len(own):,}"
-      for name, own in found.items()
-      if own
-    ),
+    f"trained on {len(train):,} samples; accuracy {np.mean(every):.3f} on"
+    f" {len(every):,} held-out samples:",
+    *(f"  {line}" for line in tables.aligned(rows)),
   ]
 
 

@@ -82,11 +82,13 @@ class Command:
       self._bare[f"--{name}"] = bare
     if required:
       self._required.append(name)
+    # absl has an overload for each type, which a type variable fits none of.
+    absl: Any = flags
     if kind is bool:
-      return flags.DEFINE_bool(name, default, help, flag_values=self._values)
+      return absl.DEFINE_bool(name, default, help, flag_values=self._values)
     parser = _Parser(kind, choices, minimum, between)
     self._parsers[name] = parser
-    define = flags.DEFINE_multi if repeated else flags.DEFINE
+    define = absl.DEFINE_multi if repeated else absl.DEFINE
     return define(
       parser=parser,
       serializer=None,
@@ -121,7 +123,9 @@ class Command:
     Raises:
       UserError: unknown file, unknown key, wrong type or impossible value.
     """
-    return config_files.load(self._values["experiment"].value, self.overrides)
+    return config_files.load(
+      self._values["experiment"].value or "", self.overrides
+    )
 
   def main(self, function: Callable[[], int | None]) -> Callable[..., int]:
     """Decorates a program that reads its flags and returns its exit code.
@@ -251,7 +255,7 @@ class _Parser(flags.ArgumentParser):
     if self.kind is tuple and isinstance(argument, str):
       argument = [each for each in argument.split(",") if each]
     try:
-      value = self.kind(argument)
+      value: Any = self.kind(argument)
     except ValueError as error:
       kind = "an integer" if self.kind is int else "a number"
       raise ValueError(f"must be {kind}") from error

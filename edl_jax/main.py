@@ -18,6 +18,7 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from absl import logging
+from absl.flags import FlagHolder
 
 from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
@@ -43,7 +44,7 @@ _WORKDIR = COMMAND.flag(
 _MODE = COMMAND.flag(
   "mode", "train", "What to do with the experiment.", choices=["train", "eval"]
 )
-_DESCRIBE = COMMAND.flag(
+_DESCRIBE: FlagHolder[str | None] = COMMAND.flag(
   "describe",
   None,
   "List the settings with value, help and bounds, and do nothing else. Names a"

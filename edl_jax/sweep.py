@@ -173,6 +173,7 @@ class _Launcher:
   _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
   def __init__(self) -> None:
+    self._before: dict[signal.Signals, Any] = {}
     self._running = False
     self._process: subprocess.Popen[bytes] | None = None
     self._received: int | None = None

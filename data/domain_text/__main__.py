@@ -1,4 +1,4 @@
-"""Builds the data set as `tfds build` does, which itself needs TensorFlow.
+"""Builds the data set as `tfds build` does, but without TensorFlow.
 
 python -m data.domain_text --manual_dir=corpora/text --data_dir=tfds
 """

@@ -1,12 +1,12 @@
-"""A TFDS data set of text with domain labels; needs no TensorFlow.
+"""A TFDS data set of text with domain labels, for readers without TensorFlow.
 
   PYTHONPATH=. tfds build data/domain_text --manual_dir=corpora/text \
     --data_dir=tfds --file_format=array_record
 
-takes every file in the folder that `edl_jax.text.readers` can read (JSON lines,
-also compressed, Parquet, plain files in folders named after their domain). An
-experiment reads the result with
-`data.files="tfds/domain_text/**/*.array_record*"`, and any other program with
+reads every file in the folder that `edl_jax.text.readers` can read: JSON lines,
+compressed or not, Parquet, and plain files in folders named after their domain.
+An experiment reads the result by
+`data.files="tfds/domain_text/**/*.array_record*"`, and another program by
 
   builder = tfds.builder_from_directory("tfds/domain_text/1.0.0")
   examples = builder.as_data_source(split="train")
@@ -26,7 +26,7 @@ from edl_jax.text.taxonomy import split_label
 class Builder(tfds.core.GeneratorBasedBuilder):
   """One split, "train", in the order of the files and of their records.
 
-  What is held out is not decided here but by the reader, from `origin`.
+  It includes held-out documents, which readers choose by `origin`.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -44,7 +44,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
           "text": tfds.features.Text(doc="One document."),
           "fine": tfds.features.Text(doc="Fine label; empty: unlabelled."),
           "coarse": tfds.features.Text(doc="Coarse label; empty: none."),
-          "source": tfds.features.Text(doc="Where it is from."),
+          "source": tfds.features.Text(doc="Where the text comes from."),
           "origin": tfds.features.Text(
             doc="Shared by documents that are held out together."
           ),
@@ -80,7 +80,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             "fine": fine,
             "coarse": coarse,
             "source": record.get("source") or os.path.relpath(path, root),
-            # As the reader of the files has it.
+            # A record without an origin is its own, as in `text.sources`.
             "origin": record.get("origin") or record["text"],
           },
         )

@@ -217,7 +217,7 @@ def test_missing_source_is_skipped_and_tried_again(registry, tmp_path, capsys):
 def test_nothing_to_be_had(registry, tmp_path):
   for path in registry.iterdir():
     path.unlink()
-  with pytest.raises(UserError, match="no source could be had"):
+  with pytest.raises(UserError, match="no source could be downloaded"):
     build(SOURCES, tmp_path / "out", tmp_path / "cache", 0.1)
   assert not (tmp_path / "out/manifest.json").exists()
 

@@ -166,6 +166,7 @@ rules:
     ("rules: [{by: column}]", "rule 1: by column needs 'column'"),
     ("rules: [{by: path, label: 1}]", "rule 1: unknown key 'label'"),
     ("rules: [{by: url}]", "rule 1: by url needs 'labels'"),
+    ("rules: [{by: url, labels: }]", "rule 1: by url needs 'labels'"),
     ("rules: [{by: url, labels: [a]}]", "rule 1: 'labels' must be"),
     ("rules: [{by: language, at_least: x}]", "rule 1: at_least must be"),
     ("rules: [{by: language}, {by: topic}]", "rule 2: by topic needs 'model'"),

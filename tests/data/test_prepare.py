@@ -284,7 +284,7 @@ def test_killed_and_continued(texts, tmp_path, stage):
   process.kill()
   process.communicate()
   assert not (out / "manifest.json").exists()
-  # Nobody goes on behind our back.
+  # The workers end with their parent.
   assert len(children) >= 2
   wait_until(lambda: not any(map(alive, children)))
   with pytest.raises(UserError, match="not finished"):
@@ -328,7 +328,7 @@ def test_folder_of_another_command_is_refused(texts, tmp_path):
   made = options_for(texts, tmp_path / "out")
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mine").touch()
-  with pytest.raises(UserError, match="is not empty, and not of this command"):
+  with pytest.raises(UserError, match="holds other files"):
     prepare(made)
   (tmp_path / "out" / "mine").unlink()
   prepare(made)
@@ -344,7 +344,7 @@ def test_two_at_once_are_refused(texts, tmp_path):
   made = options_for(texts, tmp_path / "out")
   with (
     command._opened(made.out, {}),
-    pytest.raises(UserError, match="another process works on it"),
+    pytest.raises(UserError, match="another process is writing it"),
     command._opened(made.out, {}),
   ):
     pass

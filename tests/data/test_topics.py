@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -54,7 +55,9 @@ def test_damaged_model_is_named(classifier, tmp_path):
   folder = tmp_path / "topics"
   classifier.save(str(folder))
   (folder / "labels.json").write_text('["one"]')
-  with pytest.raises(UserError, match=r"topics: no topic classifier \(other"):
+  with pytest.raises(
+    UserError, match=r"topics: no topic classifier \(labels and"
+  ):
     TopicClassifier.load(str(folder))
   classifier.save(str(folder))
   content = (folder / "model.npz").read_bytes()
@@ -83,9 +86,9 @@ def test_accuracy_is_of_samples_left_out(tmp_path):
       domain = topic if topic != "诗" else rng.choice(["sea", "law"])
       file.write(json.dumps({"text": text, "domain": domain}) + "\n")
   _, lines = train_and_measure(f"{tmp_path}/a.jsonl")
-  right = float(lines[0].split()[-2])
+  right = float(re.search(r"accuracy (\S+) on", lines[0])[1])
   assert 0.7 < right < 0.97
-  assert [line.split(":")[0].strip() for line in lines[1:]] == ["law", "sea"]
+  assert [line.split()[0] for line in lines[1:]] == ["law", "sea"]
   (tmp_path / "b.jsonl").write_text('{"text": "x"}')
   with pytest.raises(UserError, match=r"b\.jsonl:1: a sample needs a domain"):
     train_and_measure(f"{tmp_path}/b.jsonl")
