@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from edl_jax.config import OptimizerConfig
-from edl_jax.sharding import path_name
+from edl_jax.sharding import last_name
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -45,7 +45,7 @@ def decays(parameters: Any) -> Any:
   All but the scales of norms; the model has no biases.
   """
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: not path_name(path).endswith("norm/scale"), parameters
+    lambda path, _: last_name(path) != "scale", parameters
   )
 
 

@@ -14,25 +14,25 @@ over rows behind the model and the sum of the gradient's norm.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from edl_jax.config import Experiment, MeshConfig, UserError
+from edl_jax.config import Experiment, MeshConfig, MoEConfig, UserError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 # The axes over which rows of the global batch are spread.
 ROW_AXES = ("data", "fsdp", "expert")
 
-# The axes that only store parameters, in the order in which they are gathered:
-# one at a time, as TPUs make an all-reduce of a gather over a whole slice, and
-# the smaller first, so that the intermediate result is the smaller one.
+# The axes that only store parameters, in the order in which they are gathered.
+# Gather over one axis at a time: TPUs turn a gather over a whole slice into an
+# all-reduce. Gather over the smaller axis first, for a small intermediate.
 STORAGE_AXES = ("expert", "fsdp")
 
 _STORAGE = ("fsdp", "expert")
@@ -40,24 +40,46 @@ _STORAGE = ("fsdp", "expert")
 # Devices whose compiler has a ragged all-to-all: TPU v5p and v6e.
 _RAGGED_KINDS = ("TPU v5", "TPU v5p", "TPU v6 lite")
 
-# What each dimension of a parameter is spread over, by the parameter's name,
-# whose axis letters say the dimensions. Layers (a leading dimension that
-# scanned blocks have) are never spread. Of the large ones no minor dimension
-# is cut below the tiles of a TPU: experts' F and not M.
-PARAMETER_RULES: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
-  "embedding_VM": (("tensor", "fsdp"), "expert"),
-  "head_MV": (_STORAGE, "tensor"),
-  "query_MNH": (_STORAGE, "tensor", None),
-  "key_MKH": (_STORAGE, "tensor", None),
-  "value_MKH": (_STORAGE, "tensor", None),
-  "out_NHM": ("tensor", None, _STORAGE),
-  "router_ME": ("fsdp", None),
-  "gate_up_EM2F": ("expert", "fsdp", None, "tensor"),
-  "down_EFM": ("expert", ("tensor", "fsdp"), None),
-  "gate_up_M2F": (_STORAGE, None, "tensor"),
-  "down_FM": ("tensor", _STORAGE),
-  # Of norms.
-  "scale": (None,),
+
+class ParameterRule(NamedTuple):
+  """How one parameter is stored, and how it gets to where it is used."""
+
+  # The axes that each dimension is spread over, as in a PartitionSpec. A
+  # leading dimension of stacked layers comes on top, and is never spread.
+  spec: tuple[str | tuple[str, ...] | None, ...]
+  # The axes to gather over before use, in this order; over other axes, the
+  # parameter stays spread.
+  gathered: tuple[str, ...] = STORAGE_AXES
+  # A share of the experts. Under every dispatch but "gather" it stays on its
+  # devices along `expert`.
+  is_expert: bool = False
+  # Travels in float32, whatever the compute dtype.
+  is_float32: bool = False
+
+
+# A rule for each parameter, by the last part of its name, whose suffix gives
+# the dimensions. A TPU stores the last two dimensions in tiles, so a large
+# parameter spreads dimensions that stay larger than a tile: experts' F, not M.
+PARAMETER_RULES: dict[str, ParameterRule] = {
+  "embedding_VM": ParameterRule(
+    (("tensor", "fsdp"), "expert"), gathered=(*STORAGE_AXES, "tensor")
+  ),
+  "head_MV": ParameterRule((_STORAGE, "tensor")),
+  "query_MNH": ParameterRule((_STORAGE, "tensor", None)),
+  "key_MKH": ParameterRule((_STORAGE, "tensor", None)),
+  "value_MKH": ParameterRule((_STORAGE, "tensor", None)),
+  "out_NHM": ParameterRule(("tensor", None, _STORAGE)),
+  "router_ME": ParameterRule(("fsdp", None), is_float32=True),
+  "gate_up_EM2F": ParameterRule(
+    ("expert", "fsdp", None, "tensor"), is_expert=True
+  ),
+  "down_EFM": ParameterRule(
+    ("expert", ("tensor", "fsdp"), None), is_expert=True
+  ),
+  "gate_up_M2F": ParameterRule((_STORAGE, None, "tensor")),
+  "down_FM": ParameterRule(("tensor", _STORAGE)),
+  # Norms.
+  "scale": ParameterRule((None,), is_float32=True),
 }
 
 
@@ -66,16 +88,16 @@ def make_mesh(
 ) -> Mesh:
   """Lays `devices` (default: all) out on the five axes.
 
-  Neighbours along an axis are neighbours in the torus of a TPU slice; several
-  slices lie along `data`, whose gradients alone cross the slower network
-  between them. Axis types are Auto throughout the program.
+  Neighbours along an axis are neighbours in the torus of a TPU slice. Several
+  slices lie along `data`, so that only gradients cross the slower network
+  between slices. Axis types are Auto throughout the program.
 
   Raises:
     UserError: the axis sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dataclasses.asdict(config)
-  known = int(np.prod([size for size in sizes.values() if size != -1]))
+  known = math.prod(size for size in sizes.values() if size != -1)
   shown = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
   if len(devices) % known:
     raise UserError(f"{shown}: does not divide {len(devices)} devices")
@@ -83,7 +105,7 @@ def make_mesh(
     axis: len(devices) // known if size == -1 else size
     for axis, size in sizes.items()
   }
-  if int(np.prod(list(sizes.values()))) != len(devices):
+  if math.prod(sizes.values()) != len(devices):
     raise UserError(
       f"{shown}: takes {known} of {len(devices)} devices; set one axis to -1"
     )
@@ -94,7 +116,7 @@ def make_mesh(
       f"{shown}: {slices} slices need mesh.data to be a multiple of {slices};"
       " between slices only gradients should travel"
     )
-  # A mesh axis may be a part of an axis of the torus.
+  # A mesh axis may take a part of a torus axis.
   if slices > 1:
     laid_out = mesh_utils.create_hybrid_device_mesh(
       [shape[0] // slices, *shape[1:]],
@@ -110,14 +132,16 @@ def make_mesh(
 
 
 def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
-  """Raises UserError unless the mesh divides the model and the batch.
+  """Checks that the experiment can run on the mesh.
 
-  Nor may several processes share a row, as each reads rows of its own, or
-  `moe.dispatch` be one that the devices cannot run.
+  Raises:
+    UserError: the mesh does not divide the model or the batch, several
+      processes would share a row, although each reads rows of its own, or the
+      devices cannot run `moe.dispatch`.
   """
-  model, train, size = experiment.model, experiment.train, mesh.shape
+  train, size = experiment.train, mesh.shape
   rows = train.batch_size // train.accumulation_steps
-  row_shards = int(np.prod([size[axis] for axis in ROW_AXES]))
+  row_shards = math.prod(size[axis] for axis in ROW_AXES)
   if rows % row_shards:
     raise UserError(
       f"train.batch_size={train.batch_size} in train.accumulation_steps="
@@ -134,6 +158,22 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
       f"moe.dispatch='ragged_all_to_all': {kind} devices have no such exchange;"
       " choose 'ring' or 'gather'"
     )
+  _check_rows_of_processes(mesh)
+  for axes, key, value in _divisions(experiment):
+    if value % math.prod(size[axis] for axis in axes):
+      shown = " x ".join(f"mesh.{axis}={size[axis]}" for axis in axes)
+      more = (
+        "; it may be larger than the tokenizer's"
+        if key == "model.vocabulary_size"
+        else ""
+      )
+      raise UserError(f"{shown} does not divide {key}={value}{more}")
+
+
+def _check_rows_of_processes(mesh: Mesh) -> None:
+  """Raises UserError if several processes share a row."""
+  size = mesh.shape
+  row_shards = math.prod(size[axis] for axis in ROW_AXES)
   owners = collections.defaultdict(set)
   shards = row_sharding(mesh).devices_indices_map((row_shards,))
   for device, (shard,) in shards.items():
@@ -148,34 +188,63 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
       f"{shown} spreads the same rows over several processes, each of which"
       " reads rows of its own; lower it to the devices of one process"
     )
-  for axes, name, value in (
-    (("fsdp", "expert"), "model.width", model.width),
-    (("expert",), "model.num_experts", model.num_experts),
-    (("tensor",), "model.num_heads", model.num_heads),
-    (("tensor",), "model.num_kv_heads", model.num_kv_heads),
-    (("tensor", "fsdp"), "model.expert_width", model.expert_width),
-    (("tensor", "fsdp"), "model.vocabulary_size", model.vocabulary_size),
-    (("sequence",), "train.sequence_length", train.sequence_length),
-    *(
-      [(("tensor",), "model.dense_width", model.dense_width)]
-      if model.num_dense_layers
-      else []
-    ),
-  ):
-    if value % int(np.prod([size[axis] for axis in axes])):
-      shown = " x ".join(f"mesh.{axis}={size[axis]}" for axis in axes)
-      more = (
-        "; it may be larger than the tokenizer's"
-        if name == "model.vocabulary_size"
-        else ""
-      )
-      raise UserError(f"{shown} does not divide {name}={value}{more}")
+
+
+def _divisions(
+  experiment: Experiment,
+) -> Iterator[tuple[tuple[str, ...], str, int]]:
+  """Yields mesh axes, and the field that their product must divide."""
+  model = experiment.model
+  fields = {
+    "V": "vocabulary_size",
+    "M": "width",
+    "N": "num_heads",
+    "K": "num_kv_heads",
+    "E": "num_experts",
+  }
+  for name, rule in PARAMETER_RULES.items():
+    # A shared expert uses the rules of dense layers. Its hidden width is a
+    # multiple of the experts', which must divide by more axes.
+    fields["F"] = "expert_width" if rule.is_expert else "dense_width"
+    is_checked = rule.is_expert or model.num_dense_layers
+    for letter, entry in zip(name.rpartition("_")[2], rule.spec):
+      if entry and (letter != "F" or is_checked):
+        field = fields[letter]
+        yield axes_of(entry), f"model.{field}", getattr(model, field)
+  length = experiment.train.sequence_length
+  yield ("sequence",), "train.sequence_length", length
 
 
 def path_name(path: Sequence[Any]) -> str:
   """Returns a readable name of a leaf, such as `blocks/moe/router_ME`."""
   name = jax.tree_util.keystr(path, simple=True, separator="/")
   return name.removesuffix("/value")
+
+
+def last_name(path: Sequence[Any]) -> str:
+  """Returns the last part of a leaf's name, such as `router_ME`."""
+  return path_name(path).rpartition("/")[2]
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """Returns the mesh axes of one dimension of a PartitionSpec."""
+  return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def parameter_rule(path: Sequence[Any], leaf: Any) -> ParameterRule:
+  """Returns the rule of a parameter.
+
+  Raises:
+    ValueError: the parameter has no rule, or another rank than its rule.
+  """
+  rule = PARAMETER_RULES.get(last_name(path))
+  if rule is None:
+    raise ValueError(f"parameter {path_name(path)} has no sharding rule")
+  if leaf.ndim - len(rule.spec) not in (0, 1):
+    raise ValueError(
+      f"parameter {path_name(path)} {leaf.shape} does not fit {rule.spec}"
+    )
+  return rule
 
 
 def parameter_specs(parameters: Any) -> Any:
@@ -186,14 +255,9 @@ def parameter_specs(parameters: Any) -> Any:
   """
 
   def spec(path, leaf) -> PartitionSpec:
-    name = path_name(path)
-    rule = PARAMETER_RULES.get(name.rsplit("/")[-1])
-    if rule is None:
-      raise ValueError(f"parameter {name} has no sharding rule")
-    layers = leaf.ndim - len(rule)
-    if layers not in (0, 1):
-      raise ValueError(f"parameter {name} {leaf.shape} does not fit {rule}")
-    return PartitionSpec(*(None,) * layers, *rule)
+    rule = parameter_rule(path, leaf)
+    layers = leaf.ndim - len(rule.spec)
+    return PartitionSpec(*(None,) * layers, *rule.spec)
 
   return jax.tree_util.tree_map_with_path(spec, parameters)
 
@@ -215,7 +279,8 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Any, mesh: Mesh) -> Any:
   """Assembles a global batch from the rows that this process holds."""
   sharding = row_sharding(mesh)
-  # Meant, though of several processes JAX counts it as a slip.
+  # Intentional transfer; the transfer guard would reject it with several
+  # processes.
   with jax.transfer_guard_host_to_device("allow"):
     return jax.tree.map(
       lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
@@ -228,41 +293,54 @@ def per_shard(
   """Maps `function` over the shards of the mesh in use.
 
   Inside, every mesh axis is manual and arrays are local; the functions below
-  say what crosses devices. Outside a mesh, or on one device, `function` is
-  called as it is, and they do nothing.
+  move data across devices. Outside a mesh, or on one device, this returns
+  `function` itself, and the functions below do nothing.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return function
-  # What is checked otherwise, which axes an array varies over, Pallas' kernels
-  # do not say.
+  # Pallas kernels do not declare varying axes, so skip that check.
   return jax.shard_map(
     function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
   )
 
 
 def spread_axes(axes: Sequence[str]) -> tuple[str, ...]:
-  """Returns those of `axes` that spread arrays over devices here."""
+  """Returns those of `axes` that are manual here and larger than one."""
   mesh = jax.sharding.get_abstract_mesh()
   return tuple(
     axis for axis in axes if axis in mesh.manual_axes and mesh.shape[axis] > 1
   )
 
 
-def gather(
-  name: str, x: jax.Array, axes: Sequence[str] = STORAGE_AXES
-) -> jax.Array:
-  """Gathers a device's piece of a parameter over storage axes.
+def gathered_axes(name: str, moe: MoEConfig) -> tuple[str, ...]:
+  """Returns the axes over which a parameter is gathered before use.
 
-  The gradient is summed and scattered the way back (`scatter`). What is sent
-  is cut along its first dimension: along one that is tiled in memory a TPU may
-  make an all-reduce of what is a reduce-scatter.
+  Args:
+    name: a key of `PARAMETER_RULES`.
+    moe: how tokens and experts meet; every dispatch but "gather" leaves experts
+      on their devices.
+  """
+  rule = PARAMETER_RULES[name]
+  if rule.is_expert and moe.dispatch != "gather":
+    return tuple(axis for axis in rule.gathered if axis != "expert")
+  return rule.gathered
+
+
+def gather(
+  name: str, x: jax.Array, axes: Sequence[str] | None = None
+) -> jax.Array:
+  """Gathers the shards of a parameter.
+
+  Its transpose, `scatter`, sums and scatters the gradient. Shards travel cut
+  along their first dimension, because a TPU may turn a reduce-scatter along a
+  tiled dimension into an all-reduce.
 
   Args:
     name: the parameter's, a key of `PARAMETER_RULES`.
-    x: its piece, of one layer, in the dtype to send. Dimensions behind the
-      last one that is gathered may have another shape than the parameter's.
-    axes: which to gather over.
+    x: this device's shard, of one layer, in the dtype to send. Dimensions
+      behind the last one that is gathered may differ from the parameter's.
+    axes: mesh axes to gather over; None for those of the rule.
   """
   for axis, dimension in _gathers(name, axes):
     x = jnp.moveaxis(x, dimension, 0)
@@ -271,23 +349,23 @@ def gather(
 
 
 def scatter(
-  name: str, x: jax.Array, axes: Sequence[str] = STORAGE_AXES
+  name: str, x: jax.Array, axes: Sequence[str] | None = None
 ) -> jax.Array:
-  """Sums over storage axes and keeps a device's piece: `gather`'s transpose."""
+  """Sums over devices and keeps this one's shard: the transpose of `gather`."""
   for axis, dimension in reversed(_gathers(name, axes)):
     x = jnp.moveaxis(x, dimension, 0)
     x = jnp.moveaxis(jax.lax.psum_scatter(x, axis, tiled=True), 0, dimension)
   return x
 
 
-def _gathers(name: str, axes: Sequence[str]) -> list[tuple[str, int]]:
+def _gathers(name: str, axes: Sequence[str] | None) -> list[tuple[str, int]]:
   """Lists the axes to gather over, and the dimension of each."""
   rule = PARAMETER_RULES[name]
   return [
     (axis, dimension)
-    for axis in spread_axes(axes)
-    for dimension, spread in enumerate(rule)
-    if axis == spread or (isinstance(spread, tuple) and axis in spread)
+    for axis in spread_axes(rule.gathered if axes is None else axes)
+    for dimension, entry in enumerate(rule.spec)
+    if axis in axes_of(entry)
   ]
 
 

@@ -83,7 +83,7 @@ def random_model():
 
   def draw(path, leaf):
     value = random.standard_normal(leaf.shape, np.float32)
-    is_norm = sharding.path_name(path).endswith("norm/scale")
+    is_norm = sharding.last_name(path) == "scale"
     return 1 + 0.1 * value if is_norm else 0.3 * value
 
   return jax.tree_util.tree_map_with_path(draw, abstract_model(MODEL))

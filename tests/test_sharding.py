@@ -10,6 +10,7 @@ from edl_jax.config import (
   Experiment,
   MeshConfig,
   ModelConfig,
+  MoEConfig,
   TrainConfig,
   UserError,
 )
@@ -33,6 +34,36 @@ def test_rules_are_total_both_ways():
   }
   last = {name.rsplit("/")[-1] for name in every_name}
   assert last == sharding.PARAMETER_RULES.keys()
+
+
+def test_rules_have_an_entry_for_each_axis_letter():
+  for name, rule in sharding.PARAMETER_RULES.items():
+    if name == "scale":
+      continue
+    letters = name.rsplit("_")[-1]
+    assert len(rule.spec) == len(letters)
+    assert rule.is_expert == letters.startswith("E")
+    # The size-two axis of gate and up, and heads' width, are never cut.
+    assert not any(
+      entry for letter, entry in zip(letters, rule.spec) if letter in "2H"
+    )
+    # Rows are spread over storage axes, so each is gathered before use.
+    assert set(sharding.STORAGE_AXES) <= set(rule.gathered)
+
+
+@pytest.mark.parametrize(
+  "dispatch", ["gather", "ragged_all_to_all", "ring", "capacity"]
+)
+def test_only_gather_brings_experts_to_tokens(dispatch):
+  moe = MoEConfig(dispatch=dispatch)
+  experts = ("expert", "fsdp") if dispatch == "gather" else ("fsdp",)
+  assert sharding.gathered_axes("down_EFM", moe) == experts
+  assert sharding.gathered_axes("down_FM", moe) == ("expert", "fsdp")
+  assert sharding.gathered_axes("embedding_VM", moe) == (
+    "expert",
+    "fsdp",
+    "tensor",
+  )
 
 
 def test_specs_of_stacked_and_single_parameters():
@@ -62,11 +93,14 @@ def test_gather_and_scatter_are_the_whole_and_its_transpose(name):
   """On a mesh that spreads every dimension that a rule spreads."""
   rule = sharding.PARAMETER_RULES[name]
   mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
-  spec = PartitionSpec(*rule)
+  spec = PartitionSpec(*rule.spec)
   kept = PartitionSpec(
-    *("tensor" if "tensor" in np.atleast_1d(axes) else None for axes in rule)
+    *(
+      tuple(set(sharding.axes_of(entry)) - set(rule.gathered))
+      for entry in rule.spec
+    )
   )
-  whole = np.random.default_rng(0).standard_normal((16,) * len(rule))
+  whole = np.random.default_rng(0).standard_normal((16,) * len(rule.spec))
   whole = whole.astype(np.float32)
 
   def there_and_back(x):
@@ -83,7 +117,8 @@ def test_gather_and_scatter_are_the_whole_and_its_transpose(name):
     )(whole)
   np.testing.assert_array_equal(gathered, whole)
   # Every device that holds the whole adds it once.
-  copies = np.prod([2 for axis in sharding.STORAGE_AXES if axis in str(rule)])
+  spread = {axis for entry in rule.spec for axis in sharding.axes_of(entry)}
+  copies = 2 ** len(spread & set(rule.gathered))
   np.testing.assert_allclose(scattered, copies * whole, rtol=1e-6)
   np.testing.assert_array_equal(transposed, scattered)
 

@@ -40,9 +40,9 @@ class StepBound(NamedTuple):
 
 
 class _Weight(NamedTuple):
-  """One parameter as the strategy moves it."""
+  """How often and over how many chips one parameter travels."""
 
-  # Bytes that a chip holds once it is gathered, all layers together.
+  # Bytes that a chip holds once it has gathered the parameter, in all layers.
   bytes: float
   # Chips that it is gathered from.
   shards: int
@@ -53,7 +53,10 @@ class _Weight(NamedTuple):
 
 
 def _passes(experiment: Experiment) -> tuple[int, int]:
-  """Forward and backward passes of one step; see `loss_and_gradient`."""
+  """Returns the forward and backward passes of one step.
+
+  See `loss_and_gradient`.
+  """
   count = experiment.train.accumulation_steps
   exact = count > 1 and experiment.train.accumulation == "exact"
   return count * (2 if exact else 1), count
@@ -62,31 +65,23 @@ def _passes(experiment: Experiment) -> tuple[int, int]:
 def _weights(
   experiment: Experiment, parameters: Any, mesh: Mesh
 ) -> Iterator[_Weight]:
-  compute = jax.numpy.dtype(experiment.model.dtype).itemsize
   forward, backward = _passes(experiment)
   rematerialised = experiment.model.remat != "none"
-  gathers_experts = experiment.moe.dispatch == "gather"
   for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
-    name = sharding.path_name(path)
-    axes = [
-      axis
-      for entry in leaf.sharding.spec
-      for axis in ((entry,) if isinstance(entry, str) else entry or ())
-    ]
-    # What is spread over `tensor` stays so, and experts unless they come to the
-    # tokens.
-    stays = set() if name == "embedding_VM" else {"tensor"}
-    if name.rsplit("_")[-1].startswith("E") and not gathers_experts:
-      stays.add("expert")
-    shards = math.prod(mesh.shape[a] for a in axes if a not in stays)
-    split = math.prod(mesh.shape[a] for a in axes if a in stays)
+    rule = sharding.parameter_rule(path, leaf)
+    name = sharding.last_name(path)
+    dtype = "float32" if rule.is_float32 else experiment.model.dtype
+    spread = set(itertools.chain(*map(sharding.axes_of, leaf.sharding.spec)))
+    gathered = spread & set(sharding.gathered_axes(name, experiment.moe))
+    stays = spread - gathered
+    shards = math.prod(mesh.shape[axis] for axis in gathered)
+    split = math.prod(mesh.shape[axis] for axis in stays)
     token_shards = math.prod(
       mesh.shape[axis] for axis in _TOKEN_AXES if axis not in stays
     )
-    in_layer = "blocks/" in name
-    is_float32 = "router" in name or name.endswith("norm/scale")
+    in_layer = leaf.ndim > len(rule.spec)
     yield _Weight(
-      leaf.size / split * (4 if is_float32 else compute),
+      leaf.size / split * jax.numpy.dtype(dtype).itemsize,
       shards,
       token_shards // shards,
       forward + (backward if in_layer and rematerialised else 0),

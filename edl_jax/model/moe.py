@@ -128,12 +128,12 @@ class MoE(nnx.Module):
     self, dtype: jnp.dtype, moe: MoEConfig
   ) -> tuple[jax.Array, jax.Array]:
     """Returns gate_up_EM2F and down_EFM of the experts that run here."""
-    # Every dispatch but "gather" leaves experts on their devices.
-    axes = sharding.STORAGE_AXES if moe.dispatch == "gather" else ("fsdp",)
     gate_up_EM2F = self.gate_up_EM2F[...].astype(dtype)
     # Merge gate and up before the all-gather, which then needs no copy.
     merged = gate_up_EM2F.reshape(*gate_up_EM2F.shape[:2], -1)
+    axes = sharding.gathered_axes("gate_up_EM2F", moe)
     merged = sharding.gather("gate_up_EM2F", merged, axes)
     gate_up_EM2F = merged.reshape(*merged.shape[:2], 2, -1)
     down_EFM = self.down_EFM[...].astype(dtype)
+    axes = sharding.gathered_axes("down_EFM", moe)
     return gate_up_EM2F, sharding.gather("down_EFM", down_EFM, axes)

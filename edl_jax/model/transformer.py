@@ -239,13 +239,8 @@ def _embed(embedding_VM, tokens_BT, dtype):
   return _embedding(embedding_VM, dtype)[tokens_BT]
 
 
-_EMBEDDING_AXES = (*sharding.STORAGE_AXES, "tensor")
-
-
 def _embedding(embedding_VM, dtype):
-  return sharding.gather(
-    "embedding_VM", embedding_VM.astype(dtype), _EMBEDDING_AXES
-  )
+  return sharding.gather("embedding_VM", embedding_VM.astype(dtype))
 
 
 def _embed_forward(embedding_VM, tokens_BT, dtype):
@@ -257,9 +252,7 @@ def _embed_backward(dtype, residuals, dx_BTM):
   tokens_BT, sized_V = residuals
   dembedding_VM = jnp.zeros((len(sized_V), dx_BTM.shape[-1]))
   dembedding_VM = dembedding_VM.at[tokens_BT].add(dx_BTM.astype(jnp.float32))
-  dembedding_VM = sharding.scatter(
-    "embedding_VM", dembedding_VM.astype(dtype), _EMBEDDING_AXES
-  )
+  dembedding_VM = sharding.scatter("embedding_VM", dembedding_VM.astype(dtype))
   return dembedding_VM.astype(jnp.float32), None
 
 

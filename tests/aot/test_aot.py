@@ -151,7 +151,9 @@ def parameters(mesh):
     )
 
   return {
-    "blocks": {"w": leaf((2, 8, 16), None, ("fsdp", "expert"))},
+    "blocks": {
+      "gate_up_M2F": leaf((2, 8, 2, 8), None, ("fsdp", "expert")),
+    },
     "final_norm": {"scale": leaf((8,))},
     "head_MV": leaf((8, 16), "fsdp"),
   }

@@ -49,7 +49,7 @@ def random_model(config=CONFIG):
 
   def draw(path, leaf):
     value = random.standard_normal(leaf.shape)
-    is_norm = sharding.path_name(path).endswith("norm/scale")
+    is_norm = sharding.last_name(path) == "scale"
     return jnp.asarray(1 + 0.2 * value if is_norm else 0.4 * value, leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(draw, abstract_model(config))
@@ -239,7 +239,7 @@ def test_training_flops_are_six_a_token_for_each_weight_at_work():
     for path, leaf in jax.tree_util.tree_leaves_with_path(
       abstract_model(CONFIG)
     )
-    if sharding.path_name(path).endswith("norm/scale")
+    if sharding.last_name(path) == "scale"
   )
   weights = active - norms
   # A query and a key of one head, then a weight and a value.
