@@ -1,7 +1,9 @@
-"""Commands that write text corpora; `edl_jax.text` reads them for training.
+"""Commands that write text to train and to evaluate on.
 
-`corpora` builds a mixture from package registries, `export` writes the embedded
-mixture to a file, `labels` and `topics` find domain labels, `prepare` tokenizes
-a corpus once, and `domain_text` writes a TFDS data set. Arrows go one way: this
-package imports `edl_jax`, which never imports it.
+`edl_jax.text` reads what these write, and never imports this package.
+
+`corpora` builds a mixture from package registries, and `benchmarks` writes
+zero-shot tasks; `export` writes the embedded mixture to a file; `labels` and
+`topics` find domain labels; `prepare` tokenizes a corpus once; `domain_text`
+writes a TFDS data set.
 """

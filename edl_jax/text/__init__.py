@@ -1,1 +1,1 @@
-"""From text to rows of packed tokens."""
+"""Reads the text that the commands of `data` write, and packs it into rows."""

@@ -1,3 +1,5 @@
+"""The TFDS data set: its examples are the records of the files."""
+
 import gzip
 import json
 import re

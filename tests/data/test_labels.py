@@ -1,3 +1,5 @@
+"""Rules that label text, their errors, and the report."""
+
 import json
 import random
 import subprocess

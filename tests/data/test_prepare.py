@@ -1,3 +1,5 @@
+"""Prepared text: the same as in memory, resumed when killed, errors named."""
+
 import dataclasses
 import gzip
 import json
