@@ -13,7 +13,7 @@ ARROWS = {
   "analysis": {"config", "metrics", "storage", "tables"},
   "aot": {
     *("command", "config", "config_files", "model", "optim", "progress"),
-    *("runtime", "sharding", "step", "storage", "text"),
+    *("runtime", "sharding", "step", "storage", "tables", "text"),
   },
   "cache": {"storage"},
   "checkpoint": {"config", "model", "sharding", "step", "storage", "text"},

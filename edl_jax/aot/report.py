@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from edl_jax import tables
 from edl_jax.aot import bounds, hlo, hlo_costs
 from edl_jax.aot.compile import DoesNotFit, Step
 from edl_jax.aot.hlo_costs import Collective
@@ -110,16 +111,8 @@ def _gib(size: float) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-  """Aligns columns, the first to the left and the others to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  return [
-    "  "
-    + "  ".join(
-      cell.rjust(width) if place else cell.ljust(width)
-      for place, (cell, width) in enumerate(zip(row, widths))
-    ).rstrip()
-    for row in rows
-  ]
+  """Returns an indented table; its first column holds words."""
+  return [f"  {line}" for line in tables.aligned(rows)]
 
 
 def describe(

@@ -1,0 +1,150 @@
+"""The command: refusals, and programs of the TPU's compiler."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from edl_jax.aot import __main__ as aot
+from edl_jax.aot import topologies
+
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TINY = str(ROOT / "experiments" / "tiny.py")
+
+# Two layers of shapes that TPUs take as they are.
+SMALL = {
+  "model.num_layers": 2,
+  "model.width": 256,
+  "model.num_heads": 4,
+  "model.num_kv_heads": 2,
+  "model.head_width": 128,
+  "model.num_experts": 8,
+  "model.expert_width": 256,
+  "model.vocabulary_size": 2048,
+  "model.dtype": "bfloat16",
+  "model.remat": "full",
+  "train.batch_size": 8,
+  "train.sequence_length": 256,
+  "mesh.data": 1,
+  "mesh.fsdp": 2,
+  "mesh.expert": -1,
+}
+
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="the TPU compiler is not installed; make test-tpu installs it",
+)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+  """The command sets variables, which other tests should not see."""
+  monkeypatch.setattr(os, "environ", dict(os.environ))
+
+
+def refused(capsys, *arguments):
+  assert aot.main(arguments) == 2
+  captured = capsys.readouterr()
+  (line,) = captured.err.splitlines()
+  assert line.startswith("error: ") and not captured.out
+  return line
+
+
+@pytest.mark.parametrize(
+  ("arguments", "named"),
+  [
+    ([], "--experiment is missing"),
+    (["--experiment=none.py"], "none.py: no such file"),
+    ([f"--experiment={TINY}"], "--topology is missing"),
+    ([f"--experiment={TINY}", "--topology=v9:2x2"], "v5e: 2x2, 2x4"),
+    ([f"--experiment={TINY}", "--topology=v5p"], "v5p: 2x2x1"),
+    ([f"--experiment={TINY}", "--topology=v5p:2x4"], "3 dimensions"),
+    ([f"--experiment={TINY}", "--topology=v5e:3x4"], "first two of them even"),
+    (
+      [f"--experiment={TINY}", "--compare=losses.divergenceweight=0"],
+      "did you mean losses.divergence_weight?",
+    ),
+    ([f"--experiment={TINY}", "--compare=seed"], "needs a value"),
+    ([f"--experiment={TINY}", "--compare=seed=-1"], "seed=-1"),
+    ([f"--experiment={TINY}", "--num_domains=0"], "num_domains"),
+    ([f"--experiment={TINY}", "--toplogy=v5e:2x4"], "toplogy"),
+    ([f"--experiment={TINY}", "v5e:2x4"], "unexpected argument 'v5e:2x4'"),
+  ],
+)
+def test_wrong_command_line_is_one_line(capsys, arguments, named):
+  assert named in refused(capsys, *arguments)
+
+
+def test_missing_compiler_names_the_command_that_installs_it(
+  capsys, monkeypatch
+):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  line = refused(capsys, f"--experiment={TINY}", "--topology=v5p:2x2x1")
+  assert "python -m pip install libtpu==" in line
+  pinned = (ROOT / "requirements-tpu.txt").read_text().split()
+  assert topologies.LIBTPU in pinned
+
+
+def compile_small(topology, path, *arguments, **overrides):
+  """Runs the command in a process of its own; JAX here is the CPU's."""
+  keys = SMALL | overrides
+  return subprocess.run(
+    [
+      *(sys.executable, "-m", "edl_jax.aot", f"--experiment={TINY}"),
+      *(f"--experiment.{key}={value}" for key, value in keys.items()),
+      *(f"--topology={topology}", f"--json={path}", *arguments),
+    ],
+    cwd=ROOT,
+    # Flags of the CPU's compiler are not for the TPU's.
+    env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    capture_output=True,
+    text=True,
+  )
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x4"])
+def test_collectives_of_small_slices(topology, tmp_path):
+  path = tmp_path / "report.json"
+  ended = compile_small(topology, path, "--compare=losses.divergence_weight=0")
+  assert ended.returncode == 0, ended.stderr
+  run, without = json.loads(path.read_text())["runs"]
+  facts = {
+    kind: {key: figures[key] for key in ("count", "bytes")}
+    for kind, figures in sorted(run["collectives"]["by_kind"].items())
+  }
+  golden = GOLDEN / f"aot_{topology.replace(':', '_')}.json"
+  if "UPDATE_GOLDEN" in os.environ:
+    golden.write_text(json.dumps(facts, indent=2) + "\n")
+  assert facts == json.loads(golden.read_text())
+  flops = run["hlo_flops"]
+  # Rows are one block of attention, of which half is computed in vain.
+  assert 1 < flops["total"] / run["model_flops"]["total"] < 1.5
+  assert not flops["unknown_loops"]
+  memory = run["memory"]
+  assert memory["arguments"] < memory["peak"] < memory["capacity"]
+  # What the divergence loss adds travels with sums that are sent anyway.
+  for kind, figures in run["collectives"]["by_kind"].items():
+    assert figures["count"] == without["collectives"]["by_kind"][kind]["count"]
+  assert flops["total"] == pytest.approx(
+    without["hlo_flops"]["total"], rel=1e-4
+  )
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_does_not_fit_ends_with_code_3(tmp_path):
+  path = tmp_path / "report.json"
+  ended = compile_small(
+    "v5e:2x4", path, **{"model.num_experts": 4096, "model.expert_width": 8192}
+  )
+  assert ended.returncode == 3, ended.stderr
+  assert "does not fit v5e:2x4" in ended.stdout
+  assert "GiB too little" in ended.stdout
+  assert not path.exists()

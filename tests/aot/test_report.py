@@ -1,0 +1,68 @@
+"""The lines that the command prints."""
+
+import pathlib
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from edl_jax import config_files
+from edl_jax.aot import compile as aot_compile
+from edl_jax.aot import report as aot_report
+from edl_jax.aot import topologies
+from edl_jax.sharding import MESH_AXES
+
+TINY = str(pathlib.Path(__file__).parents[2] / "experiments" / "tiny.py")
+
+
+def test_overflow_names_shortfall_and_arrays():
+  topology = topologies.Topology("v5e:2x4", *topologies.parse("v5e:2x4"), [])
+  largest = [aot_compile.Array(3 * 2**30, "float32[3]", "head/dot_general")]
+  first, _, array = aot_report.describe_overflow(
+    config_files.load(TINY),
+    topology,
+    aot_compile.DoesNotFit(20 * 2**30, 15.75 * 2**30, largest),
+  )
+  assert "needs 20.00 GiB and has 15.75 GiB, 4.25 GiB too little" in first
+  assert array.split() == ["head/dot_general", "float32[3]", "3.00", "GiB"]
+
+
+def test_parameter_table_has_every_byte_of_a_chip():
+  mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2, 1, 1), MESH_AXES)
+  parameters = {
+    "head_MV": jax.ShapeDtypeStruct(
+      (8, 16), np.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))
+    ),
+    "final_norm": {
+      "scale": jax.ShapeDtypeStruct(
+        (8,), np.float32, sharding=NamedSharding(mesh, PartitionSpec())
+      )
+    },
+  }
+  *_, last = aot_report.describe_parameters(parameters)
+  assert last.split()[-1] == str(4 * (8 * 16 // 2 + 8))
+
+
+def test_difference_counts_what_only_one_program_has():
+  def figures(flops, **kinds):
+    return {
+      "hlo_flops": {"total": flops},
+      "memory": {"temporaries": 10, "peak": 20},
+      "collectives": {
+        "by_kind": {
+          kind.replace("_", "-"): {"count": 1, "sent_bytes": sent}
+          for kind, sent in kinds.items()
+        },
+        "sent_bytes": sum(kinds.values()),
+      },
+      "step_bound": {"seconds": 0.5},
+    }
+
+  lines = aot_report.describe_difference(
+    "seed=1", figures(300, all_gather=8), figures(200, all_reduce=4)
+  )
+  cells = {line.split("  ")[1]: line.split() for line in lines[1:]}
+  assert cells["compiled FLOPs"][-4:] == ["300", "200", "+100", "+50.0000%"]
+  # No share of nothing.
+  assert cells["all-gather sent"][-3:] == ["8", "0", "+8"]
+  assert cells["all-reduce sent"][-4:] == ["0", "4", "-4", "-100.0000%"]
