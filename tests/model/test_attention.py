@@ -1,4 +1,4 @@
-"""Attention and normalisation, with their own derivatives, against loops."""
+"""Attention, with its own derivative, against loops."""
 
 import functools
 
@@ -16,7 +16,6 @@ from jax.sharding import (
 
 from edl_jax.model import splash
 from edl_jax.model.attention import BACKENDS, causal_attention
-from edl_jax.model.layers import RMSNorm
 
 
 def naive_attention(q, k, v, segments):
@@ -212,58 +211,3 @@ def test_a_spread_sequence_is_attended_as_a_whole_one(
   np.testing.assert_allclose(y, whole, rtol=1e-5, atol=2e-6)
   for got, want in zip(gradients, wanted, strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=5e-6)
-
-
-@pytest.mark.parametrize("length", [128, 384, 1152, 4096, 16384])
-def test_flops_count_blocks_that_the_mask_does_not_empty(length):
-  block = splash._block(length, shards=1)
-  start = np.arange(0, length, block)
-  # A block has a pair if its last query comes no earlier than its first key.
-  met = (start[:, None] + block - 1 >= start).sum()
-  pairs = met * block**2 * 3 * 5
-  forward, backward = splash.flops(3, length, heads=5, width=64)
-  assert forward == 4 * 64 * pairs
-  assert backward == (10 if length < 16384 else 14) * 64 * pairs
-
-
-def test_devices_share_the_queries_evenly():
-  def shares(positions_BT):
-    return splash._to_even_shares(positions_BT, "sequence")
-
-  rows = PartitionSpec(None, "sequence")
-  position = np.arange(64)
-  share = jax.shard_map(
-    shares,
-    mesh=jax.make_mesh((8,), ("sequence",), (AxisType.Auto,)),
-    in_specs=rows,
-    out_specs=rows,
-  )(position[None])
-  np.testing.assert_array_equal(np.sort(share[0]), position)
-  # A query at position t meets t + 1 keys.
-  met = (share.reshape(8, 8) + 1).sum(1)
-  assert set(met.tolist()) == {64 * 65 // 2 // 8}
-  whole = splash.flops(1, 16384, heads=2, width=64)
-  spread = splash.flops(1, 16384, heads=2, width=64, shards=8)
-  # Blocks have the same size, as it divides a sixteenth of the row.
-  assert spread == tuple(count // 8 for count in whole)
-
-
-def test_norm_against_autodiff_of_its_formula():
-  random = np.random.default_rng(0)
-  norm = RMSNorm(12, 1e-3)
-  x = random.standard_normal((3, 5, 12), np.float32)
-  scale = random.standard_normal(12, np.float32)
-  dy = random.standard_normal(x.shape, np.float32)
-
-  norm.scale[...] = jnp.asarray(scale)
-
-  def formula(x, scale):
-    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale
-
-  y, pull_back = jax.vjp(lambda x, norm: norm(x), x, norm)
-  want, formula_pull_back = jax.vjp(formula, x, scale)
-  np.testing.assert_allclose(y, want, rtol=1e-5)
-  dx, dnorm = pull_back(dy)
-  got_and_want = zip((dx, dnorm.scale[...]), formula_pull_back(dy), strict=True)
-  for got, want in got_and_want:
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

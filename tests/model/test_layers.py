@@ -1,0 +1,73 @@
+"""Norm and SwiGLU, with their own derivatives, against formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from edl_jax.config import ModelConfig
+from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal, swiglu
+
+
+def test_norm_against_autodiff_of_its_formula():
+  random = np.random.default_rng(0)
+  norm = RMSNorm(12, 1e-3)
+  x = random.standard_normal((3, 5, 12), np.float32)
+  scale = random.standard_normal(12, np.float32)
+  dy = random.standard_normal(x.shape, np.float32)
+
+  norm.scale[...] = jnp.asarray(scale)
+
+  def formula(x, scale):
+    return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale
+
+  y, pull_back = jax.vjp(lambda x, norm: norm(x), x, norm)
+  want, formula_pull_back = jax.vjp(formula, x, scale)
+  np.testing.assert_allclose(y, want, rtol=1e-5)
+  dx, dnorm = pull_back(dy)
+  got_and_want = zip((dx, dnorm.scale[...]), formula_pull_back(dy), strict=True)
+  for got, want in got_and_want:
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_swiglu_against_autodiff_of_its_formula():
+  random = np.random.default_rng(0)
+  both, dy = (
+    random.standard_normal(shape, np.float32) for shape in ((3, 2, 5), (3, 5))
+  )
+
+  def formula(both):
+    gate, up = both[:, 0], both[:, 1]
+    return gate / (1 + jnp.exp(-gate)) * up
+
+  y, pull_back = jax.vjp(swiglu, both)
+  want, formula_pull_back = jax.vjp(formula, both)
+  np.testing.assert_allclose(y, want, rtol=1e-5)
+  np.testing.assert_allclose(
+    pull_back(dy)[0], formula_pull_back(dy)[0], rtol=1e-4, atol=1e-6
+  )
+
+
+def test_dense_layer_against_matrix_products():
+  layer = SwiGLU(ModelConfig(width=6), 10, jax.random.key(0))
+  x = np.random.default_rng(0).standard_normal((2, 3, 6))
+  weights = np.asarray(layer.gate_up_M2F[...], np.float64)
+  gate, up = x @ weights[:, 0], x @ weights[:, 1]
+  hidden = gate / (1 + np.exp(-gate)) * up
+  want = hidden @ np.asarray(layer.down_FM[...], np.float64)
+  got = layer(jnp.asarray(x, jnp.bfloat16))
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    layer(jnp.asarray(x, jnp.float32)), want, rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize(("fan_in", "scale"), [(16, 1.0), (64, 0.25)])
+def test_initialisation_is_a_normal_cut_at_three_deviations(fan_in, scale):
+  drawn = np.asarray(
+    fan_in_normal(jax.random.key(0), (400, 400), fan_in, scale)
+  )
+  deviation = scale / fan_in**0.5
+  assert np.abs(drawn).max() <= 3 * deviation * (1 + 1e-6)
+  # A normal cut at three standard deviations has 0.9866 of its deviation.
+  assert drawn.std() == pytest.approx(0.9866 * deviation, rel=0.01)
