@@ -160,6 +160,18 @@ class LossesConfig:
   divergence_epsilon: float = field(
     1e-8, above=0, help="Added to the divergence inside the logarithm."
   )
+  divergence_pairs: str = field(
+    "domains",
+    choices=("domains", "tokens"),
+    help="What L_ED compares: the mean routing of every two domains, or sampled"
+    " pairs of tokens, whose mean divergence within domains it lowers and"
+    " between domains raises.",
+  )
+  num_token_pairs: int = field(
+    4096,
+    at_least=1,
+    help="Pairs of tokens sampled per step if divergence_pairs is tokens.",
+  )
   coarse_weight: float = field(
     0.5,
     at_least=0,

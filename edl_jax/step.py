@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from edl_jax import sharding
 from edl_jax.config import Experiment
-from edl_jax.losses import routing
+from edl_jax.losses import routing, token_pairs
 from edl_jax.losses.objective import (
   LossContext,
   auto_weights,
@@ -52,12 +52,41 @@ def _coarse_weight(experiment: Experiment) -> float:
   return by_granularity.get(experiment.data.granularity, 0.0)
 
 
+# The stream of random numbers of token pairs, apart from the parameters'.
+_PAIRS_STREAM = 1 << 31
+
+
+def _token_pairs(
+  batch: Batch, experiment: Experiment, taxonomy: Taxonomy, step: jax.Array
+) -> token_pairs.TokenPairs | None:
+  """Samples the pairs of a step, if the divergence loss compares tokens.
+
+  They depend on the experiment's seed, the step and the batch alone, so that a
+  run that was interrupted draws the same ones.
+  """
+  if experiment.losses.divergence_pairs != "tokens":
+    return None
+  domain_B = batch.domain_B
+  if experiment.data.granularity == "coarse":
+    # The label -1, of rows without a domain, reads the last element.
+    domain_B = jnp.array([*taxonomy.parent, -1])[domain_B]
+  key = jax.random.fold_in(jax.random.key(experiment.seed), _PAIRS_STREAM)
+  return token_pairs.sample(
+    batch.tokens_BT,
+    batch.weights_BT,
+    domain_B,
+    jax.random.fold_in(key, step),
+    experiment.losses.num_token_pairs,
+  )
+
+
 def loss_and_gradient(
   model: Model,
   batch: Batch,
   experiment: Experiment,
   taxonomy: Taxonomy,
   kept_weights: Mapping[str, jax.Array] | None = None,
+  step: jax.Array | int = 0,
 ) -> tuple[routing.BatchSums, dict[str, jax.Array], Model]:
   """The objective of a global batch, its terms, and its gradient.
 
@@ -76,6 +105,7 @@ def loss_and_gradient(
     experiment: losses, accumulation and granularity.
     taxonomy: fine domains and their parents.
     kept_weights: see `objective`.
+    step: optimizer steps taken; decides which pairs of tokens are sampled.
 
   Returns:
     The sums, the terms by name, and the gradient as a model-shaped pytree.
@@ -97,6 +127,7 @@ def loss_and_gradient(
       len(taxonomy.fine),
       summaries(experiment.losses),
       experiment.moe,
+      _token_pairs(batch, experiment, taxonomy, step),
     )
     return sums
 
@@ -165,7 +196,12 @@ def make_train_step(
   )
   def train_step(state: TrainState, batch: Batch):
     sums, terms, gradient = loss_and_gradient(
-      state.model, batch, experiment, taxonomy, state.auto_weights
+      state.model,
+      batch,
+      experiment,
+      taxonomy,
+      state.auto_weights,
+      state.step,
     )
     with jax.named_scope("optimizer"):
       moments = state.optimizer

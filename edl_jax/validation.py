@@ -35,6 +35,7 @@ def validate(experiment: Experiment) -> Experiment:
       raise UserError(f"{key}={value!r}: must be {required}")
   _check_model(experiment.model)
   _check_specialization(experiment)
+  _check_token_pairs(experiment)
   _check_train(experiment)
   _check_mesh(experiment)
   _check_domains(experiment.data)
@@ -88,6 +89,28 @@ def _check_specialization(experiment: Experiment) -> None:
         f"losses.{key}={weight}: needs train.accumulation=exact, not"
         f" {experiment.train.accumulation}"
       )
+
+
+def _check_token_pairs(experiment: Experiment) -> None:
+  if experiment.losses.divergence_pairs != "tokens":
+    return
+  name, train = "losses.divergence_pairs='tokens'", experiment.train
+  if train.accumulation == "exact" and train.accumulation_steps > 1:
+    raise UserError(
+      f"{name} with train.accumulation_steps={train.accumulation_steps}: pairs"
+      " across micro-batches would be lost; set train.accumulation to"
+      " per_micro_batch, or train.accumulation_steps to 1"
+    )
+  if experiment.losses.divergence != "jensen_shannon":
+    raise UserError(
+      f"{name} needs losses.divergence=jensen_shannon, not"
+      f" {experiment.losses.divergence}"
+    )
+  if experiment.data.granularity == "hierarchical":
+    raise UserError(
+      f"{name}: two tokens either share a domain or do not, so"
+      " data.granularity=hierarchical has no meaning; choose fine or coarse"
+    )
 
 
 def _check_train(experiment: Experiment) -> None:

@@ -189,6 +189,16 @@ INVALID = [
     {"losses.orthogonality_weight": 0.1, "model.num_active_experts": 1},
     ("0.1", "model.num_active_experts=1"),
   ),
+  ({"losses.divergence_pairs": "experts"}, ("experts", "tokens")),
+  ({"losses.num_token_pairs": 0}, ("0",)),
+  *(
+    ({"losses.divergence_pairs": "tokens"} | others, named)
+    for others, named in (
+      ({"train.accumulation_steps": 2}, ("steps=2", "per_micro_batch")),
+      ({"losses.divergence": "hellinger"}, ("jensen_shannon", "hellinger")),
+      ({"data.granularity": "hierarchical"}, ("fine or coarse",)),
+    )
+  ),
   ({"optimizer.clip_norm": "inf"}, ("inf",)),
   ({"optimizer.beta2": 1.5}, ("1.5",)),
 ]
@@ -209,6 +219,15 @@ def test_weights_are_numbers_or_targets():
     experiment = config_files.load(TINY, {"losses.variance_weight": given})
     assert experiment.losses.variance_weight == want
     assert config.unflatten(config.flatten(experiment)) == experiment
+
+
+def test_token_pairs_are_accepted_where_they_have_a_meaning():
+  for others in (
+    {"data.granularity": "coarse"},
+    {"train.accumulation": "per_micro_batch", "train.accumulation_steps": 2},
+  ):
+    overrides = {"losses.divergence_pairs": "tokens"} | others
+    assert config_files.load(TINY, overrides).losses.num_token_pairs == 4096
 
 
 def test_experiment_files(tmp_path):

@@ -151,6 +151,7 @@ def compute(
   accumulation="exact",
   losses=LOSSES,
   moe=MoEConfig(),  # noqa: B008
+  granularity="hierarchical",
 ):
   """Returns every number of a step on the mesh of these sizes, by name.
 
@@ -170,7 +171,7 @@ def compute(
       accumulation_steps=accumulation_steps,
       accumulation=accumulation,
     ),
-    data=DataConfig(granularity="hierarchical"),
+    data=DataConfig(granularity=granularity),
   )
   sharding.check_divisible(experiment, mesh)
   with jax.set_mesh(mesh):
@@ -261,6 +262,42 @@ def test_same_numbers_on_any_mesh_in_micro_batches(
 ):
   batch = shuffled(random_batch())
   assert_same(compute(batch, mesh_sizes, accumulation_steps), on_one_device)
+
+
+TOKEN_PAIRS = {
+  "losses": dataclasses.replace(
+    LOSSES, divergence_pairs="tokens", num_token_pairs=50
+  ),
+  "granularity": "coarse",
+}
+
+
+@pytest.fixture(scope="module")
+def token_pairs_on_one_device():
+  return compute(random_batch(), **TOKEN_PAIRS)
+
+
+@pytest.mark.parametrize(
+  "mesh_sizes",
+  [
+    (1, 2, 1, 2, 2),
+    *(
+      pytest.param(sizes, marks=pytest.mark.slow)
+      for sizes in ((8, 1, 1, 1), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 1, 8))
+    ),
+  ],
+)
+def test_same_token_pairs_on_any_mesh(token_pairs_on_one_device, mesh_sizes):
+  batch = shuffled(random_batch())
+  assert_same(
+    compute(batch, mesh_sizes, **TOKEN_PAIRS), token_pairs_on_one_device
+  )
+
+
+def test_padding_rows_change_no_token_pair(token_pairs_on_one_device):
+  batch = random_batch()
+  got = compute(take(batch, batch.weights_BT.any(1)), **TOKEN_PAIRS)
+  assert_same(got, token_pairs_on_one_device)
 
 
 # The ring returns no expert's outputs by themselves.
@@ -377,12 +414,14 @@ for sizes, named in (
   else:
     raise AssertionError("a row of two processes was accepted")
 numbers = test.compute(rows, (2, 2, 2, 1), accumulation_steps=2)
+of_pairs = test.compute(rows, (2, 2, 2, 1), **test.TOKEN_PAIRS)
+numbers |= {f"token_pairs {name}": x for name, x in of_pairs.items()}
 if process == 0:
   np.savez(path, **numbers)
 """
 
 
-def test_two_processes(on_one_device, tmp_path):
+def test_two_processes(on_one_device, token_pairs_on_one_device, tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
@@ -409,7 +448,10 @@ def test_two_processes(on_one_device, tmp_path):
         process.wait()
   assert codes == [0, 0], log.read_text()
   with np.load(path) as numbers:
-    assert_same(dict(numbers), on_one_device)
+    pairs = {
+      f"token_pairs {k}": v for k, v in token_pairs_on_one_device.items()
+    }
+    assert_same(dict(numbers), on_one_device | pairs)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Learning for MoE-based Language Models*, ICLR 2026, arXiv:2603.00054.
 
 Axis letters: B batch row, T position, D domains, G coarse domains (groups),
 E experts, P tokens, I items of a list (pairs, tiles), J domains of a tile.
+A digit stands for an axis of that size.
 """
 
 import math
@@ -343,48 +344,77 @@ def hierarchical_divergence_loss(
   return coarse_weight * coarse + (1 - coarse_weight) * fine
 
 
-def token_pair_divergence_loss(
-  probs_PE: jax.Array,
-  domain_P: jax.Array,
-  weights_P: jax.Array,
-  key: jax.Array,
-  *,
-  num_pairs: int = 4096,
-) -> jax.Array:
-  """Mean JSD of token pairs of one domain less that of two domains, in nats.
-
-  After a press account of expert divergence learning: sample pairs of tokens,
-  maximise JSD for different domains and minimise it for the same. No formula
-  is published; linear in JSD, so that tokens that route alike do not dominate.
+def sample_token_pairs(
+  weights_P: jax.Array, key: jax.Array, num_pairs: int = 4096
+) -> tuple[jax.Array, jax.Array]:
+  """Draws pairs of two different counted tokens, uniformly with replacement.
 
   Args:
-    probs_PE: router softmax of each token of the global batch.
-    domain_P: domain label of each token.
     weights_P: positive where a token counts.
     key: of `jax.random`.
-    num_pairs: pairs of two different tokens that count, drawn uniformly, with
-      replacement.
+    num_pairs: I.
 
   Returns:
-    A scalar in [-ln 2, ln 2]. A mean over no pairs is 0: with fewer than two
-    tokens that count, the loss and its gradient are exactly 0.
+    index_I2, int32, the two tokens of each pair; and counted_I, bool, which is
+    false for every pair if fewer than two tokens count.
   """
   rank_P = jnp.cumsum(weights_P > 0)
   num_tokens = rank_P[-1]
   first_key, second_key = jax.random.split(key)
   first_I = jax.random.randint(first_key, num_pairs, 0, num_tokens)
-  # Uniform over all tokens but the first: it and those behind move up by one.
+  # The second token is uniform over all counted tokens but the first: ranks
+  # from the first token's on move up by one.
   second_I = jax.random.randint(second_key, num_pairs, 0, num_tokens - 1)
   second_I += second_I >= first_I
-  # The r-th token that counts, from 0, is the first of a rank above r.
-  i_I = jnp.searchsorted(rank_P, first_I, side="right")
-  j_I = jnp.searchsorted(rank_P, second_I, side="right")
-  domain_P, probs_PE = jnp.asarray(domain_P), jnp.asarray(probs_PE)
-  divergence_I = jensen_shannon(probs_PE[i_I], probs_PE[j_I])
-  same_I = domain_P[i_I] == domain_P[j_I]
+  # The counted token of rank r, from 0, is the first whose sum exceeds r.
+  index_I2 = jnp.searchsorted(
+    rank_P, jnp.stack([first_I, second_I], -1), side="right"
+  )
+  return index_I2, jnp.broadcast_to(num_tokens > 1, first_I.shape)
 
-  def mean(counts_I):
-    counts_I &= num_tokens > 1
-    return divergence_I.sum(where=counts_I) / jnp.maximum(counts_I.sum(), 1)
 
-  return mean(same_I) - mean(~same_I)
+def token_pair_sums(
+  probs_I2E: jax.Array, domain_I2: jax.Array, counted_I: jax.Array
+) -> jax.Array:
+  """Sums the divergence of token pairs, of one domain and of two.
+
+  Args:
+    probs_I2E: router softmax of both tokens; may have leading axes, which the
+      sums keep.
+    domain_I2: domain labels of both tokens.
+    counted_I: true where a pair counts.
+
+  Returns:
+    Sums (..., 2, 2), which add over batches. The first axis of size 2: pairs of
+    one domain, pairs of two domains. The second: summed JSD in nats, pairs.
+  """
+  divergence_I = jensen_shannon(probs_I2E[..., 0, :], probs_I2E[..., 1, :])
+  same_I = domain_I2[:, 0] == domain_I2[:, 1]
+  kinds_2I = counted_I & jnp.stack([same_I, ~same_I])
+  total_2 = divergence_I[..., None, :].sum(-1, where=kinds_2I)
+  pairs_2 = kinds_2I.sum(-1).astype(total_2.dtype)
+  return jnp.stack([total_2, jnp.broadcast_to(pairs_2, total_2.shape)], -1)
+
+
+def token_pair_divergence_loss(sums_22: jax.Array) -> jax.Array:
+  """Mean JSD of token pairs of one domain less that of two domains, in nats.
+
+  After a press account of expert divergence learning: sample pairs of tokens,
+  maximise JSD for different domains and minimise it for the same. No formula
+  is published. This one is linear in JSD, so that tokens that route alike do
+  not dominate.
+
+    index_I2, counted_I = sample_token_pairs(weights_P, key)
+    loss = token_pair_divergence_loss(
+      token_pair_sums(probs_PE[index_I2], domain_P[index_I2], counted_I)
+    )
+
+  Args:
+    sums_22: from `token_pair_sums`, with any leading axes.
+
+  Returns:
+    Values in [-ln 2, ln 2], without the last two axes. A mean over no pairs is
+    0: with fewer than two counted tokens, the loss and its gradient are 0.
+  """
+  mean_2 = sums_22[..., 0] / jnp.maximum(sums_22[..., 1], 1)
+  return mean_2[..., 0] - mean_2[..., 1]

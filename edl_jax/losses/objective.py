@@ -21,7 +21,10 @@ from edl_jax import tables
 from edl_jax.config import LossesConfig
 from edl_jax.fields import auto_target
 from edl_jax.losses import routing
-from edl_jax.losses.divergence import hierarchical_divergence_loss
+from edl_jax.losses.divergence import (
+  hierarchical_divergence_loss,
+  token_pair_divergence_loss,
+)
 
 # The divergence loss works on several layers at once while the arrays of
 # domains x domains x experts hold fewer elements than this.
@@ -92,11 +95,15 @@ def load_balance_loss(
 def divergence_loss(
   stats: routing.RoutingStats, context: LossContext
 ) -> jax.Array:
-  """L_ED of every layer, (L,); see `divergence.hierarchical_divergence_loss`.
+  """L_ED of every layer, (L,).
 
-  Rows without a domain enter none of the sums by domain, so they have no
-  influence.
+  `config.divergence_pairs` chooses what is compared: the mean routing of
+  "domains" (`divergence.hierarchical_divergence_loss`), or sampled pairs of
+  "tokens" (`divergence.token_pair_divergence_loss`). Rows without a domain have
+  no influence on either.
   """
+  if context.config.divergence_pairs == "tokens":
+    return token_pair_divergence_loss(stats.token_pairs_L22)
   p_LDE, _ = routing.domain_probabilities(stats)
   loss = functools.partial(
     hierarchical_divergence_loss,

@@ -91,8 +91,10 @@ class RoutingStats(NamedTuple):
   # all rows: those without a domain are in no sum by domain.
   sequences_L: jax.Array
   assignments_LE: jax.Array
-  # Of the experts' outputs, with leading L, where they were asked for.
+  # Sums of the experts' outputs, with leading L, where they were asked for.
   outputs: OutputStats | None = None
+  # From `divergence.token_pair_sums`, (L, 2, 2), where pairs were sampled.
+  token_pairs_L22: jax.Array | None = None
 
 
 class BatchSums(NamedTuple):
@@ -290,6 +292,7 @@ def collect(
   domain_B: jax.Array,
   num_domains: int,
   outputs: OutputStats | None = None,
+  token_pairs_L22: jax.Array | None = None,
 ) -> RoutingStats:
   """Sums rows into domains, for all layers at once.
 
@@ -303,6 +306,7 @@ def collect(
       Rows without a domain count in the sums over all rows and tokens only.
     num_domains: D.
     outputs: stacked over layers, if the experts' outputs were summed.
+    token_pairs_L22: sums over pairs of tokens, if these were sampled.
   """
   member_BD = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.float32)
   counted_LB = (rows.tokens_B > 0).astype(jnp.float32)
@@ -334,6 +338,7 @@ def collect(
     sequences_L=counted_LB.sum(1),
     assignments_LE=rows.assignments_BE.sum(1),
     outputs=outputs,
+    token_pairs_L22=token_pairs_L22,
   )
 
 

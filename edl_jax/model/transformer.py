@@ -12,6 +12,8 @@ from edl_jax import sharding
 from edl_jax.config import ModelConfig, MoEConfig
 from edl_jax.losses import routing
 from edl_jax.losses.cross_entropy import chunked_cross_entropy
+from edl_jax.losses.divergence import token_pair_sums
+from edl_jax.losses.token_pairs import TokenPairs, local_probabilities
 from edl_jax.model.attention import Attention
 from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal
 from edl_jax.model.moe import GATHER, MoE
@@ -168,6 +170,7 @@ class Model(nnx.Module):
     num_domains: int,
     summaries: routing.Summaries = routing.ROUTING_ONLY,
     moe: MoEConfig = GATHER,
+    pairs: TokenPairs | None = None,
   ) -> tuple[routing.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
 
@@ -177,6 +180,7 @@ class Model(nnx.Module):
       summaries: what every mixture-of-experts layer sums up; `routing` must
         return a `RowRouting`.
       moe: how tokens and experts meet.
+      pairs: sampled pairs of tokens, whose divergence is summed too.
 
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
@@ -188,13 +192,19 @@ class Model(nnx.Module):
     # Each device that has tokens of its own contributes one sum.
     by_shard = (*sharding.ROW_AXES, "sequence")
 
-    def of_shard(model: Model, batch: Batch):
-      x_BTM, routing_LB, outputs_L = model.hidden(
+    def of_shard(model: Model, batch: Batch, pairs: TokenPairs | None):
+      def routing_and_pairs(logits_BTE, probs_BTE, *rest):
+        rows = summaries.routing(logits_BTE, probs_BTE, *rest)
+        if pairs is None:
+          return rows, None
+        return rows, local_probabilities(probs_BTE, pairs)[None]
+
+      x_BTM, (routing_LB, probs_L1I2E), outputs_L = model.hidden(
         batch.tokens_BT,
         batch.segments_BT,
         batch.positions_BT,
         batch.weights_BT,
-        summaries,
+        summaries._replace(routing=routing_and_pairs),
         moe,
       )
       with jax.named_scope("head"):
@@ -206,20 +216,27 @@ class Model(nnx.Module):
           model.config.logits_elements,
         )
       outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
-      return nats[None], nats_BT, routing_LB, outputs_L1
+      return nats[None], nats_BT, routing_LB, outputs_L1, probs_L1I2E
 
-    nats_Z, nats_BT, routing_LB, outputs_LZ = sharding.per_shard(
+    nats_Z, nats_BT, routing_LB, outputs_LZ, probs_LZI2E = sharding.per_shard(
       of_shard,
-      (sharding.parameter_specs(self), batch_specs),
+      (sharding.parameter_specs(self), batch_specs, PartitionSpec()),
       (
         PartitionSpec(by_shard),
         PartitionSpec(*by_token),
         # Stacked over layers.
         PartitionSpec(None, sharding.ROW_AXES),
         PartitionSpec(None, by_shard),
+        PartitionSpec(None, by_shard),
       ),
-    )(self, batch)
+    )(self, batch, pairs)
     # The one place where rows meet: every sum is that of the global batch.
+    if pairs is None:
+      pairs_L22 = None
+    else:
+      pairs_L22 = token_pair_sums(
+        probs_LZI2E.sum(1), pairs.domain_I2, pairs.counted_I
+      )
     sums = routing.BatchSums(
       nats=nats_Z.sum(),
       tokens=batch.weights_BT.sum(),
@@ -228,6 +245,7 @@ class Model(nnx.Module):
         batch.domain_B,
         num_domains,
         jax.tree.map(lambda x: x.sum(1), outputs_LZ),
+        pairs_L22,
       ),
     )
     return sums, nats_BT

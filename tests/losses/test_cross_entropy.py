@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edl_jax.losses.cross_entropy import chunked_cross_entropy
+from tests.losses.programs import largest_array
 
 
 def test_no_array_of_all_logits():
@@ -13,17 +14,6 @@ def test_no_array_of_all_logits():
   batch, length, width, vocabulary = 8, 1024, 16, 8192
   elements = 1 << 20
   every_logit = batch * length * vocabulary
-
-  def sizes(jaxpr):
-    for equation in jaxpr.eqns:
-      yield from (int(np.prod(v.aval.shape)) for v in equation.outvars)
-      for value in equation.params.values():
-        for inner in jax.tree.leaves(
-          value, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
-        ):
-          inner = getattr(inner, "jaxpr", inner)
-          if hasattr(inner, "eqns"):
-            yield from sizes(inner)
 
   def loss(x, head):
     ones = jnp.ones((batch, length))
@@ -34,7 +24,7 @@ def test_no_array_of_all_logits():
   traced = jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(
     jnp.zeros((batch, length, width)), jnp.zeros((width, vocabulary))
   )
-  largest = max(sizes(traced.jaxpr))
+  largest = largest_array(traced.jaxpr)
   assert elements / 2 < largest <= elements
   assert largest <= every_logit / 16
 

@@ -19,26 +19,13 @@ from edl_jax.losses.divergence import (
   LN_2,
   domain_routing,
   expert_divergence_loss,
-  hellinger,
   hierarchical_divergence_loss,
   jensen_shannon,
   pairwise_jensen_shannon,
-  symmetric_kl,
-  token_pair_divergence_loss,
-  total_variation,
-  wasserstein,
 )
+from tests.losses.programs import largest_array
 
-FUNCTIONS = {
-  function.__name__: function
-  for function in (
-    jensen_shannon,
-    hellinger,
-    total_variation,
-    symmetric_kl,
-    wasserstein,
-  )
-}
+FUNCTIONS = {name: getattr(module, name) for name in DIVERGENCES}
 
 
 def derivatives(function, p, q):
@@ -149,10 +136,6 @@ def test_gradient_against_closed_form():
     want = np.log1p((p64 - q64) / (p64 + q64)) / 2
     got = np.asarray(jax.jit(jax.grad(jensen_shannon))(p, q))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-12)
-
-
-def test_names():
-  assert tuple(FUNCTIONS) == DIVERGENCES
 
 
 def test_equal_is_exactly_zero_without_a_gradient():
@@ -393,17 +376,6 @@ def test_tiled_loss_equals_untiled(monkeypatch):
   )
 
 
-def largest_array(jaxpr) -> int:
-  """Elements of the largest array in a program and its parts."""
-  sizes = [math.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars]
-  for equation in jaxpr.eqns:
-    for part in jax.tree.leaves(list(equation.params.values())):
-      part = getattr(part, "jaxpr", part)
-      if hasattr(part, "eqns"):
-        sizes.append(largest_array(part))
-  return max(sizes, default=0)
-
-
 def test_memory_does_not_grow_with_pairs(monkeypatch):
   """O(D E) and a tile: no array of D * D elements, and gigabytes are far."""
 
@@ -510,52 +482,3 @@ def test_hierarchical_loss_against_loops():
 def test_hierarchy_that_does_not_fit_is_refused(parent):
   with pytest.raises(ValueError, match="3 domains need as many labels"):
     hierarchical_divergence_loss(jnp.ones((3, 2)), jnp.ones(3), parent)
-
-
-def test_token_pairs_against_all_pairs():
-  """With many samples, the mean over all ordered pairs of counted tokens."""
-  random = np.random.default_rng(9)
-  probs = random.dirichlet(np.ones(4), 7).astype(np.float32)
-  domain = np.array([0, 1, 0, 2, 1, 0, 2])
-  weights = np.array([1, 1, 0, 1, 1, 1, 0], np.float32)
-  same, different = [], []
-  for i, j in np.ndindex(7, 7):
-    if i != j and weights[i] and weights[j]:
-      pair = exact_jensen_shannon(probs[i], probs[j])
-      (same if domain[i] == domain[j] else different).append(pair)
-  want = np.mean(same) - np.mean(different)
-
-  def loss(probs):
-    return token_pair_divergence_loss(
-      probs, domain, weights, jax.random.key(0), num_pairs=1 << 16
-    )
-
-  value, gradient = jax.jit(jax.value_and_grad(loss))(probs)
-  # The standard error of the mean is about 0.1 / sqrt(6000).
-  assert float(value) == pytest.approx(want, abs=6e-3)
-  assert np.array_equal(np.any(gradient, axis=1), weights > 0)
-
-
-few_tokens = jax.jit(jax.value_and_grad(token_pair_divergence_loss))
-
-
-@pytest.mark.parametrize(
-  ("domain", "sign"),
-  [([4, 0, 4], 1), ([4, 4, 5], -1)],
-)
-def test_token_pairs_of_one_kind_only(domain, sign):
-  """Two tokens: every sample is that pair, and never a token with itself."""
-  value, gradient = few_tokens(
-    jnp.eye(3), jnp.array(domain), jnp.array([1, 0, 1]), jax.random.key(1)
-  )
-  assert float(value) == pytest.approx(sign * LN_2, rel=1e-5)
-  assert np.array_equal(np.any(gradient, axis=1), [True, False, True])
-
-
-@pytest.mark.parametrize("weights", [[0, 0, 0], [0, 1, 0], [0, 0, 1]])
-def test_fewer_than_two_tokens_is_exactly_zero(weights):
-  value, gradient = few_tokens(
-    jnp.eye(3), jnp.arange(3), jnp.array(weights), jax.random.key(2)
-  )
-  assert float(value) == 0
-  assert not np.any(gradient)

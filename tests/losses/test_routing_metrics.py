@@ -92,6 +92,7 @@ def stats_of_domains(p_DE, assignments_DE=None) -> routing.RoutingStats:
     assignments_LDE=assignments_DE[None],
     assignments_LE=assignments_DE.sum(0)[None],
     outputs=None,
+    token_pairs_L22=None,
   )
 
 
