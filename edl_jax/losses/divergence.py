@@ -6,7 +6,7 @@ Learning for MoE-based Language Models*, ICLR 2026, arXiv:2603.00054.
 
 Axis letters: B batch row, T position, D domains, G coarse domains (groups),
 E experts, P tokens, I items of a list (pairs, tiles), J domains of a tile.
-A digit stands for an axis of that size.
+Digits are axes of that size.
 """
 
 import math
