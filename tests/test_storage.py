@@ -330,7 +330,9 @@ def test_prepared_text_that_is_damaged_or_too_large(
   monkeypatch.setattr(
     shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100)
   )
-  with pytest.raises(UserError, match=r"MiB, where 0 are free; .*EDL_JAX_CAC"):
+  with pytest.raises(
+    UserError, match=r"MiB, but 0 MiB are free; .*EDL_JAX_CACHE"
+  ):
     tokens_of("gs://test/corpus")
   with pytest.raises(UserError, match="corpus/b: no such folder"):
     tokens_of("gs://test/corpus/b")

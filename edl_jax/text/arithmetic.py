@@ -1,7 +1,7 @@
 """A seeded generator of worked arithmetic and algebra, step by step.
 
-This text is made, not found: it gives the embedded mixture a mathematical
-domain whose answers are right by construction.
+It gives the embedded mixture a mathematical domain whose answers are right by
+construction.
 """
 
 import itertools
@@ -23,9 +23,9 @@ _PROBLEMS_PER_DOCUMENT = (3, 8)
 
 
 def worked_problems(seed: int = 0) -> Iterator[str]:
-  """Yields documents without end; the n-th depends on `seed` and n only.
+  """Yields documents without end; the n-th depends on `seed` and n alone.
 
-  A document is a numbered sheet of problems of one kind, about 500 to 2500
+  A document is a numbered list of problems of one kind, about 500 to 2500
   characters long.
   """
   for number in itertools.count():
@@ -39,7 +39,7 @@ def worked_problems(seed: int = 0) -> Iterator[str]:
 
 
 def _polynomial(*terms: tuple[int, str]) -> str:
-  """Writes the sum of coefficient times symbol, without zero terms."""
+  """Returns the sum of coefficient times symbol as text, without zero terms."""
   text = ""
   for coefficient, symbol in terms:
     if not coefficient:
@@ -54,7 +54,7 @@ def _polynomial(*terms: tuple[int, str]) -> str:
 
 
 def _factor(number: int) -> str:
-  """Writes a number where it is multiplied."""
+  """Returns a number as a factor: a negative one in parentheses."""
   return f"({number})" if number < 0 else str(number)
 
 

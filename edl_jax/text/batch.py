@@ -10,18 +10,19 @@ from edl_jax.text.token_stream import TokenStream
 
 
 class Batch(NamedTuple):
-  """Rows of packed tokens; every row belongs to one domain, or to none.
+  """Rows of packed tokens. A row holds text of one domain, or of none.
 
-  Arrays are NumPy on the host and `jax.Array`, sharded over rows, on devices.
+  The arrays are NumPy's on the host, and `jax.Array`s sharded over rows on
+  devices.
   """
 
   # Input tokens, int32 (B, T).
   tokens_BT: Any
   # The token that follows each input token, int32 (B, T).
   targets_BT: Any
-  # Document number within the row, from 1; 0 marks padding. int32 (B, T).
+  # Number of the document within the row, from 1; 0 is padding. int32 (B, T).
   segments_BT: Any
-  # Position within the document's part of the row, from 0. int32 (B, T).
+  # Position within that document's part of the row, from 0. int32 (B, T).
   positions_BT: Any
   # 1 where a token counts, 0 for padding. float32 (B, T).
   weights_BT: Any
@@ -30,7 +31,7 @@ class Batch(NamedTuple):
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
-  """Returns the batch of rows whose arrays lack the axis B."""
+  """Stacks rows, whose arrays lack the axis B, into a batch."""
   return Batch(*map(np.array, zip(*rows)))
 
 
@@ -38,19 +39,19 @@ def stack(rows: Sequence[Batch]) -> Batch:
 class PackedRows:
   """Random access to the rows of one domain's stream of tokens.
 
-  Row r reads the tokens [rT, rT + T) and predicts [rT + 1, rT + T + 1). The
-  token after a document's last is the next one's start, so a document's end
-  is predicted like any other token and no position is lost.
+  Row r reads the tokens [rT, rT + T) and predicts [rT + 1, rT + T + 1). After a
+  document's last token comes the start token of the next document. So the end
+  of a document is predicted like any other token, and no position is lost.
   """
 
-  # Documents, each opened by the start token, and one more start at the end:
-  # int32 (tokens,), or what gives such arrays for slices.
+  # The documents, each after a start token, and a start token at the end. int32
+  # (tokens,), or an object whose slices are such arrays.
   stream: np.ndarray | TokenStream
   sequence_length: int
   document_start_id: int
   # Fine label of every row, -1 for none.
   domain: int
-  # Whether a last row that is not full counts, filled up with padding.
+  # Whether to keep an incomplete last row, filled up with padding.
   keep_partial: bool = False
 
   def __len__(self) -> int:
@@ -60,13 +61,13 @@ class PackedRows:
     return predicted // self.sequence_length
 
   def __getitem__(self, row: int) -> Batch:
-    """Returns a Batch whose arrays lack the axis B."""
+    """Returns one row: a Batch whose arrays lack the axis B."""
     length = self.sequence_length
     tokens = self.stream[row * length : (row + 1) * length + 1]
     inputs_T, targets_T = tokens[:-1], tokens[1:]
     index_T = np.arange(len(inputs_T), dtype=np.int32)
     starts_T = inputs_T == self.document_start_id
-    # A row may begin within a document, which then is its first segment.
+    # A row may begin within a document: that part is its first segment.
     starts_T[0] = True
     arrays = (
       inputs_T,

@@ -1,4 +1,4 @@
-"""Documents, and the domains that their labels mean."""
+"""Documents, and the mapping from their labels to domains."""
 
 import collections
 import dataclasses
@@ -17,10 +17,10 @@ from edl_jax.text.taxonomy import (
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text, with its fine domain label and the origin that the split hashes.
+  """One text, with its fine domain label and its origin.
 
-  Documents made from one file share an origin, so that training and held-out
-  text never hold the same words in two guises.
+  The split into training and held-out text hashes the origin. Texts made from
+  one file share an origin, so that the same words never land on both sides.
   """
 
   text: str
@@ -29,12 +29,12 @@ class Document:
 
 
 class DomainNames:
-  """Decides which domain a label means.
+  """Maps labels to domains.
 
-  `data.domains` or the domains of `data.taxonomy` select, order and may
-  regroup domains; they are matched by fine label. A name in `data.domains`
-  without a coarse part takes the one that the source gives. Without either,
-  every label that is met is a domain.
+  `data.taxonomy`, or else `data.domains`, declares the domains: it selects,
+  orders and may regroup them. Labels are matched by their fine part. A name in
+  `data.domains` without a coarse part takes that of the source. If neither is
+  set, every label is a domain.
   """
 
   def __init__(self, data: DataConfig):
@@ -123,7 +123,10 @@ class DomainNames:
 
 
 class Gatherer:
-  """Documents by fine label: no empty text, no duplicate, a cap on each."""
+  """Collects documents by fine label, without empty texts and duplicates.
+
+  The texts of a domain have `max_characters` in all; the last one is cut there.
+  """
 
   def __init__(self, max_characters: int):
     self.documents = collections.defaultdict[str, list[Document]](list)
@@ -131,9 +134,11 @@ class Gatherer:
     self._seen: set[bytes] = set()
 
   def has_room(self, domain: str) -> bool:
+    """Returns whether a domain has fewer characters than its limit."""
     return self._room[domain] > 0
 
   def add(self, text: str, domain: str, origin: str) -> None:
+    """Adds a document, unless it is empty, a duplicate or over the limit."""
     if not self.has_room(domain) or not text or text.isspace():
       return
     digest = hashlib.sha256(text.encode()).digest()

@@ -1,7 +1,7 @@
 """The embedded mixture `python_install`: text that every machine has.
 
-It needs no download. Its domains are labelled by where the text was found,
-never by looking at the text.
+It needs no download. The place where a text was found decides its domain, never
+the text itself.
 """
 
 import ast
@@ -25,9 +25,8 @@ from edl_jax.text.taxonomy import fine_name
 # Readers yield (origin, text).
 _Texts = Iterator[tuple[str, str]]
 
-
-# Folders that are not the library itself. The topics are prose in a Python
-# file: a domain of documentation, not of code.
+# Folders that do not belong to the library itself. pydoc_data holds prose in a
+# Python file, which belongs to the documentation.
 _SKIPPED_FOLDERS = frozenset(
   {
     "__pycache__",
@@ -42,12 +41,9 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
-
-
 _HEADERS = Path(sysconfig.get_path("include"))
 
-
-# What requirements.txt names; the rest follows from their own requirements.
+# The packages of requirements.txt; `_find_in_packages` adds what they require.
 _REQUIRED = (
   "jax",
   "flax",
@@ -63,17 +59,12 @@ _REQUIRED = (
 
 
 _PYTHON_FILE = re.compile(r"\.py$")
-
-
 _HEADER_FILE = re.compile(r"\.(h|hh|hpp)$")
-
-
 _LEGAL_FILE = re.compile(
   r"^(licen[cs]e|copying|copyright|notice|third.?party.?notices?)"
   r"(?!.*\.(py|pyc|pyi|so|json|html|js|css)$)",
   re.IGNORECASE,
 )
-
 
 _CODE_POINTS_PER_TABLE = 64
 
@@ -81,7 +72,11 @@ _CODE_POINTS_PER_TABLE = 64
 def read_embedded(
   data: DataConfig, domains: DomainNames, gathered: Gatherer
 ) -> None:
-  """Adds the texts of the wanted domains."""
+  """Adds the embedded mixture's texts of the declared domains, or all.
+
+  Raises:
+    UserError: a declared domain is not in the mixture.
+  """
   name_of = {fine_name(name): name for name in _EMBEDDED}
   wanted = domains.declared or name_of
   for fine in wanted:
@@ -90,7 +85,7 @@ def read_embedded(
         f"{domains.setting}: the embedded mixture has no domain {fine!r}; it"
         f" has {', '.join(_EMBEDDED)}"
       )
-  # One huge file must not be a whole domain where the cap is small.
+  # Where the limit is small, one huge file must not be a whole domain.
   longest = -(-data.max_characters_per_domain // 16)
   for fine, name in name_of.items():
     if fine not in wanted:
@@ -103,16 +98,17 @@ def read_embedded(
 
 
 def _by_hash(origin: str) -> bytes:
-  """Sort key: an order that has nothing to do with what the text is about.
+  """Returns a sort key that is independent of what the text is about.
 
-  Nor with the split, which hashes origins too: the first files of this order,
-  all that a cap leaves, must not be the held-out ones.
+  It is also independent of the split, which hashes origins without the prefix.
+  A small limit keeps the first files of this order alone, and these must not be
+  the held-out ones.
   """
   return hashlib.sha256(f"order {origin}".encode(errors="replace")).digest()
 
 
 def _find(name: str, root: Path, pattern: re.Pattern) -> dict[str, Path]:
-  """Files under `root` whose name matches, by `name`/relative path."""
+  """Returns the files under `root` that match, by `name`/relative path."""
   found = {}
   for folder, folders, files in os.walk(root):
     folders[:] = [inner for inner in folders if inner not in _SKIPPED_FOLDERS]
@@ -124,10 +120,10 @@ def _find(name: str, root: Path, pattern: re.Pattern) -> dict[str, Path]:
 
 
 def _find_in_packages(pattern: re.Pattern) -> dict[str, Path]:
-  """Matching files of the packages that this library needs, at any depth.
+  """Returns the matching files of all packages that this library requires.
 
-  Not of all that is installed: another package, added between two starts of a
-  run, would change the text that the run is made from.
+  It leaves out other installed packages: installing one between two starts of a
+  run would change the run's text.
   """
   found: dict[str, Path] = {}
   waiting: list[str] = list(_REQUIRED)
@@ -137,7 +133,7 @@ def _find_in_packages(pattern: re.Pattern) -> dict[str, Path]:
     try:
       distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-      continue  # Needed on other platforms only, or by an extra.
+      continue  # Another platform or an extra requires it.
     for path in distribution.files or ():
       inner = _SKIPPED_FOLDERS.intersection(path.parts)
       if pattern.search(path.name) and not inner:
@@ -160,21 +156,21 @@ def _read(files: dict[str, Path]) -> _Texts:
 
 
 def _python_source() -> _Texts:
-  """The standard library, without its tests."""
+  """Yields the standard library, without its tests."""
   return _read(_find("python", _STANDARD_LIBRARY, _PYTHON_FILE))
 
 
 def _c_headers() -> _Texts:
-  """C and C++ headers of the interpreter and of installed packages."""
+  """Yields C and C++ headers of the interpreter and of required packages."""
   return _read(
     _find("include", _HEADERS, _HEADER_FILE) | _find_in_packages(_HEADER_FILE)
   )
 
 
 def _documentation() -> _Texts:
-  """Language reference topics, and the docstrings of each module as one text.
+  """Yields the topics of `help()`, and each module's docstrings as one text.
 
-  Origins are those of the module's source, which python_source may hold too.
+  The origin of docstrings is the module's file, which python_source shares.
   """
   files = _find("python", _STANDARD_LIBRARY, _PYTHON_FILE)
   for package in ("numpy", "jax"):
@@ -193,7 +189,7 @@ def _documentation() -> _Texts:
 def _reference_topics() -> Mapping[str, str]:
   try:
     from pydoc_data.topics import topics
-  except ImportError:  # Small system packages of Python leave it out.
+  except ImportError:  # Minimal Python packages of Linux systems omit it.
     return {}
   return topics
 
@@ -203,7 +199,10 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _docstrings(origin: str, source: str) -> str:
-  """Every docstring of a module under its dotted name; found without import."""
+  """Returns a module's docstrings, each under its dotted name.
+
+  It parses the source; nothing is imported.
+  """
   if '"""' not in source:
     return ""
   try:
@@ -230,10 +229,11 @@ def _docstrings(origin: str, source: str) -> str:
 
 
 def _legal() -> _Texts:
-  """Licences and notices of the interpreter and of installed packages.
+  """Yields licences and notices of the interpreter and of required packages.
 
-  Most are one of few texts under another copyright line. The origin is what
-  remains without that, so that all copies of a licence are held out together.
+  Most are copies of a few texts that differ in the copyright line. The origin
+  is the text without that line, so that all copies of a licence are on the
+  same side of the split.
   """
   files = _find_in_packages(_LEGAL_FILE)
   files["python/LICENSE.txt"] = _STANDARD_LIBRARY / "LICENSE.txt"
@@ -244,10 +244,10 @@ def _legal() -> _Texts:
 
 
 def _unicode() -> _Texts:
-  """Tables of the Unicode character data base, tab-separated.
+  """Yields tables of the Unicode character database, tab-separated.
 
-  Characters whose name is made by rule from their code (Han, Hangul, Tangut)
-  would be most of it and say nothing; they are left out.
+  It leaves out characters whose name follows from their code by a rule (Han,
+  Hangul, Tangut): they would be most of the text.
   """
   rows = collections.defaultdict[int, list[str]](list)
   for code in range(0x110000):
@@ -275,7 +275,7 @@ def _unicode() -> _Texts:
 
 
 def _arithmetic() -> _Texts:
-  """Worked arithmetic and algebra: generated, not found."""
+  """Yields worked arithmetic and algebra, generated without end."""
   for number, text in enumerate(worked_problems()):
     yield f"arithmetic/{number}", text
 

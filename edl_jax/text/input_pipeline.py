@@ -29,7 +29,7 @@ from edl_jax.text.prepared import PreparedCorpus
 from edl_jax.text.token_stream import EncodedDocuments, TokenStream
 from edl_jax.text.tokenizer import Tokenizer
 
-# Batches made ahead in the background.
+# Batches that a background thread makes ahead.
 _PREFETCHED_BATCHES = 8
 
 
@@ -38,16 +38,15 @@ def train_dataset(
   tokenizer: Tokenizer,
   experiment: Experiment,
 ) -> tuple[grain.MapDataset[Batch], EpochCounter]:
-  """Returns the endless sequence of training rows, and what counts its epochs.
+  """Returns the endless sequence of training rows, and its epoch counter.
 
-  Rows lack the axis B.
-
-  Each domain is reshuffled every epoch of its own. With `data.granularity`
-  "shuffled" the label of row i, if it has one, is a random fine one that
-  depends on i and the seed alone.
+  Rows are Batches that lack the axis B. Each domain is shuffled anew in every
+  epoch of its own. With `data.granularity="shuffled"` a labelled row i gets a
+  random fine label, which depends on i and the seed alone.
 
   Raises:
-    UserError: a domain that fills no row, or rows longer than any document.
+    UserError: a domain has less text than one row, or rows are longer than any
+      document.
   """
   tokens = _tokenize(corpus, "train", tokenizer)
   phases = _phases(corpus, tokens, experiment)
@@ -67,7 +66,7 @@ def train_dataset(
       domain=label,
     )
     rows_of[name] = len(rows)
-    # Not MapDataset.source(rows): that measures every array it reads, which
+    # MapDataset.source(rows) would measure every array that it reads, which
     # takes longer than making the row.
     dataset = grain.MapDataset.range(len(rows))
     dataset = dataset.shuffle(_seed(experiment, f"rows {domain}"))
@@ -95,19 +94,20 @@ def train_iterator(
   """Returns an endless iterator of NumPy batches, made in the background.
 
   Process p of P gets the rows p, p + P, ... of each global batch. The
-  iterator's `get_state()` is a dict for JSON; `set_state` continues exactly
-  there, in this process or another.
+  iterator's `get_state()` is a JSON object; `set_state` continues exactly
+  there, in this process or in another.
 
   Args:
-    dataset: rows, as those of `train_dataset`.
-    experiment: batch size and seed.
+    dataset: rows, as `train_dataset` returns them.
+    experiment: for its batch size.
     num_domains: D; labels lie in [0, D).
-    process_index, process_count: p and P.
+    process_index: p.
+    process_count: P.
     unlabelled: whether rows may have the label -1, of no domain.
 
   Raises:
-    UserError: a batch that the processes cannot share evenly; on `next`, a
-      domain label outside [0, D), which would count for no domain.
+    UserError: the processes cannot share a batch evenly; on `next`, a domain
+      label lies outside [0, D).
   """
   rows = _local_batch_size(experiment, process_count)
   dataset = dataset[process_index::process_count]
@@ -136,15 +136,15 @@ def eval_batches(
   process_index: int = 0,
   process_count: int = 1,
 ) -> list[Batch]:
-  """Returns held-out rows of every domain with their true labels.
+  """Returns batches of held-out rows of every domain, with their true labels.
 
-  Text without a domain is not evaluated.
-  At most `train.eval_rows` rows a domain, spread evenly over its text, the
-  same for every seed. A domain's last row and the last batch are filled up
-  with padding (weight and segment 0), so that all held-out text can count.
+  A domain gives at most `train.eval_rows` rows, spread evenly over its text and
+  the same for every seed. Padding (weight and segment 0) fills up a domain's
+  last row and the last batch, so that all held-out text can count. Text without
+  a domain is not evaluated.
 
   Raises:
-    UserError: a batch that the processes cannot share evenly.
+    UserError: the processes cannot share a batch evenly.
   """
   local_rows = _local_batch_size(experiment, process_count)
   places: list[tuple[PackedRows, int] | None] = []
@@ -189,10 +189,10 @@ def _local_batch_size(experiment: Experiment, process_count: int) -> int:
 
 
 def _seed(experiment: Experiment, purpose: str) -> int:
-  """Derives a 32-bit seed.
+  """Derives a 32-bit seed from the experiment's.
 
-  Grain shuffles epoch n with seed + n: seeds that are near each other would
-  repeat each other's epochs.
+  Grain shuffles epoch n with seed + n. Seeds close to each other would repeat
+  each other's epochs, so the seed is hashed.
   """
   digest = hashlib.sha256(f"{experiment.seed} {purpose}".encode()).digest()
   return int.from_bytes(digest[:4], "big")
@@ -203,13 +203,13 @@ def _tokenize(
 ) -> list[EncodedDocuments]:
   """Returns the tokens of each source's documents.
 
-  Encoding takes a second per two or three megabytes, so its result is cached.
+  Encoding takes a second for two or three megabytes, so the cache keeps them.
   """
   if isinstance(corpus, PreparedCorpus):
     return corpus.documents(split)
   groups: tuple[tuple[Document, ...], ...] = getattr(corpus, split)
   documents = [document for group in groups for document in group]
-  # The split may differ for the same content: texts are part of the key.
+  # The content hash does not determine the split, so the key hashes the texts.
   texts = hashlib.sha256()
   for document in documents:
     texts.update(hashlib.sha256(document.text.encode()).digest())
@@ -236,7 +236,7 @@ def _pack(encoded: EncodedDocuments) -> bytes:
 
 
 def _unpack(content: bytes) -> EncodedDocuments | None:
-  """Inverse of `_pack`; None if the file was damaged (zip has checksums)."""
+  """Inverse of `_pack`; None for a damaged file, by the checksums of zip."""
   try:
     arrays = np.load(io.BytesIO(content), allow_pickle=False)
     return EncodedDocuments.from_array(arrays["tokens"], arrays["lengths"])
@@ -264,7 +264,11 @@ def _check_lengths(
   tokens: Sequence[EncodedDocuments],
   experiment: Experiment,
 ) -> None:
-  """Checks, for the domains in use, that rows can be filled and are of use."""
+  """Checks that domains in use fill a row, and that documents are long enough.
+
+  Raises:
+    UserError: they are not.
+  """
   length = experiment.train.sequence_length
   used = {
     name: documents

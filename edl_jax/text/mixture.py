@@ -1,4 +1,4 @@
-"""Domains: their taxonomy, the split of their documents, their proportions."""
+"""The corpus and its split, and the proportions in which domains are mixed."""
 
 import collections
 import dataclasses
@@ -14,20 +14,20 @@ from edl_jax.text.documents import Document
 from edl_jax.text.sources import read_documents
 from edl_jax.text.taxonomy import Taxonomy
 
-# Rows that no run will ever reach. Grain takes no more than 2**63 - 1.
+# More rows than any run reads. Grain allows no more than 2**63 - 1.
 _ENDLESS = 2**62
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Documents by source, in the order of the taxonomy, and their split."""
+  """Training and held-out documents, by source."""
 
   taxonomy: Taxonomy
-  # By `taxonomy.sources`.
+  # In the order of `taxonomy.sources`.
   train: tuple[tuple[Document, ...], ...]
   held_out: tuple[tuple[Document, ...], ...]
-  # SHA-256 of the domain names and of every document, held out or not: its
-  # origin and its text, in order.
+  # SHA-256 of the names of the sources and of the origin and text of every
+  # document of both splits, in order.
   content_hash: str
 
   def sizes(self) -> list[tuple[int, int]]:
@@ -48,13 +48,14 @@ class Corpus:
 def load_corpus(data: DataConfig) -> Corpus:
   """Reads and splits all documents; touches no device.
 
-  Whole origins are held out, those whose hash lies in the lowest
-  `data.held_out_fraction`: the choice for one document does not depend on
-  which others there are. A domain that this leaves without held-out (or
-  without training) documents gives up its origin of lowest (highest) hash.
+  An origin is held out if its hash, as a number in [0, 1), is less than
+  `data.held_out_fraction`. So the choice for one document does not depend on
+  the others. If a domain would have no held-out text, its origin of lowest hash
+  is held out; if it would have no training text, its origin of highest hash is
+  trained on.
 
   Raises:
-    UserError: bad or missing text; a domain that cannot be split.
+    UserError: text is missing or wrong, or a domain cannot be split.
   """
   taxonomy, documents = read_documents(data)
   by_domain = collections.defaultdict[str, list[Document]](list)
@@ -89,29 +90,31 @@ def _digest(text: str) -> bytes:
 
 
 def origin_digest(origin: str) -> bytes:
-  """Returns the SHA-256 of an origin, by which it is trained on or held out."""
+  """Returns the SHA-256 of an origin, which decides its side of the split."""
   return hashlib.sha256(origin.encode(errors="replace")).digest()
 
 
 def position(digest: bytes) -> float:
-  """Maps a digest to [0, 1); origins that lie low are held out."""
+  """Maps a digest to a number in [0, 1)."""
   return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def held_out_origins(
   names: Sequence[str], groups: Sequence[Sequence[bytes]], fraction: float
 ) -> set[bytes]:
-  """Chooses the origins to hold out, the same in every domain.
+  """Chooses the origins to hold out; see `load_corpus`.
+
+  An origin that several domains share is held out in all of them or in none.
 
   Args:
     names: of the domains.
-    groups: digests of the origins of each domain's documents. Unlabelled
-      documents, a last group beyond `names`, are not evaluated: they need no
-      held-out part.
+    groups: digests of the origins of each domain's documents. A last group
+      beyond `names` holds unlabelled documents. They are not evaluated and need
+      no held-out part.
     fraction: of the origins.
 
   Raises:
-    UserError: a domain of a single origin.
+    UserError: a domain has a single origin.
   """
   every = set().union(*groups)
   held_out = {origin for origin in every if position(origin) < fraction}
@@ -134,15 +137,16 @@ def held_out_origins(
 def content_hash(
   names: Sequence[str], groups: Sequence[Iterable[tuple[bytes, bytes]]]
 ) -> str:
-  """Hashes what split and rows follow from.
+  """Returns a SHA-256 of everything that determines split and rows.
 
   Args:
     names: of the sources.
-    groups: digests of origin and text of each source's documents, in order.
+    groups: digests of the origin and the text of each source's documents, in
+      order.
   """
   content = hashlib.sha256()
   for name, group in zip(names, groups):
-    # Documents never equal this line, being hashed themselves.
+    # Documents enter as digests, so that no text can imitate this line.
     content.update(f"{name}\n".encode())
     for origin, text in group:
       content.update(origin + text)
@@ -151,11 +155,11 @@ def content_hash(
 
 @dataclasses.dataclass(frozen=True)
 class Phases:
-  """The shares of rows of each source, and the row from which they hold."""
+  """The weights of the sources in each phase of a run."""
 
-  # Row of the global sequence, from 0, increasing.
+  # First row of each phase in the global sequence of rows, from 0, increasing.
   starts: tuple[int, ...]
-  # By phase and source; each phase's add up to one.
+  # Share of each source, by phase and source; each phase adds up to one.
   weights: tuple[tuple[float, ...], ...]
 
   @property
@@ -174,20 +178,20 @@ class Phases:
 
 
 class EpochCounter:
-  """How often each source's text was read, exactly, after any number of rows.
+  """Counts how often each source's text was read, after any number of rows.
 
   A source that runs out is read again in a new order.
 
   Args:
     phases: how sources are mixed.
-    rows: in one epoch of each source, by name.
+    rows: the rows of one epoch of each source, by name.
   """
 
   def __init__(self, phases: Phases, rows: Mapping[str, int]):
     self._phases, self._rows = phases, rows
 
   def at(self, rows: int) -> dict[str, float]:
-    """Returns the epochs of each source after `rows` rows, fractions too."""
+    """Returns the epochs of each source after `rows` rows; exact fractions."""
     drawn = self._phases.drawn(rows)
     return {
       name: count / own if count else 0.0
@@ -195,14 +199,17 @@ class EpochCounter:
     }
 
   def repeats(self, start: int, stop: int) -> list[str]:
-    """Tells which sources began epoch 2, 3, 5, 9, ... in rows [start, stop).
+    """Returns messages of sources that began epoch 2, 3, 5, 9, ... in a span.
 
-    Each doubling only: small sources begin a new epoch every few steps.
+    It reports doublings alone, as small sources begin an epoch every few steps.
+
+    Args:
+      start, stop: the span of rows, [start, stop).
     """
     begun: dict[int, list[str]] = {}
     before = self.at(start)
     for name, epochs in self.at(stop).items():
-      # The row that completes an epoch begins none.
+      # The row that completes an epoch does not begin another.
       last, now = (max(0, math.ceil(x) - 1) for x in (before[name], epochs))
       if now.bit_length() > last.bit_length():
         epoch = 2 ** (now.bit_length() - 1) + 1
@@ -216,16 +223,16 @@ class EpochCounter:
 def mixture_weights(
   data: DataConfig, taxonomy: Taxonomy, sizes: Sequence[float] = ()
 ) -> tuple[float, ...]:
-  """Returns the share of rows of each source at first; they add up to one.
+  """Returns each source's share of rows in the first phase; the sum is one.
 
   Args:
-    data: weights, and what they multiply.
-    taxonomy: its own weights hold where `data.weights` is empty.
-    sizes: of the training text of each source in the unit of `data.mixing`,
-      unless that is "equal".
+    data: `weights`, `mixing` and `temperature`.
+    taxonomy: the sources; its weights apply where `data.weights` is empty.
+    sizes: training text of each source, in the unit of `data.mixing`; unused if
+      that is "equal".
 
   Raises:
-    UserError: `data.weights` has another length than the taxonomy.
+    UserError: `data.weights` does not have one entry for each source.
   """
   weights = data.weights or taxonomy.weights or (1.0,) * len(taxonomy.sources)
   return _shares("data.weights", weights, data, taxonomy, sizes)
@@ -239,15 +246,15 @@ def mixture_phases(
 ) -> Phases:
   """Returns the weights of all phases of a run; see `mixture_weights`.
 
-  A phase begins with a step, the nearest to its fraction of `train.num_steps`.
+  A phase begins at the step nearest to its fraction of `train.num_steps`.
 
   Raises:
-    UserError: weights of another length than the taxonomy.
+    UserError: a phase does not have one weight for each source.
   """
   phases = {0: mixture_weights(data, taxonomy, sizes)}
   for number, (fraction, *weights) in enumerate(data.weight_phases, start=1):
     name = f"data.weight_phases: phase {number}"
-    # Where two begin with the same step, the later one holds.
+    # Of two phases that begin at the same step, the later one applies.
     start = round(fraction * train.num_steps) * train.batch_size
     phases[start] = _shares(name, weights, data, taxonomy, sizes)
   return Phases(tuple(phases), tuple(phases.values()))
@@ -276,16 +283,17 @@ def _shares(
 
 
 def _proportions(weights: Sequence[float]) -> list[int]:
-  """Returns each weight in hundredths of the smallest that is not zero."""
+  """Returns the weights in hundredths of the smallest positive one."""
   smallest = min(weight for weight in weights if weight > 0)
   return [round(100 * weight / smallest) for weight in weights]
 
 
 def _drawn(count: int, weights: Sequence[float]) -> list[int]:
-  """Returns how many of the first rows of `mix` come from each data set.
+  """Returns how many of the first `count` rows of `mix` each data set gives.
 
-  Grain deals a row to the first data set or to the rest, then to the second
-  or to the rest, and so on, each time as evenly as whole numbers can be.
+  Grain divides the rows between the first data set and the rest, those of the
+  rest between the second data set and its rest, and so on, each time as evenly
+  as whole numbers allow.
   """
   proportions = _proportions(weights)
   rest, drawn = sum(proportions), []
@@ -299,9 +307,10 @@ def _drawn(count: int, weights: Sequence[float]) -> list[int]:
 def mix_phases(
   datasets: Sequence[grain.MapDataset], phases: Phases
 ) -> grain.MapDataset:
-  """Interleaves endless data sets; see `mix`. Example i depends on i only.
+  """Interleaves endless data sets, by phase; see `mix`.
 
-  Each phase goes on in every data set where the one before stopped.
+  Example i depends on i only. Each phase continues every data set where the
+  phase before stopped.
   """
   if len(phases.starts) == 1:
     return mix(datasets, phases.weights[0])
@@ -322,13 +331,13 @@ def mix(
 ) -> grain.MapDataset:
   """Interleaves data sets by index, evenly, in proportion to `weights`.
 
-  Example i depends on i only. Grain counts in hundredths of the smallest
-  weight: weights whose ratio to it has at most two decimals are met exactly,
-  others to within half a hundredth of it. Those of weight zero are left out.
+  Example i depends on i only. Weights are rounded to hundredths of the smallest
+  positive weight: a ratio to it of at most two decimals is exact. Data sets of
+  weight zero are left out.
   """
   hundredths = _proportions(weights)
   pairs = [(d, n) for d, n in zip(datasets, hundredths, strict=True) if n]
-  # Grain cuts down to hundredths where we want the nearest, and a rounding
-  # error must not tip a whole number over: aim at the middle of the step.
+  # Grain truncates to hundredths. The middle of each step is safe from rounding
+  # errors.
   steps = [1.0 if n == 100 else (n + 0.5) / 100 for _, n in pairs]
   return grain.MapDataset.mix([dataset for dataset, _ in pairs], steps)

@@ -1,14 +1,15 @@
-"""Text that was tokenized once, by `python -m data.prepare`: its folder.
+"""Reads the folder of tokenized text that `python -m data.prepare` writes.
 
   tokens-00000.bin ...   token ids end to end, little-endian
   documents.npy          a DOCUMENT for each document, in the order of reading
-  tokenizer.json         what the ids mean
-  manifest.json          all else, and a checksum of each file; written last
+  tokenizer.json         the tokenizer
+  manifest.json          everything else, and a checksum of each file; it is
+                         written last: a folder without it is not finished
 
-A folder without a manifest is not finished. Reading maps the files: a corpus
-need not fit in memory, and any number of sources costs no threads. Of a folder
-in a bucket each machine maps a copy: rows are many small reads at random, which
-a disk answers in microseconds and a bucket in tens of milliseconds.
+Reading maps the files into memory: a corpus need not fit there, and any number
+of sources needs no threads. Rows are many small reads at random, which take a
+disk microseconds and a bucket tens of milliseconds. So each machine copies a
+folder in a bucket to its disk.
 """
 
 import dataclasses
@@ -36,10 +37,10 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "documents.npy"
 TOKENIZER = "tokenizer.json"
 
-# Where a document's tokens lie, and what they stand for.
+# The place of a document's tokens, and its size, source and split.
 DOCUMENT = np.dtype(
   [
-    # Number of its token file, first token there, how many.
+    # Number of the token file; first token there; number of tokens.
     ("file", "<u4"),
     ("start", "<u8"),
     ("tokens", "<u4"),
@@ -53,22 +54,22 @@ DOCUMENT = np.dtype(
 
 
 def tokens_name(number: int) -> str:
-  """Returns the name of a file of tokens."""
+  """Returns the name of the token file of a number."""
   return f"tokens-{number:05}.bin"
 
 
 def checksum(path: str | Path) -> dict[str, Any]:
-  """Returns a file's size and SHA-256, as the manifest has them."""
+  """Returns a file's size and SHA-256, in the form of the manifest."""
   with open(path, "rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
   return {"bytes": os.path.getsize(path), "sha256": digest}
 
 
 def read_manifest(folder: str) -> dict[str, Any] | None:
-  """Returns a folder's manifest, None if there is none.
+  """Returns a folder's manifest, None without one.
 
   Raises:
-    UserError: it cannot be read.
+    UserError: the manifest cannot be read.
   """
   path = os.path.join(folder, MANIFEST)
   try:
@@ -85,11 +86,13 @@ def check_files(
   """Compares a folder's files with its manifest.
 
   Args:
-    folder, manifest: the folder and what it holds.
-    content: whether to compare checksums, which reads everything, or sizes.
+    folder: the folder.
+    manifest: its manifest.
+    content: whether to compare checksums, which reads every file, besides
+      sizes.
 
   Raises:
-    UserError: a file is missing or another; names it.
+    UserError: a file is missing or has changed; names it.
   """
   for name, wanted in manifest["files"].items():
     path = os.path.join(folder, name)
@@ -106,20 +109,20 @@ def check_files(
 
 def _damaged(path: str, size: int, wanted: dict[str, Any]) -> UserError:
   return UserError(
-    f"{path}: damaged ({size:,} bytes, where {wanted['bytes']:,} and"
-    f" SHA-256 {wanted['sha256'][:12]}... were written); prepare it anew"
+    f"{path}: damaged (it has {size:,} bytes; {wanted['bytes']:,} with SHA-256"
+    f" {wanted['sha256'][:12]}... were written); prepare the folder anew"
   )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedCorpus:
-  """Tokenized documents by source, in the order of the taxonomy."""
+  """Tokenized training and held-out documents, by source."""
 
   taxonomy: Taxonomy
   tokenizer: Tokenizer
-  # As `mixture.Corpus` has it for the same text.
+  # Equal to that of a `mixture.Corpus` of the same text.
   content_hash: str
-  # Maps of the token files, and the documents of each source.
+  # Maps of the token files; the documents, DOCUMENT (documents,), by source.
   _arrays: Sequence[np.ndarray]
   _documents: Sequence[np.ndarray]
 
@@ -155,12 +158,12 @@ def _sum(column: np.ndarray) -> int:
 def load_prepared(experiment: Experiment) -> PreparedCorpus:
   """Opens the folder `data.prepared`.
 
-  `data.taxonomy` or `data.domains` may select, order, regroup or weigh its
+  `data.taxonomy` or `data.domains` may select, order, regroup or weight its
   domains anew, by their fine labels.
 
   Raises:
-    UserError: it is missing, not finished or damaged, or does not fit the
-      experiment.
+    UserError: the folder is missing, not finished or damaged, or does not fit
+      the experiment.
   """
   data = experiment.data
   folder, setting = data.prepared, f"data.prepared={data.prepared}"
@@ -168,7 +171,7 @@ def load_prepared(experiment: Experiment) -> PreparedCorpus:
   manifest = read_manifest(folder)
   if manifest is None:
     reason = (
-      f"not finished (no {MANIFEST}); the command that began it continues it"
+      f"not finished (no {MANIFEST}); run the command that began it again"
       if epath.Path(folder).is_dir()
       else "no such folder"
     )
@@ -192,7 +195,7 @@ def load_prepared(experiment: Experiment) -> PreparedCorpus:
   whole = Taxonomy.from_dict(manifest["taxonomy"])
   taxonomy = _chosen(data, whole, setting)
   documents = np.load(os.path.join(folder, DOCUMENTS))
-  # A stable sort once, not a pass for each of many sources.
+  # One stable sort, where a mask for each source would take many passes.
   order = np.argsort(documents["source"], kind="stable")
   ends = np.searchsorted(
     documents["source"][order], np.arange(len(whole.sources) + 1)
@@ -211,13 +214,17 @@ def load_prepared(experiment: Experiment) -> PreparedCorpus:
 
 
 def _local_copy(folder: str, manifest: dict[str, Any]) -> str:
-  """Returns a copy of a bucket's folder, made once on each machine.
+  """Copies a bucket's folder to the cache folder, once on each machine.
 
-  It lies in the cache directory under a name that depends on the checksums of
-  all files, so text that was prepared anew is copied anew.
+  The checksums of all files determine the name of the copy: text that was
+  prepared anew is copied anew.
+
+  Returns:
+    The path of the copy.
 
   Raises:
-    UserError: it does not fit, cannot be read or written, or is damaged.
+    UserError: the copy does not fit on the disk, cannot be read or written, or
+      is damaged.
   """
   files = manifest["files"]
   key = cache_key(json.dumps(files, sort_keys=True))
@@ -227,7 +234,7 @@ def _local_copy(folder: str, manifest: dict[str, Any]) -> str:
   try:
     copy.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{copy}.lock", "w") as lock:
-      # Other processes of this machine wait, then find it there.
+      # Other processes of this machine wait here, then find the copy.
       fcntl.flock(lock, fcntl.LOCK_EX)
       if copy.is_dir():
         return str(copy)
@@ -236,8 +243,9 @@ def _local_copy(folder: str, manifest: dict[str, Any]) -> str:
       free = shutil.disk_usage(copy.parent).free
       if free < needed:
         raise UserError(
-          f"data.prepared={folder} is copied to {copy}: {needed / 2**20:,.0f}"
-          f" MiB, where {free / 2**20:,.0f} are free; {way_out}"
+          f"data.prepared={folder} must be copied to {copy}, which takes"
+          f" {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} MiB are free;"
+          f" {way_out}"
         )
       print(
         f"copying {needed / 2**20:,.0f} MiB of {folder} to {copy}", flush=True
@@ -258,7 +266,7 @@ def _copy_file(source: str, target: Path, wanted: dict[str, Any]) -> None:
   try:
     reader = epath.Path(source).open("rb")
   except FileNotFoundError as error:
-    raise UserError(f"{source}: missing; prepare it anew") from error
+    raise UserError(f"{source}: missing; prepare the folder anew") from error
   with reader, open(target, "wb") as writer:
     shutil.copyfileobj(reader, writer, 1 << 24)
   found = checksum(target)

@@ -1,8 +1,9 @@
-"""Records of text files: JSON lines, Parquet, ArrayRecord, plain files.
+"""Reads records of text files: JSON lines, Parquet, ArrayRecord, plain text.
 
-A record is a dict with "text", and whatever else its file says about it:
-"domain", "origin", "id", metadata. Each comes with the place it is from, and
-what cannot be read comes as an error that names the place.
+A record is a dict with "text" and whatever else its file has: "domain",
+"origin", "id", metadata. Readers yield each record with its place, such as
+"file:line". In place of a record that cannot be read they yield an error, which
+names the place.
 """
 
 import contextlib
@@ -22,11 +23,11 @@ from typing import IO, Any
 from edl_jax.config import UserError
 
 Record = dict[str, Any]
-# Place, and the record there or what is wrong with it.
+# The place of a record, and the record or what is wrong with it.
 Found = tuple[str, Record | UserError]
 
-# Bytes of a line or a plain file at most: more is not a text, but a file that
-# lost its line ends, and would fill the memory.
+# Most bytes of a line or a plain file. A longer one is a file without line ends
+# rather than a text, and would fill the memory.
 LONGEST_RECORD = 1 << 26
 
 _COMPRESSED = (".gz", ".zst")
@@ -35,10 +36,10 @@ _ROWS_AT_ONCE = 1024
 
 
 def need_package(module: str, purpose: str) -> types.ModuleType:
-  """Imports a module of a package that only data preparation needs.
+  """Imports a module of an optional package.
 
   Raises:
-    UserError: it is not installed; says how to.
+    UserError: the package is not installed; says how to install it.
   """
   try:
     return importlib.import_module(module)
@@ -50,10 +51,10 @@ def need_package(module: str, purpose: str) -> types.ModuleType:
 
 
 def find_files(pattern: str, setting: str) -> tuple[str, list[str]]:
-  """Returns the folder that a glob starts from, and its files in order.
+  """Returns the folder in which a glob starts, and the matching files, sorted.
 
   Raises:
-    UserError: there is no file; names the `setting` that holds the glob.
+    UserError: no file matches; names the `setting` that holds the glob.
   """
   expanded = os.path.expanduser(pattern)
   paths = sorted(filter(os.path.isfile, glob.glob(expanded, recursive=True)))
@@ -66,13 +67,16 @@ def find_files(pattern: str, setting: str) -> tuple[str, list[str]]:
 def read_records(path: str, root: str = "") -> Iterator[Found]:
   """Yields the records of a file in order, each with its place.
 
-  The name decides how a file is read, after .gz or .zst is taken off: .jsonl,
-  .json and .ndjson hold one object a line; .parquet has a column text;
-  .array_record is what `data/domain_text` writes; a name without suffix is
-  JSON lines if it begins with "{"; all else is one plain text, whose domain is
-  named by its folder below `root`, or coarse/fine by the first two.
+  The suffix of the file's name, without .gz or .zst, decides how it is read:
 
-  Every record has "path", that of the file unless it brings its own.
+  - .jsonl, .json, .ndjson: one object per line;
+  - .parquet: one record per row, with a column "text";
+  - .array_record: what `data/domain_text` writes;
+  - no suffix: JSON lines if the content begins with "{", else plain text;
+  - any other: the whole file is one plain text. Its domain is its first folder
+    below `root`, or its first two as coarse/fine.
+
+  A record without "path" gets the path of its file.
   """
   name = path.removesuffix(".gz").removesuffix(".zst")
   suffix = os.path.splitext(name)[1]
@@ -95,7 +99,7 @@ def read_records(path: str, root: str = "") -> Iterator[Found]:
 
 
 def _problem(record: Record, where: str) -> UserError | None:
-  """Returns what is wrong with the keys that everything relies on."""
+  """Returns what is wrong with a record's text, domain or origin."""
   if "text" not in record:
     return UserError(f"{where}: key 'text' is missing")
   for key in ("text", "domain", "origin"):
@@ -112,13 +116,13 @@ def _problem(record: Record, where: str) -> UserError | None:
 
 
 class SeenIds:
-  """Notices ids that occur twice; records without an id are not checked."""
+  """Detects ids that occur twice; ignores records without an id."""
 
   def __init__(self):
     self._seen: set[str] = set()
 
   def problem(self, record: Record, where: str) -> UserError | None:
-    """Notes a record's id; returns an error if it was noted before."""
+    """Remembers a record's id; returns an error if it occurred before."""
     if record.get("id") is None:
       return None
     identifier = str(record["id"])
@@ -132,7 +136,7 @@ class SeenIds:
 
 
 class _ZstdStream(io.RawIOBase):
-  """Decompresses any number of frames; EOFError where one is cut off."""
+  """Decompresses any number of frames; raises EOFError for a truncated one."""
 
   def __init__(self, file: IO[bytes]):
     self._file, self._ready = file, b""
@@ -177,7 +181,7 @@ def _open(path: str) -> io.BufferedIOBase:
   return open(path, "rb")
 
 
-# What reading a damaged or vanishing file raises.
+# Exceptions of reading a file that is damaged or disappears.
 _DAMAGE = (OSError, EOFError, zlib.error)
 
 
@@ -230,7 +234,7 @@ def read_json_lines(path: str) -> Iterator[Found]:
 
 def _parse(line: bytes, where: str) -> Record | UserError:
   try:
-    # Some editors put a byte order mark at the start of a file.
+    # Some editors write a byte order mark at the start of a file.
     record = json.loads(line.decode("utf-8-sig"))
   except UnicodeDecodeError as error:
     return UserError(
@@ -240,7 +244,7 @@ def _parse(line: bytes, where: str) -> Record | UserError:
     return UserError(
       f"{where}: not JSON ({error.msg} at character {error.pos + 1})"
     )
-  except (ValueError, RecursionError) as error:  # Too long, or too deep.
+  except (ValueError, RecursionError) as error:  # A huge number; deep nesting.
     return UserError(f"{where}: not JSON ({error})")
   if not isinstance(record, dict):
     return UserError(f"{where}: not an object, but {type(record).__name__}")
@@ -248,7 +252,7 @@ def _parse(line: bytes, where: str) -> Record | UserError:
 
 
 def _read_plain(path: str) -> Iterator[Found]:
-  """Yields the whole file as one record; an empty one is a text like others."""
+  """Yields the whole file as one record, even if it is empty."""
   try:
     with _open(path) as stream:
       content = stream.read(LONGEST_RECORD + 1)
@@ -301,7 +305,8 @@ def _read_parquet(path: str) -> Iterator[Found]:
 def _read_array_record(path: str) -> Iterator[Found]:
   """Yields ("path:record N", record), N from 1, of a TFDS data set.
 
-  Its folder's features.json says how; class labels become their names.
+  The features.json in its folder describes the records. Class labels become
+  their names.
   """
   purpose = "reading ArrayRecord"
   features = need_package("tensorflow_datasets", purpose).features
@@ -319,7 +324,7 @@ def _read_array_record(path: str) -> Iterator[Found]:
           yield f"{path}:record {number}", _named(example, decoder)
     finally:
       reader.close()
-  # Of array_record and of protocol buffers.
+  # array_record and protocol buffers raise the last three.
   except (*_DAMAGE, RuntimeError, ValueError, IndexError) as error:
     yield _damaged(f"{path}:record {number + 1}", error)
     return
@@ -328,7 +333,7 @@ def _read_array_record(path: str) -> Iterator[Found]:
 
 
 def _named(example: Record, features: Any) -> Record:
-  """Returns an example with text as str and its domain's name."""
+  """Returns an example with text as str and the name of its domain."""
   record: Record = {}
   for key, value in example.items():
     if hasattr(features[key], "int2str"):

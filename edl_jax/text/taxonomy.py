@@ -9,7 +9,7 @@ import yaml
 
 from edl_jax.config import UserError
 
-# Name of the source of rows whose domain is not known.
+# Name of the source of rows whose domain is unknown.
 UNLABELLED = "unlabelled"
 
 
@@ -24,17 +24,19 @@ class Taxonomy:
   coarse: tuple[str, ...]
   # Index into `coarse` of each fine domain.
   parent: tuple[int, ...]
-  # Weights in the mixture of all `sources`; empty: equal.
+  # Weight of each of the `sources` in the mixture; empty: equal weights.
   weights: tuple[float, ...] = ()
-  # Whether there is a further source, of rows without a domain. They train the
-  # model but belong to no label: they stay out of the divergence loss.
+  # Whether there is one more source, of rows without a domain. They train the
+  # model, but the divergence loss leaves them out.
   unlabelled: bool = False
 
   @classmethod
   def from_names(cls, names: Sequence[str], **options: Any) -> "Taxonomy":
     """Builds the taxonomy of domains named "coarse/fine" or "fine".
 
-    `options` are further fields.
+    Args:
+      names: of the domains, in the order of their labels.
+      **options: values of the other fields.
     """
     fine = tuple(map(fine_name, names))
     parents = [name.split("/", 1)[0] for name in names]
@@ -43,17 +45,17 @@ class Taxonomy:
 
   @property
   def sources(self) -> tuple[str, ...]:
-    """Names of what is mixed: the fine domains, then the unlabelled rows."""
+    """Names of the sources: fine domains, then the unlabelled rows if any."""
     return self.fine + (UNLABELLED,) * self.unlabelled
 
   @property
   def labels(self) -> tuple[int, ...]:
-    """Domain label of the rows of each source; -1 for none."""
+    """Domain label of each source's rows; -1 for the unlabelled."""
     return (*range(len(self.fine)), *(-1,) * self.unlabelled)
 
   @property
   def names(self) -> tuple[str, ...]:
-    """Fine domains as "coarse/fine", or "fine" where they are their parent."""
+    """Fine domains as "coarse/fine", or "fine" where a domain is its parent."""
     return tuple(
       fine if self.coarse[parent] == fine else f"{self.coarse[parent]}/{fine}"
       for fine, parent in zip(self.fine, self.parent)
@@ -65,12 +67,16 @@ class Taxonomy:
     return self.names + self.sources[len(self.fine) :]
 
   def without_unlabelled(self) -> "Taxonomy":
-    """Returns the taxonomy of a corpus where every row has a domain."""
+    """Returns this taxonomy without the source of unlabelled rows."""
     weights = self.weights[: len(self.fine)]
     return dataclasses.replace(self, weights=weights, unlabelled=False)
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the fields as JSON can hold them, without later defaults."""
+    """Returns the fields as a JSON object.
+
+    It omits default values of `weights` and `unlabelled`, which older
+    checkpoints do not have.
+    """
     fields: dict[str, Any] = {
       key: list(value)
       for key, value in vars(self).items()
@@ -119,7 +125,7 @@ def load_taxonomy(path: str) -> Taxonomy:
     unlabelled: true         # or {weight: 0.5}; false by default
 
   Raises:
-    UserError: no such file, or something in it is wrong; names file and entry.
+    UserError: there is no such file, or an entry is wrong; names both.
   """
   content = read_yaml(path)
   _check_keys(content, {"domains", UNLABELLED}, path)
@@ -134,7 +140,10 @@ def load_taxonomy(path: str) -> Taxonomy:
     _check_keys(entry, {"fine", "coarse", "weight"}, where)
     fine, coarse = _name(entry, "fine", where), _name(entry, "coarse", where)
     if fine == UNLABELLED:
-      raise UserError(f"{where}: the name {UNLABELLED!r} is taken; see there")
+      raise UserError(
+        f"{where}: the name {UNLABELLED!r} is reserved; for rows without a"
+        " domain set the key of that name"
+      )
     if fine in map(fine_name, names):
       raise UserError(f"{where}: {fine!r} occurs more than once")
     names.append(join_label(coarse, fine))
@@ -162,7 +171,7 @@ def read_yaml(path: str) -> dict[str, Any]:
   """Reads a YAML file whose top level is a mapping.
 
   Raises:
-    UserError: it cannot be read; names file and line.
+    UserError: the file cannot be read; names file and line.
   """
   try:
     with open(path, encoding="utf-8") as file:
@@ -202,6 +211,6 @@ def _weight(entry: dict, where: str) -> float:
   number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
   if not number or not 0 <= weight < math.inf:
     raise UserError(
-      f"{where}: weight must be a number that is not negative, not {weight!r}"
+      f"{where}: weight must be a number of at least 0, not {weight!r}"
     )
   return float(weight)

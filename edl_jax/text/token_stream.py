@@ -1,4 +1,4 @@
-"""Tokens of documents, in memory or in mapped files, as one long stream."""
+"""The tokens of many documents, in memory or mapped files, as one stream."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,11 +8,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedDocuments:
-  """Tokens of I documents, each a part of one of `arrays`."""
+  """The tokens of I documents, each a slice of one of `arrays`."""
 
-  # Tokens of any integer type; mapped files as a rule, or one array.
+  # Tokens, of any integer type: one array, or the maps of several files.
   arrays: Sequence[np.ndarray]
-  # Which of `arrays`, the first token there, and how many, each (I,).
+  # The array of each document, its first token there, its number of tokens;
+  # integers, (I,) each.
   array_I: np.ndarray
   start_I: np.ndarray
   length_I: np.ndarray
@@ -21,7 +22,7 @@ class EncodedDocuments:
   def from_array(
     cls, tokens: np.ndarray, length_I: np.ndarray
   ) -> "EncodedDocuments":
-    """Takes documents that lie one after the other in one array."""
+    """Wraps documents that lie end to end in one array."""
     length_I = np.asarray(length_I, np.int64)
     return cls(
       [tokens],
@@ -34,25 +35,25 @@ class EncodedDocuments:
     return len(self.length_I)
 
   def __getitem__(self, part: slice | np.ndarray) -> "EncodedDocuments":
-    """Returns the documents of a slice, a mask or a list of numbers."""
+    """Selects documents by a slice, a mask or an array of indices."""
     columns = (self.array_I, self.start_I, self.length_I)
     return EncodedDocuments(self.arrays, *(column[part] for column in columns))
 
   @property
   def token_count(self) -> int:
-    """Tokens in all, the start token of each document among them."""
+    """Number of tokens, with one start token for each document."""
     return int(self.length_I.sum()) + len(self)
 
 
 class TokenStream:
-  """Documents end to end, each opened by the start token, and one start more.
+  """Documents end to end, each after a start token, then one more start token.
 
-  Slices of it are int32 arrays; nothing else is read into memory.
+  A slice is an int32 array; only the tokens of the slice are read into memory.
   """
 
   def __init__(self, documents: EncodedDocuments, document_start_id: int):
     self._documents, self._start_id = documents, document_start_id
-    # Where each document's start token lies, and the last start token.
+    # Position of each document's start token, and of the last start token.
     self._begin = np.zeros(len(documents) + 1, np.int64)
     np.cumsum(documents.length_I + 1, out=self._begin[1:])
 
@@ -65,7 +66,7 @@ class TokenStream:
     documents, begin = self._documents, self._begin
     number = int(np.searchsorted(begin, start, side="right")) - 1
     while number < len(documents) and begin[number] < stop:
-      # The document's text lies in [first, last) of the stream.
+      # The document's own tokens are [first, last) of the stream.
       first, last = begin[number] + 1, begin[number + 1]
       low, high = max(first, start), min(last, stop)
       if low < high:

@@ -1,4 +1,4 @@
-"""Tokenizers that keep every byte: trained BPE, plain bytes, or a file's."""
+"""Lossless tokenizers: byte-level BPE, plain bytes, or one from a file."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,25 +19,25 @@ from edl_jax.text.tokenizer_files import (
   token_bytes,
 )
 
-# Characters of training text that the merges are learned from: enough for a
-# vocabulary of some thousands, and a few seconds; and so many a token where
-# that is more.
+# BPE learns its merges from the larger of two amounts of text: this many
+# characters, enough for some thousands of tokens and read in a few seconds, or
+# this many for each token.
 _TRAINING_CHARACTERS = 6_000_000
 _TRAINING_CHARACTERS_PER_TOKEN = 1_000
-# Characters handed to the library at once, which bounds its memory.
+# Characters encoded in one call, which bounds the library's memory.
 _ENCODING_CHARACTERS = 4_000_000
 
 
 class Tokenizer:
-  """A tokenizer that every string survives, encoded and decoded.
+  """A lossless tokenizer: decoding an encoded string returns the string.
 
-  A thin layer over the `tokenizers` library. A special token, "<|document|>"
-  in tokenizers of our own, opens each document; it is placed by id only, and
-  text that spells it is text.
+  It wraps the `tokenizers` library. A special token opens each document,
+  "<|document|>" in the tokenizers made here. The pipeline inserts it by id;
+  text that spells it is encoded as any other text.
   """
 
   def __init__(self, library: tokenizers.Tokenizer):
-    # The library's name for "do not look for special tokens in the text".
+    # This makes the library encode text that spells a special token as text.
     library.encode_special_tokens = True
     self._library = library
     self._bytes = token_bytes(library)
@@ -77,14 +77,14 @@ class Tokenizer:
     return self.encode_batch([text])[0]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text of tokens, without special ones.
+    """Returns the text of tokens; special tokens add none.
 
-    Bytes that are not UTF-8, as where a character was cut, become U+FFFD.
+    Bytes that are not UTF-8, such as part of a character, become U+FFFD.
     """
     return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
 
   def token_text(self, token: int) -> str:
-    """Returns one token as printable text: "\\n", "\\xe2" for such bytes."""
+    """Returns one token as printable text, with escapes like "\\n", "\\xe2"."""
     if token in self._special:
       return self._special[token]
     text = self._bytes[token].decode(errors="backslashreplace")
@@ -101,7 +101,7 @@ class Tokenizer:
 
 
 def _chunks(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
-  """Splits `texts` into runs of about so many characters."""
+  """Splits `texts` into lists of about `characters` characters."""
   chunk, size = [], 0
   for text in texts:
     chunk.append(text)
@@ -115,8 +115,8 @@ def _chunks(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
 
 def _library(model: models.Model) -> tokenizers.Tokenizer:
   library = tokenizers.Tokenizer(model)
-  # One token a digit, so that arithmetic is regular; then the word pattern of
-  # GPT-2, which keeps runs of indentation together.
+  # Every digit is a token, so that arithmetic is regular. Then GPT-2's pattern
+  # splits into words; it keeps runs of indentation together.
   library.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Digits(individual_digits=True),
@@ -128,7 +128,7 @@ def _library(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-  """Returns the tokenizer whose ids are bytes, and 256 for a document start."""
+  """Returns the tokenizer whose ids are bytes, with document start 256."""
   vocabulary = {c: byte for byte, c in byte_characters().items()}
   library = _library(models.BPE(vocab=vocabulary, merges=[]))
   library.add_special_tokens([DOCUMENT_START])
@@ -136,17 +136,18 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def training_characters(vocabulary_size: int) -> int:
-  """Returns how many characters `train_tokenizer` learns from at most."""
+  """Returns the most characters that `train_tokenizer` learns from."""
   return max(
     _TRAINING_CHARACTERS, _TRAINING_CHARACTERS_PER_TOKEN * vocabulary_size
   )
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
-  """Trains byte-level BPE; deterministic.
+  """Trains a byte-level BPE tokenizer; deterministic.
 
-  Learns from a fixed random sample of whole texts if there is much. Id 0 is
-  the document start. Small texts may give fewer than `vocabulary_size` ids.
+  It learns from a fixed random sample of the texts if they have more than
+  `training_characters`. Id 0 is the document start. Little text may give fewer
+  than `vocabulary_size` ids.
   """
   enough = training_characters(vocabulary_size)
   sample, size = [], 0
@@ -169,22 +170,22 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
 def open_tokenizer(path: str) -> Tokenizer:
   """Returns the tokenizer of a `tokenizer.json` or a SentencePiece `.model`.
 
-  See `tokenizer_files` for what is supported.
+  `tokenizer_files` describes the supported kinds.
 
   Raises:
-    UserError: no such file, not a tokenizer, or one that loses text.
+    UserError: there is no such file, it is no tokenizer, or it loses text.
   """
   return Tokenizer(read_tokenizer(path))
 
 
 def load_tokenizer(experiment: Experiment, corpus: Corpus) -> Tokenizer:
-  """Returns the experiment's tokenizer, trained on training documents only.
+  """Returns the experiment's tokenizer; BPE learns from training text alone.
 
-  A trained one is kept in the cache directory for the next run.
+  The cache keeps a trained tokenizer for the next run.
 
   Raises:
-    UserError: a file that is no fitting tokenizer, or has more tokens than
-      the model.
+    UserError: see `open_tokenizer`; or the file's tokenizer has more tokens
+      than the model.
   """
   if experiment.data.tokenizer == "byte":
     return byte_tokenizer()
@@ -209,7 +210,7 @@ def load_tokenizer(experiment: Experiment, corpus: Corpus) -> Tokenizer:
   if cached is not None:
     try:
       return Tokenizer.from_json(cached.decode())
-    except Exception:  # The library raises plain Exception; train it anew.
+    except Exception:  # The library raises plain Exception. Train it again.
       pass
   texts = [document.text for group in corpus.train for document in group]
   tokenizer = train_tokenizer(texts, size)

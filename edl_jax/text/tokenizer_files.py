@@ -1,15 +1,15 @@
-"""Tokenizers of others: `tokenizer.json` and SentencePiece models.
+"""Reads tokenizers from files: `tokenizer.json` and SentencePiece models.
 
-What is read must keep every text, byte by byte: bits per byte mean something
-only if each token stands for a known number of bytes. Two families do:
+A tokenizer must keep every text, byte by byte: bits per byte are defined only
+if each token stands for a known number of bytes. Two families do so:
 
-- byte-level ones (GPT-2 and most since), whose tokens spell bytes;
-- pieces with a fallback to bytes (Llama 2, Gemma), whose "▁" is a space. The
-  space that they put before a text is left out. A text's own "▁" reads as a
-  space, as with SentencePiece itself.
+- byte-level tokenizers (GPT-2 and most later ones), whose tokens spell bytes;
+- pieces with a fallback to bytes (Llama 2, Gemma), whose "▁" is a space. They
+  put a space before each text, which is switched off here. A "▁" in a text
+  becomes a space, as with SentencePiece itself.
 
-Anything else, such as a vocabulary of words with an unknown token, or a
-normalizer that drops accents, is refused by name.
+Any other tokenizer is refused with the reason, such as a vocabulary of words
+with an unknown token, or a normalizer that drops accents.
 """
 
 import json
@@ -24,7 +24,7 @@ from edl_jax.config import UserError
 
 DOCUMENT_START = "<|document|>"
 
-# Special tokens that may open a document, the first that there is.
+# Special tokens that may open a document; the first one that exists does.
 _STARTS = (
   DOCUMENT_START,
   "<|begin_of_text|>",
@@ -35,7 +35,7 @@ _STARTS = (
 )
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-# Each of these finds a way of losing text.
+# Each of these texts detects a way of losing text.
 _PROBES = (
   " two  spaces, a\ttab \r\n\n and an end \n",
   "Ünïcode: e\u0301 ﬁ ①, ǅ İ ß ﷺ A\u00a0b\u200dc\u00ad\ufeff",
@@ -46,10 +46,10 @@ _PROBES = (
 
 
 def byte_characters() -> dict[int, str]:
-  """The printable character by which byte-level BPE writes each byte.
+  """Returns the printable character by which byte-level BPE writes each byte.
 
-  Bytes that are printable in Latin-1 stand for themselves, the others take
-  the code points from 256 on, in order: the convention of GPT-2.
+  This is GPT-2's convention: bytes that are printable in Latin-1 stand for
+  themselves; the others take the code points from 256 on, in order.
   """
   shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
   hidden = [byte for byte in range(256) if byte not in shown]
@@ -71,10 +71,10 @@ def document_start(library: tokenizers.Tokenizer) -> int | None:
 
 
 def token_bytes(library: tokenizers.Tokenizer) -> list[bytes]:
-  """Returns what each id stands for; b"" for special tokens and gaps.
+  """Returns the bytes of each id; b"" for special tokens and unused ids.
 
   Raises:
-    UserError: the tokenizer is of neither family above.
+    UserError: the tokenizer belongs to neither family above.
   """
   settings = json.loads(library.to_str())
   byte_level = _is_byte_level(settings)
@@ -96,7 +96,7 @@ def token_bytes(library: tokenizers.Tokenizer) -> list[bytes]:
 
 
 def _nodes(part: Any) -> list[dict[str, Any]]:
-  """Flattens a normalizer, pre-tokenizer or decoder into its steps."""
+  """Returns the steps of a normalizer, pre-tokenizer or decoder as a list."""
   if part is None:
     return []
   inner = {"Sequence": ("normalizers", "pretokenizers", "decoders")}
@@ -112,11 +112,11 @@ def _is_byte_level(settings: dict[str, Any]) -> bool:
 
 
 def _check_alphabet(model: dict[str, Any], byte_level: bool) -> None:
-  """Raises UserError unless any byte can be written."""
+  """Raises UserError unless the tokens can write every byte."""
   if model["type"] not in ("BPE", "Unigram"):
     raise UserError(f"a {model['type']} model does not keep every text")
   if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-    raise UserError("its tokens are marked by a prefix or suffix of words")
+    raise UserError("its tokens have a prefix or suffix that marks words")
   pieces = model["vocab"]
   if model["type"] == "Unigram":
     pieces = [piece for piece, _ in pieces]
@@ -136,12 +136,12 @@ def _check_alphabet(model: dict[str, Any], byte_level: bool) -> None:
 def read_tokenizer(path: str) -> tokenizers.Tokenizer:
   """Reads a `tokenizer.json` or a SentencePiece `.model`.
 
-  What makes a tokenizer lossy without need is switched off: a space put before
-  the text, NFC, truncation, padding, dropout. One without a token that may
-  open documents gets "<|document|>" as its last id.
+  This switches off needless steps that lose text: a space before the text, NFC,
+  truncation, padding, dropout. A tokenizer without a token that may open
+  documents gets "<|document|>" as its last id.
 
   Raises:
-    UserError: no such file, not a tokenizer, or one that loses text.
+    UserError: there is no such file, it is no tokenizer, or it loses text.
   """
   try:
     content = Path(path).expanduser().read_bytes()
@@ -160,27 +160,28 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
     _probe(library)
   except UserError as error:
     raise UserError(
-      f"{path}: {error}; take a byte-level tokenizer, or pieces with a fallback"
-      " to bytes and no normalizer"
+      f"{path}: {error}; use a byte-level tokenizer, or one with a fallback to"
+      " bytes and no normalizer"
     ) from error
   return library
 
 
 def _shield(library: tokenizers.Tokenizer) -> None:
-  """Keeps text that spells a special or a byte token from being read as one.
+  """Encodes text that spells a special or a byte token as ordinary text.
 
-  Unigram models know these tokens as pieces; BPE has no merges that make them.
+  Unigram models have these tokens as pieces. BPE needs no such care: no merge
+  makes them.
   """
   names = [re.escape(name) for name in special_tokens(library).values()]
   names.append("<0x[0-9A-F]{2}>")
-  # Alone, the first character cannot be part of the name.
+  # Splitting off the first character keeps the name from being one piece.
   pattern = tokenizers.Regex(f"(?={'|'.join(names)}).")
   steps = [pre_tokenizers.Split(pattern, "isolated"), library.pre_tokenizer]
   library.pre_tokenizer = pre_tokenizers.Sequence([*filter(None, steps)])
 
 
 def _probe(library: tokenizers.Tokenizer) -> None:
-  """Raises UserError if one of some difficult texts does not survive."""
+  """Raises UserError if a difficult text is not restored by decoding."""
   meaning = token_bytes(library)
   for text in _PROBES:
     ids = library.encode(text, add_special_tokens=False).ids
@@ -191,7 +192,7 @@ def _probe(library: tokenizers.Tokenizer) -> None:
 def _from_json(content: bytes) -> tokenizers.Tokenizer:
   try:
     settings = json.loads(content)
-    settings["model"]["type"]  # Not any JSON file.
+    settings["model"]["type"]  # Other JSON files do not have it.
     steps = _nodes(settings["normalizer"])
     for step in _nodes(settings["pre_tokenizer"]):
       if step["type"] == "ByteLevel":
@@ -218,7 +219,7 @@ def _from_json(content: bytes) -> tokenizers.Tokenizer:
 
 
 def _is_space(step: dict[str, Any]) -> bool:
-  """Whether a normalizer does no more than write spaces as "▁"."""
+  """Returns whether a normalizer only writes spaces as "▁"."""
   return (
     step["type"] == "Replace"
     and step["pattern"] == {"String": " "}
@@ -227,17 +228,17 @@ def _is_space(step: dict[str, Any]) -> bool:
 
 
 def _from_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
-  """Rebuilds a SentencePiece model, whose tokens keep their ids."""
+  """Converts a SentencePiece model; tokens keep their ids."""
   try:
     from sentencepiece import sentencepiece_model_pb2
   except ImportError as error:
     raise UserError(
-      "reading it needs a package: pip install sentencepiece"
+      "reading it needs the package sentencepiece: pip install sentencepiece"
     ) from error
   proto = sentencepiece_model_pb2.ModelProto()
   try:
     proto.ParseFromString(content)
-  except Exception as error:  # DecodeError, of whichever protobuf it is.
+  except Exception as error:  # DecodeError of the protobuf in use.
     raise UserError("not a SentencePiece model") from error
   if not proto.pieces:
     raise UserError("not a SentencePiece model")
@@ -270,7 +271,7 @@ def _from_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
 
 
 def _unigram(pieces: Any) -> models.Unigram:
-  # The library derives the price of unknown characters from the lowest score.
+  # The library derives the penalty of unknown characters from the lowest score.
   lowest = min(piece.score for piece in pieces if piece.type == piece.NORMAL)
   vocabulary = [
     (p.piece, p.score if p.type == p.NORMAL else lowest) for p in pieces
@@ -280,7 +281,10 @@ def _unigram(pieces: Any) -> models.Unigram:
 
 
 def _merges(pieces: Any) -> models.BPE:
-  """SentencePiece's BPE joins the neighbours whose union has the best score."""
+  """Returns the BPE model whose merges are ordered by the pieces' scores.
+
+  SentencePiece joins the neighbours whose union has the highest score.
+  """
   normal = {p.piece for p in pieces if p.type == p.NORMAL}
   ranked = sorted(
     (p for p in pieces if p.piece in normal), key=lambda p: -p.score

@@ -75,7 +75,7 @@ def test_without_a_file_it_is_saved_as_before():
     ("domains: [{fine: a, coarse: b/c}]", "'coarse' must be a name"),
     ("domains: [{fine: a, wait: 1}]", "domain 1: unknown key 'wait'"),
     ("domains: [{fine: a}, {fine: a, coarse: b}]", "domain 2: 'a' occurs"),
-    ("domains: [{fine: unlabelled}]", "the name 'unlabelled' is taken"),
+    ("domains: [{fine: unlabelled}]", "the name 'unlabelled' is reserved"),
     ("domains: [{fine: a, weight: -1}]", "domain 1: weight must be .* not -1"),
     ("domains: [{fine: a, weight: .inf}]", "weight must be .* not inf"),
     ("domains: [{fine: a, weight: true}]", "weight must be .* not True"),
