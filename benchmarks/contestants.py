@@ -1,11 +1,11 @@
-"""One contestant of `benchmarks.peers`: its training step, timed.
+"""Times the training step of one contestant of `benchmarks.peers`.
 
-Runs as a process of its own, in an environment of its own, so that only the
-standard library is imported before a contestant is chosen. The request is JSON
-on the command line; the answer is the last line printed, JSON too.
+This program runs in the contestant's own process and environment, so it imports
+only the standard library until it knows the contestant. It takes the request as
+JSON on the command line, and prints the answer as JSON on its last line.
 
-A step has ended when its parameters are there: every contestant waits for them
-after each step. All repeat one batch of random tokens, made by themselves.
+A step ends when its parameters are ready, for which every contestant waits.
+Each repeats one batch of random tokens of its own.
 """
 
 import importlib.metadata
@@ -27,15 +27,15 @@ class Request(NamedTuple):
   contestant: str
   # The experiment by dotted key, as `edl_jax.config.flatten` gives it.
   experiment: dict[str, Any]
-  # Domains that ours tells apart.
+  # Number of domains in our objective.
   num_domains: int
-  # Steps before the timed ones, the first among them; steps timed.
+  # Steps before the timed ones, and timed steps.
   warmup_steps: int
   steps: int
   threads: int
-  # Compiled programs are kept here from one process to the next.
+  # Folder that keeps compiled programs for later processes.
   cache: str
-  # time.monotonic(), which all processes share, when this one was started.
+  # time.monotonic() when this process was started; processes share this clock.
   started: float
 
   @property
@@ -44,7 +44,7 @@ class Request(NamedTuple):
 
 
 class Clock:
-  """Notes when each step ended, and its loss."""
+  """Records the end and the loss of each step."""
 
   def __init__(self, request: Request):
     self._request = request
@@ -52,12 +52,12 @@ class Clock:
     self._losses: list[float] = []
 
   def tick(self, loss: float) -> None:
-    """Call it at the end of every step, with its LM loss in nats per token."""
+    """Records the end of a step and its LM loss in nats per token."""
     self._ends.append(time.monotonic())
     self._losses.append(loss)
 
   def figures(self) -> dict[str, Any]:
-    """Returns tokens per second, seconds, and losses of first and last step."""
+    """Returns tokens per second, seconds, and first and last loss."""
     request, ends = self._request, self._ends
     tokens = (
       request.experiment["train.batch_size"]
@@ -74,7 +74,7 @@ class Clock:
 
 
 def ours(request: Request, clock: Clock) -> tuple[int, list[str]]:
-  """The step of `edl_jax.train`, as its loop makes, compiles and calls it."""
+  """Runs our step, made, compiled and called as by `edl_jax.train`."""
   import jax
 
   from benchmarks.steps import TrainingStep
@@ -95,11 +95,14 @@ def ours(request: Request, clock: Clock) -> tuple[int, list[str]]:
 def transformers(
   request: Request, clock: Clock, compiled: bool = False
 ) -> tuple[int, list[str]]:
-  """`Qwen3MoeForCausalLM` on PyTorch; `compiled` by `torch.compile`.
+  """Runs `Qwen3MoeForCausalLM` on PyTorch.
 
-  Experts as "grouped_mm", which is dropless; the other dropless forms of the
-  library were slower here ("eager" by a tenth, "batched_mm", which copies the
-  weights for every token, by far).
+  It uses the library's fastest dropless experts, "grouped_mm". On a CPU,
+  "eager" was a tenth slower, and "batched_mm", which copies the weights for
+  every token, far slower.
+
+  Args:
+    compiled: whether to use `torch.compile`.
   """
   import torch
   from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -158,11 +161,11 @@ def transformers(
 
 
 def maxtext_settings(request: Request) -> dict[str, Any]:
-  """Returns what MaxText is told, by the names of its configuration.
+  """Returns the settings of MaxText, by the names of its configuration.
 
-  "minimal_with_context" rematerialises least, and layers that are not scanned
-  ran and compiled faster here. Its Mixtral block has no QK-norm: two vectors
-  of head width a layer fewer than the others.
+  "minimal_with_context" rematerialises least, and unscanned layers ran and
+  compiled faster on a CPU. Its Mixtral block has no QK-norm: in each layer, two
+  vectors of head width less than the others have.
   """
   flat = request.experiment
   return {
@@ -207,7 +210,7 @@ def maxtext_settings(request: Request) -> dict[str, Any]:
 def maxtext(
   request: Request, clock: Clock, experts: dict[str, Any]
 ) -> tuple[int, list[str]]:
-  """MaxText's own program, with a clock around the iterations of its loop."""
+  """Runs MaxText's own program, with a clock around its loop's iterations."""
   os.environ |= {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE"}
   import jax
   from flax import nnx
@@ -239,14 +242,14 @@ def maxtext(
 
 
 def maxtext_dense(request: Request, clock: Clock) -> tuple[int, list[str]]:
-  """Dropless by passing every token through every expert."""
+  """Runs MaxText dropless: every expert computes every token."""
   return maxtext(
     request, clock, {"sparse_matmul": False, "capacity_factor": -1}
   )
 
 
 def maxtext_sparse(request: Request, clock: Clock) -> tuple[int, list[str]]:
-  """Dropless by `jax.lax.ragged_dot` over tokens sorted by expert."""
+  """Runs MaxText dropless: `jax.lax.ragged_dot` over sorted tokens."""
   return maxtext(request, clock, {"sparse_matmul": True, "megablox": False})
 
 
@@ -256,8 +259,8 @@ def transformers_compiled(
   return transformers(request, clock, compiled=True)
 
 
-# Each takes all steps, and returns the number of parameters and the packages
-# whose versions matter.
+# Each function takes all steps, and returns the number of parameters and the
+# packages whose versions to report.
 CONTESTANTS: dict[str, Callable[[Request, Clock], tuple[int, list[str]]]] = {
   "ours": ours,
   "transformers": transformers,
@@ -270,8 +273,8 @@ CONTESTANTS: dict[str, Callable[[Request, Clock], tuple[int, list[str]]]] = {
 def main(text: str) -> None:
   request = Request(**json.loads(text))
   if hasattr(os, "sched_setaffinity"):
-    # XLA makes as many threads as there are cores to run on. macOS cannot do
-    # this; there all contestants but PyTorch's use every core.
+    # XLA starts a thread for each core that it may use. macOS has no affinity:
+    # there all contestants but PyTorch's use every core.
     cores = sorted(os.sched_getaffinity(0))[: request.threads]
     os.sched_setaffinity(0, cores)
   clock = Clock(request)

@@ -1,13 +1,13 @@
-"""The grouped matrix product beside a dense batched one of the same FLOPs.
+"""Compares the grouped matrix product with a dense one of equal FLOPs.
 
   python -m benchmarks.grouped_matmul --json=grouped_matmul.json
 
-For 8, 16 and 64 groups and three loads: "balanced" rows go to groups by chance;
-"skewed" half of all rows to one group, and every fourth group empty; "equal"
-groups of one size, like the dense product's. Forward is one product, backward
-the two of the derivative; all take turns, and the ratio is the FLOP/s of the
-grouped product over the dense one's. `jax.lax.ragged_dot`, the reference, takes
-part where --reference is set: it is slow on a CPU.
+There are three loads of 8, 16 and 64 groups. "balanced" assigns rows to groups
+at random; "skewed" gives half of the rows to one group and none to every fourth
+group; "equal" gives all groups one size, as the dense product has. Forward is
+one product, backward the two of the derivative. All take turns; the ratio is
+the FLOP/s of the grouped product over the dense one's. --reference adds
+`jax.lax.ragged_dot`, which is slow on a CPU.
 """
 
 import sys
@@ -53,7 +53,7 @@ def group_sizes(load: str, num_groups: int, num_rows: int) -> np.ndarray:
 
 
 def dense(x_RM: jax.Array, w_EMF: jax.Array) -> jax.Array:
-  """Every group has R / E rows."""
+  """Multiplies E groups of R / E rows each, by a batched product."""
   x_ECM = x_RM.reshape(len(w_EMF), -1, x_RM.shape[1])
   y_ECF = jnp.einsum("ECM,EMF->ECF", x_ECM, w_EMF)
   return y_ECF.reshape(len(x_RM), -1)
@@ -62,10 +62,10 @@ def dense(x_RM: jax.Array, w_EMF: jax.Array) -> jax.Array:
 def both_ways(
   product: Callable[..., jax.Array], *arrays: jax.Array
 ) -> tuple[Callable[[], float], Callable[[], float]]:
-  """Returns what times the product, and what times its derivative.
+  """Returns functions that time the product and its derivative.
 
   Args:
-    product: takes `arrays`, of which the first two are differentiated.
+    product: takes `arrays`; it is differentiated in the first two.
   """
   forward = jax.jit(product).lower(*arrays).compile()
   dy_RF = jnp.ones_like(forward(*arrays))
@@ -84,7 +84,7 @@ def both_ways(
 def compare(
   num_groups: int, num_rows: int, width: int, hidden: int
 ) -> list[dict[str, str | float]]:
-  """Measures all loads of one shape."""
+  """Measures all loads of one shape; returns a row for each."""
   random = np.random.default_rng(0)
   x_RM = jnp.asarray(random.standard_normal((num_rows, width), np.float32))
   w_EMF = jnp.asarray(
@@ -106,7 +106,7 @@ def compare(
       lambda *arrays: grouped_matmul(*arrays, "reference"),
       *(x_RM, w_EMF, sizes_E),
     )
-  measure.take_turns(contestants, 2)  # warm caches and allocator
+  measure.take_turns(contestants, 2)  # Warms caches and allocator.
   taken = measure.take_turns(contestants, _ROUNDS.value)
   flops = 2 * num_rows * width * hidden
   rows = []
@@ -125,6 +125,7 @@ def compare(
 
 @COMMAND.main
 def main() -> None:
+  """Measures all shapes and prints the table."""
   runtime.configure()
   rows = [row for shape in SHAPES for row in compare(*shape)]
   measure.report(rows, _JSON.value)

@@ -1,12 +1,12 @@
-"""How fast text is prepared, and how fast rows are read.
+"""Measures how fast text is prepared and rows are read.
 
   python -m benchmarks.input_pipeline --json=input.json
 
-Text is the embedded mixture, so that the figures can be had anywhere. Files
-are read, labelled and prepared as `data.prepare` does; rows are read by the
-iterator that training uses, batches included. Rates are per second of
-processor time, of all threads and processes together: what one core does,
-whoever else uses the machine. Megabytes are UTF-8 bytes of text.
+The text is the embedded mixture, which every machine has. Files are read,
+labelled and prepared as by `data.prepare`; rows are read and batched by the
+iterator that trains. Rates are per second of processor time of all threads and
+processes, so they do not depend on who else uses the machine. A megabyte is
+10^6 bytes of UTF-8 text.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ VOCABULARY = 8192
 
 
 def processor_seconds() -> float:
-  """Returns what this process and its ended children have used so far."""
+  """Returns the processor seconds of this process and its ended children."""
   children = resource.getrusage(resource.RUSAGE_CHILDREN)
   return time.process_time() + children.ru_utime + children.ru_stime
 
@@ -69,7 +69,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def write_files(folder: str, documents: Sequence[Document]) -> dict[str, str]:
-  """Writes the documents in every format; returns the paths."""
+  """Writes the documents in every format; returns the paths by suffix."""
   records = [dataclasses.asdict(document) for document in documents]
   content = "".join(json.dumps(record) + "\n" for record in records).encode()
   kinds = {
@@ -91,7 +91,7 @@ def write_files(folder: str, documents: Sequence[Document]) -> dict[str, str]:
 def label_rules(
   folder: str, documents: Sequence[Document]
 ) -> dict[str, labels.Rule]:
-  """Returns a rule of each kind that needs no further package."""
+  """Returns a rule of each kind that the requirements allow."""
   rng = random.Random(0)
   sample = rng.sample(list(documents), min(1000, len(documents)))
   model = os.path.join(folder, "topics")
@@ -109,8 +109,8 @@ def label_rules(
 
 
 def preparations(folder: str, files: str) -> dict[str, Callable[[], float]]:
-  """Returns calls that prepare the files from nothing, in several ways."""
-  # Threads of the tokenizer would share one process's work among all cores.
+  """Returns functions that prepare the files in several ways, from scratch."""
+  # Without the tokenizer's threads, one process uses one core.
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
   numbers = itertools.count()
   first = os.path.join(folder, "first")
@@ -137,7 +137,7 @@ def preparations(folder: str, files: str) -> dict[str, Callable[[], float]]:
 def prepared_rows(
   folder: str, documents: Sequence[Document], sources: int
 ) -> Experiment:
-  """Prepares pieces of the text dealt out to so many sources, in bytes."""
+  """Prepares pieces of the text, dealt out to `sources` domains, as bytes."""
   whole = "\n".join(document.text for document in documents)
   piece = min(20_000, len(whole) // sources // 4)
   path = os.path.join(folder, f"{sources}.jsonl")
@@ -155,7 +155,7 @@ def prepared_rows(
 
 
 def row_reader(experiment: Experiment) -> Callable[[], float]:
-  """Returns a call that reads `BATCHES` batches and returns their seconds."""
+  """Returns a function that times the reading of `BATCHES` batches."""
   corpus = load_prepared(experiment)
   rows, _ = train_dataset(corpus, corpus.tokenizer, experiment)
 
@@ -171,6 +171,7 @@ def row_reader(experiment: Experiment) -> Callable[[], float]:
 
 @COMMAND.main
 def main() -> None:
+  """Measures reading, labelling, preparing and rows; prints the table."""
   _, documents = read_documents(
     DataConfig(max_characters_per_domain=_CHARACTERS.value)
   )

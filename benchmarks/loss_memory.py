@@ -1,12 +1,12 @@
-"""Memory of the two losses that would not fit in their plain form.
+"""Measures the memory of the losses whose plain form would not fit.
 
   python -m benchmarks.loss_memory --json=memory.json
 
-Cross-entropy of a linear head against a form that holds all logits, and expert
-divergence over many domains against one that holds all pairs; value and
-gradient. `temporary` is what XLA reserves beside arguments and results.
-`measured` is the growth of the process's peak resident memory while ours runs,
-in a process of its own, arguments and results included.
+Compares the chunked cross-entropy with a form that holds all logits, and the
+tiled expert divergence with one that holds all pairs of domains, each with its
+gradient. "temporary MiB" is what XLA reserves besides arguments and results.
+"measured MiB" is the growth of peak resident memory, arguments and results
+included, while our form runs in a separate process.
 """
 
 import resource
@@ -37,24 +37,24 @@ DOMAINS = (49, 1024, 4096)
 
 
 def chunked(x_BTM: jax.Array, head_MV: jax.Array) -> jax.Array:
-  """The library's cross-entropy; every target is token 0."""
+  """Returns the library's cross-entropy; every target is token 0."""
   shape = x_BTM.shape[:2]
   zeros, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
   return chunked_cross_entropy(x_BTM, head_MV, zeros, ones)[0]
 
 
 def all_logits(x_BTM: jax.Array, head_MV: jax.Array) -> jax.Array:
-  """The same from all logits at once."""
+  """Returns the same cross-entropy from all logits at once."""
   return -jax.nn.log_softmax(x_BTM @ head_MV)[..., 0].sum()
 
 
 def tiled(p_DE: jax.Array) -> jax.Array:
-  """The library's expert divergence loss."""
+  """Returns the library's expert divergence loss."""
   return divergence.expert_divergence_loss(p_DE, jnp.ones(len(p_DE)))
 
 
 def all_pairs(p_DE: jax.Array) -> jax.Array:
-  """The same from all pairs at once, in the textbook form."""
+  """Returns the same loss from all pairs at once, in the textbook form."""
   m_DDE = (p_DE[:, None] + p_DE[None]) / 2
   kl_DD = (p_DE[:, None] * jnp.log(p_DE[:, None] / m_DDE)).sum(-1)
   divergence_DD = (kl_DD + kl_DD.T) / 2
@@ -99,7 +99,7 @@ def peak() -> int:
 
 
 def run(case: int) -> None:
-  """Prints the growth of peak memory, in bytes, while ours runs."""
+  """Prints the growth of peak memory in bytes while our form runs."""
   _, function, _, shapes = cases()[case]
   gradient = jax.jit(jax.value_and_grad(function, tuple(range(len(shapes)))))
   abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -114,7 +114,7 @@ def run(case: int) -> None:
 
 
 def measured(case: int) -> int:
-  """Runs a case in a process of its own; returns its growth in bytes."""
+  """Runs a case in a separate process; returns its growth in bytes."""
   command = [sys.executable, "-m", "benchmarks.loss_memory", f"--run={case}"]
   ended = subprocess.run(command, stdout=subprocess.PIPE, check=True)
   return int(ended.stdout)
@@ -122,6 +122,7 @@ def measured(case: int) -> int:
 
 @COMMAND.main
 def main() -> None:
+  """Measures all cases and prints the table."""
   if _RUN.value >= 0:
     run(_RUN.value)
     return

@@ -1,8 +1,8 @@
-"""What the measurements share: the machine, fair turns, a table, a JSON file.
+"""What all benchmarks share: timing in turns, tables, and JSON files.
 
-These machines are shared and noisy. Contestants therefore take turns within
-one process and one run, A B C A B C, and are compared by the medians of ratios
-within a turn, which slow minutes do not change.
+Machines are often shared and noisy. Contestants therefore take turns within one
+process, A B C C B A, and are compared by the median of the ratios within a
+round, which a slow minute does not change.
 """
 
 import datetime
@@ -23,7 +23,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 def machine() -> dict[str, Any]:
-  """Returns what ran: processor, cores, Python, package versions."""
+  """Returns processor, cores, system, Python and package versions."""
   model = platform.processor()
   if os.path.exists("/proc/cpuinfo"):
     with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -39,7 +39,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-  """Returns the seconds that a call takes, until its arrays are there."""
+  """Returns the seconds until the arrays that a call returns are ready."""
   start = time.perf_counter()
   jax.block_until_ready(function())
   return time.perf_counter() - start
@@ -48,10 +48,10 @@ def seconds(function: Callable[[], Any]) -> float:
 def take_turns(
   contestants: Mapping[str, Callable[[], float]], rounds: int
 ) -> dict[str, list[float]]:
-  """Calls every contestant once a round; returns what each call returned."""
+  """Calls every contestant once a round; returns their results by round."""
   taken: dict[str, list[float]] = {name: [] for name in contestants}
   for done in range(rounds):
-    # Odd rounds the other way round: none always follows the same one.
+    # Odd rounds run backwards, so that none always follows the same other.
     names = list(contestants)[:: -1 if done % 2 else 1]
     for name in names:
       taken[name].append(contestants[name]())
@@ -59,12 +59,12 @@ def take_turns(
 
 
 def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
-  """Returns the median of the ratios within a round."""
+  """Returns the median over rounds of the ratio within a round."""
   return statistics.median(a / b for a, b in zip(values, base, strict=True))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns rows as aligned columns under the keys of the first row."""
+  """Returns a table with the keys of the first row as its heading."""
   columns = list(rows[0])
   cells = [columns, *([_shown(row[key]) for key in columns] for row in rows)]
   return "\n".join(tables.aligned(cells))
@@ -75,9 +75,9 @@ def _shown(value: Any) -> str:
 
 
 def report(rows: Sequence[Mapping[str, Any]], path: str, **more: Any) -> None:
-  """Prints the table and, with a `path`, writes it as JSON.
+  """Prints the table; with a `path`, writes it as JSON too.
 
-  The file also holds machine, versions, date and command.
+  The file also records command, date, machine, versions, and `more`.
   """
   print(table(rows))
   if not path:

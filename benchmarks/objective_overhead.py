@@ -1,18 +1,18 @@
-"""What the auxiliary losses add to a training step of the demo's model.
+"""Measures what the auxiliary losses add to a step of the demo's model.
 
   python -m benchmarks.objective_overhead --json=overhead.json
 
-Steps of `experiments/demo.py` with 49 domains, taking turns: no auxiliary
-loss, balance alone, balance and expert divergence, and everything (z-loss,
-orthogonality and variance too); then steps of four micro-batches, to
-show what the exact form of accumulation costs. Statistics and the value of
-every loss are in all of them, being reported whatever the weights; so the value
-and gradient of the divergence take a turn alone, too.
+Steps of `experiments/demo.py` with 49 domains take turns: without auxiliary
+loss, with balance, with balance and expert divergence, and with every loss.
+Steps of four micro-batches follow, which show the cost of exact accumulation.
+Every step computes the statistics and the values of all losses, because metrics
+report them whatever the weights. The value and the gradient of the divergence
+alone take a turn too.
 
-FLOPs and bytes are XLA's counts of the compiled step. It counts the body of a
-loop once: of the model one of the scanned layers, of the divergence, whose
-layers lie side by side at this size, all. The last line therefore also gives
-its share of the FLOPs that the model needs.
+FLOPs and bytes are XLA's counts of the compiled step. XLA counts the body of a
+loop once, so it counts one of the model's scanned layers, but all layers of the
+divergence. The last line therefore also gives the divergence's share of the
+FLOPs that the model needs.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def variants(base: Experiment) -> dict[str, Experiment]:
 
 
 class DivergenceAlone:
-  """Value and gradient of every layer's divergence, from random routing."""
+  """The value and gradient of every layer's divergence, of random routing."""
 
   def __init__(self, experiment: Experiment, num_domains: int):
     model = experiment.model
@@ -93,11 +93,13 @@ class DivergenceAlone:
     )
 
   def __call__(self) -> float:
+    """Returns the seconds that a call takes."""
     return measure.seconds(lambda: self.compiled(self._p_LDE))
 
 
 @COMMAND.main
 def main() -> None:
+  """Measures all variants and prints the table."""
   base = COMMAND.load()
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
@@ -106,7 +108,7 @@ def main() -> None:
       for name, experiment in variants(base).items()
     }
     contestants["divergence alone"] = DivergenceAlone(base, _DOMAINS.value)
-    measure.take_turns(contestants, 2)  # warm caches and allocator
+    measure.take_turns(contestants, 2)  # Warms caches and allocator.
     taken = measure.take_turns(contestants, _ROUNDS.value)
   rows = []
   for name, contestant in contestants.items():

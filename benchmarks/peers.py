@@ -1,29 +1,29 @@
-"""Tokens per second of a training step, beside other libraries' at its shapes.
+"""Compares the speed of a training step with other libraries' at its shapes.
 
   python -m benchmarks.peers --json=peers.json
 
-Contestants take turns, each in a process of its own, with the shapes of
-`experiments/bench.py`, float32, AdamW, gradient clipping and balance loss, no
-token dropped:
+Contestants take turns, each in a separate process. All have the shapes of
+`experiments/bench.py`, float32, AdamW, gradient clipping and a balance loss,
+and drop no token:
 
   ours                   edl_jax, with expert divergence over 49 domains
   transformers           Hugging Face Transformers, Qwen3MoeForCausalLM
   transformers_compiled  the same through torch.compile (needs a C++ compiler)
-  maxtext                MaxText, every expert on every token
+  maxtext                MaxText, every expert computes every token
                          (sparse_matmul=false capacity_factor=-1)
   maxtext_sparse         MaxText, jax.lax.ragged_dot (sparse_matmul=true)
 
-Peers live in virtual environments that the first run makes (some GB of
-packages, minutes) and later ones reuse. MaxText needs CPython 3.12 or newer,
-as `python3.12` on the PATH if this one is older. A peer that cannot be
+The first run installs the peers in virtual environments, which takes minutes
+and some GB; later runs reuse these. MaxText needs CPython 3.12 or newer, as
+`python3.12` on the PATH if this Python is older. A peer that cannot be
 installed or run is left out, with a line that says why. pip's own settings
-apply, so that PIP_EXTRA_INDEX_URL can name an index of smaller CPU-only wheels.
+apply: set PIP_EXTRA_INDEX_URL to use an index of smaller CPU-only wheels.
 
-The ratio is ours over the peer's tokens per second: median, least and greatest
-over rounds. Step 1 is timed from the start of the process: imports, parameters
-and compilation, on random tokens, so without reading text. It is measured cold
-in one run before the rounds, with an empty folder for compiled programs, and
-warm in the rounds, which find it filled.
+The ratio is our tokens per second over the peer's: median, least and greatest
+over rounds. Step 1 is timed from the start of the process, so it includes
+imports, initialization and compilation, but no reading of text. It is cold in a
+run before the rounds, with an empty folder for compiled programs, and warm in
+the rounds.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class UnavailableError(UserError):
 class Environment:
   """What a peer is installed from."""
 
-  # Oldest CPython it takes.
+  # Oldest CPython that it supports.
   python: tuple[int, int]
   packages: tuple[str, ...]
 
@@ -121,7 +121,7 @@ def _runs(python: str) -> bool:
 
 
 def interpreter(oldest: tuple[int, int]) -> str:
-  """Returns this Python, or if it is too old the first other one on the PATH.
+  """Returns this Python or, if it is too old, a newer one on the PATH.
 
   Raises:
     UnavailableError: there is none.
@@ -130,7 +130,7 @@ def interpreter(oldest: tuple[int, int]) -> str:
     return sys.executable
   for minor in range(oldest[1], oldest[1] + 3):
     path = shutil.which(f"python3.{minor}")
-    # Stand-ins of version managers are found too, but may not run.
+    # A version manager's shim may be found that does not run.
     if path and _runs(path):
       return path
   raise UnavailableError(
@@ -143,7 +143,7 @@ def python_of(contestant: str, folder: str) -> str:
 
   Args:
     contestant: a key of `contestants.CONTESTANTS`.
-    folder: where the environments are.
+    folder: holds the environments.
 
   Raises:
     UnavailableError: the environment cannot be made.
@@ -153,7 +153,7 @@ def python_of(contestant: str, folder: str) -> str:
   name = contestant.split("_", 1)[0]
   environment, path = ENVIRONMENTS[name], os.path.join(folder, name)
   python = os.path.join(path, "bin", "python")
-  # Written last: what was made in part, or for other packages, is made anew.
+  # Written last, so that an unfinished or outdated environment is made again.
   done = pathlib.Path(path, "packages.txt")
   listed = "\n".join(environment.packages)
   if done.exists() and done.read_text(encoding="utf-8") == listed:
@@ -167,15 +167,15 @@ def python_of(contestant: str, folder: str) -> str:
 
 
 def _check(command: list[str], **options: Any) -> str:
-  """Runs a command and returns what it prints.
+  """Runs a command and returns its output.
 
   Raises:
-    UnavailableError: it failed; its last line of complaint.
+    UnavailableError: the command failed; the message is its line of error.
   """
   process = subprocess.run(command, capture_output=True, text=True, **options)
   if process.returncode:
     lines = [line for line in process.stderr.splitlines() if line.strip()]
-    # pip's reason stands in its first error, before advice and notices.
+    # pip prints its reason as the first error, before advice and notices.
     errors = [line for line in lines if line.startswith("ERROR: ")]
     raise UnavailableError((errors or lines[-1:] or ["no message"])[0])
   return process.stdout
@@ -184,7 +184,7 @@ def _check(command: list[str], **options: Any) -> str:
 def take_turn(
   contestant: str, python: str, experiment: Mapping[str, Any], cache: str
 ) -> dict[str, Any]:
-  """Runs a contestant in a process of its own and returns its figures.
+  """Runs a contestant in a separate process and returns its figures.
 
   Args:
     contestant: a key of `contestants.CONTESTANTS`.
@@ -201,7 +201,7 @@ def take_turn(
     "JAX_COMPILATION_CACHE_DIR": cache,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "TORCHINDUCTOR_CACHE_DIR": cache,
-    # Peers must not see this repository's folders as packages.
+    # Peers must not import this repository's folders.
     "PYTHONPATH": str(ROOT) if contestant == "ours" else "",
   }
   with tempfile.TemporaryDirectory() as scratch:
@@ -259,7 +259,7 @@ def compare(names: Sequence[str], folder: str, caches: str) -> None:
 
   Args:
     names: keys of `contestants.CONTESTANTS`.
-    folder: where the environments are.
+    folder: holds the environments.
     caches: an empty folder, for compiled programs.
   """
   experiment = config.flatten(

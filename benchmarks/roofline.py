@@ -1,15 +1,15 @@
-"""How near a training step comes to the machine's matrix products.
+"""Compares a training step with the machine's matrix products.
 
   python -m benchmarks.roofline --json=roofline.json
 
 Steps of `experiments/bench.py` and square float32 matrix products of several
-sizes take turns of a second each. The ratio is the step's model FLOP/s (without
-recomputation) over the FLOP/s of the best of the products.
+sizes take turns of a second each. The ratio is the step's model FLOP/s, without
+recomputation, over the FLOP/s of the best product.
 
-Then steps run under JAX's profiler. An operation belongs to the innermost
-`jax.named_scope` around it, and a fusion to the scope of its result: with
-losses over rows, so read small parts with care. "in between" is the time in
-which no operation ran: the runtime's own, and waiting.
+JAX's profiler then splits the step into parts. An operation belongs to the
+innermost `jax.named_scope` around it, and a fusion to the scope of its result,
+so read small parts with care. "in between" is the time in which no operation
+ran: the runtime's work, and waiting.
 """
 
 import collections
@@ -40,7 +40,7 @@ _PROFILED = COMMAND.flag("profiled", 5, "Steps to profile.", minimum=1)
 _JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
 PRODUCT_SIZES = (1024, 2048, 4096)
-# `jax.named_scope`s of the library.
+# The library's `jax.named_scope`s.
 PARTS = (
   "attention",
   "router",
@@ -50,28 +50,29 @@ PARTS = (
   "objective",
   "optimizer",
 )
-# They hold others, whose times are counted by themselves.
+# Operations that contain others, whose times are counted instead.
 _CONTAINERS = ("while", "call", "conditional")
 
 
 def sustained(contestant: Callable[[], float]) -> Callable[[], float]:
-  """Repeats a contestant for a second or more in each turn, and averages.
+  """Returns a contestant that runs for at least a second a turn.
 
-  As in training, where a step follows a step, not another program.
+  Its result is the mean time. In training, too, a step follows another step and
+  not another program.
   """
 
   def turn() -> float:
     taken = [contestant()]
     while sum(taken) < 1:
       taken.append(contestant())
-    # The first one finds the caches full of another's data.
+    # The first call finds caches full of another contestant's data.
     return statistics.mean(taken[1:] or taken)
 
   return turn
 
 
 def product(size: int) -> Callable[[], float]:
-  """Returns what times a square matrix product."""
+  """Returns a function that times a square matrix product."""
   left, right = jnp.ones((size, size)), jnp.ones((size, size))
   multiply = jax.jit(jnp.dot).lower(left, right).compile()
   return lambda: measure.seconds(lambda: multiply(left, right))
@@ -99,8 +100,8 @@ def seconds_by_part(
   """Profiles some steps.
 
   Returns:
-    Seconds of each part in a step, as operations follow one another, and
-    seconds of a step in which none ran.
+    The seconds of each part in a step, and the seconds of a step in which no
+    operation ran.
   """
   parts = part_by_operation(program)
   with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +123,7 @@ def seconds_by_part(
   between, until = 0.0, spans[0][0]
   for start, end, operation in spans:
     between += max(start - until, 0)
-    # Where two run at once, the second counts from the end of the first.
+    # Of two operations that overlap, the second counts from the first's end.
     taken[parts.get(operation, "rest")] += max(end - max(start, until), 0)
     until = max(until, end)
   return (
@@ -137,7 +138,7 @@ def breakdown(
   flops: Mapping[str, float],
   peak: float,
 ) -> list[dict[str, str | float]]:
-  """Returns a row for each part, by falling time.
+  """Returns a row for each part, longest first.
 
   Args:
     taken, between: seconds, as `seconds_by_part` returns them.
@@ -165,6 +166,7 @@ def breakdown(
 
 @COMMAND.main
 def main() -> None:
+  """Times and profiles the step, then prints both tables."""
   runtime.configure()
   experiment = COMMAND.load()
   settings = experiment.train
@@ -180,7 +182,7 @@ def main() -> None:
       name = f"product of {size} x {size}"
       contestants[name] = sustained(product(size))
       work[name] = 2.0 * size**3
-    measure.take_turns(contestants, 3)  # warm caches and allocator
+    measure.take_turns(contestants, 3)  # Warms caches and allocator.
     taken = measure.take_turns(contestants, _ROUNDS.value)
     rates = {
       name: [work[name] / seconds for seconds in taken[name]] for name in taken

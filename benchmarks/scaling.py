@@ -1,16 +1,16 @@
-"""How speed and memory change with experts, domains, length and batch.
+"""Measures speed and memory by experts, domains, length and batch.
 
   python -m benchmarks.scaling --json=scaling.json
 
-Each series starts from `experiments/bench.py` and changes one thing: the number
-of experts, of which as many as before are active, so that a token costs the
-same, in batches of 8 rows and, "experts_32_rows", of 32; the number of domains;
-tokens in a row; rows in the batch. The steps of a
-series take turns; the ratio is tokens per second over those of its first line.
+Each series starts from `experiments/bench.py` and changes one number: experts
+("experts" in batches of 8 rows, "experts_32_rows" of 32; as many are active as
+before, so that a token costs the same), domains, tokens in a row ("length"), or
+rows in a batch. The steps of a series take turns. "of the first" is tokens per
+second relative to the series' first line.
 
-"peak MiB" is the growth of resident memory in a process of its own that takes
-three steps, parameters and moments included; "program MiB" what XLA says that
-arguments and temporaries need.
+"peak MiB" is the growth of resident memory, parameters and moments included, in
+a separate process that takes three steps. "program MiB" is XLA's count of
+arguments and temporaries.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ _MEMORY_OF = COMMAND.flag(
 
 
 def point(series: str, value: int) -> tuple[Experiment, int]:
-  """Returns the experiment and the number of domains of one measurement."""
+  """Returns the experiment and the number of domains of a measurement."""
   base = config_files.load("experiments/bench.py")
   if series == "domains":
     return base, value
@@ -70,7 +70,7 @@ def point(series: str, value: int) -> tuple[Experiment, int]:
 
 
 def make_step(series: str, value: int) -> tuple[TrainingStep, int]:
-  """Returns a compiled step and its tokens."""
+  """Returns a compiled step and its number of tokens."""
   experiment, domains = point(series, value)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
@@ -80,10 +80,10 @@ def make_step(series: str, value: int) -> tuple[TrainingStep, int]:
 
 
 def resident_mib() -> float:
-  """Returns the process's peak resident memory."""
+  """Returns the peak resident memory of this process in MiB."""
   status = Path("/proc/self/status")
   if status.exists():
-    # Of this program; getrusage counts what the parent was before it began.
+    # getrusage would count the parent too, from before this program began.
     [peak] = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
     return int(peak) / 2**10
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -91,8 +91,9 @@ def resident_mib() -> float:
 
 
 def print_memory(series: str, value: int) -> None:
-  """Takes three steps and prints what `peak_memory` reads."""
-  jax.block_until_ready(jax.jit(lambda x: x + 1)(0))  # JAX's own start
+  """Takes three steps; prints the growth in MiB, which `peak_memory` reads."""
+  # Exclude what JAX itself needs.
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(0))
   before = resident_mib()
   step, _ = make_step(series, value)
   for _ in range(3):
@@ -101,13 +102,13 @@ def print_memory(series: str, value: int) -> None:
 
 
 def peak_memory(series: str, value: int) -> float:
-  """Returns the MiB by which a process of its own grows."""
+  """Returns the MiB by which a separate process grows in three steps."""
   ended = subprocess.run(
     [
       *(sys.executable, "-m", "benchmarks.scaling"),
       f"--memory_of={series}:{value}",
     ],
-    # The compiler's own memory would count: the program is compiled by now.
+    # Exclude the compiler's memory: the program is in the cache by now.
     env=os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
     capture_output=True,
     text=True,
@@ -117,11 +118,11 @@ def peak_memory(series: str, value: int) -> float:
 
 
 def measure_series(series: str) -> list[dict[str, Any]]:
-  """Returns a row for each value of the series."""
+  """Returns a row of the table for each value of the series."""
   steps, tokens = {}, {}
   for value in VALUES[series]:
     steps[value], tokens[value] = make_step(series, value)
-  measure.take_turns(steps, 2)  # warm caches and allocator
+  measure.take_turns(steps, 2)  # Warms caches and allocator.
   taken = measure.take_turns(steps, _ROUNDS.value)
   first = VALUES[series][0]
   rows = []
@@ -139,7 +140,7 @@ def measure_series(series: str) -> list[dict[str, Any]]:
         "program MiB": needed / 2**20,
       }
     )
-  steps.clear()  # their states; the processes need the room
+  steps.clear()  # Frees their states: the processes below need memory.
   for row in rows:
     row["peak MiB"] = peak_memory(series, row["value"])
   return rows
@@ -147,6 +148,7 @@ def measure_series(series: str) -> list[dict[str, Any]]:
 
 @COMMAND.main
 def main() -> None:
+  """Measures the series and prints their tables."""
   runtime.configure()
   if _MEMORY_OF.value:
     series, value = _MEMORY_OF.value.split(":")

@@ -1,4 +1,4 @@
-"""Training steps on random text, to be timed."""
+"""Training steps on random tokens, to be timed."""
 
 import numpy as np
 from jax.sharding import Mesh
@@ -33,8 +33,8 @@ class TrainingStep:
   """A compiled training step with a state of its own.
 
   Attributes:
-    compiled: the program.
-    output: what the last step reported.
+    compiled: the compiled program.
+    output: the last step's output.
   """
 
   output: StepOutput
@@ -52,7 +52,7 @@ class TrainingStep:
     self.compiled = step.lower(self._state, self._batch).compile()
 
   def __call__(self) -> float:
-    """Takes a step; returns its seconds."""
+    """Takes a step; returns the seconds that it took."""
 
     def step():
       self._state, self.output = self.compiled(self._state, self._batch)

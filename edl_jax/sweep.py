@@ -1,4 +1,4 @@
-"""Runs every point of a grid of experiments, then reports on them.
+"""Runs every point of a grid of experiments, then writes a report.
 
   python -m edl_jax.sweep --experiment=experiments/demo.py \\
     --grid=losses.divergence_weight=0,0.003,0.01 --grid=seed=0,1,2 \\
@@ -60,9 +60,9 @@ _REPORT = COMMAND.flag(
 class Point:
   """One run of a sweep."""
 
-  # Name of its folder.
+  # Name of its folder in the sweep's.
   name: str
-  # Text by dotted key: what all points share, then what the grid sets.
+  # Values as text by dotted key: those that all points share, then the grid's.
   overrides: Mapping[str, str]
   experiment: Experiment
 
@@ -71,7 +71,8 @@ def parse_grid(grids: Sequence[str]) -> dict[str, list[str]]:
   """Parses KEY=V1,V2,... (or KEY=V1;V2;...) into texts by dotted key.
 
   Raises:
-    UserError: no grid, no value, an unknown key or one that occurs twice.
+    UserError: there is no grid, or one has no value, an unknown key, or the key
+      of another.
   """
   if not grids:
     raise UserError("--grid is missing: give a key and values, --grid=seed=0,1")
@@ -93,15 +94,15 @@ def parse_grid(grids: Sequence[str]) -> dict[str, list[str]]:
 def points(
   experiment: str, grids: Sequence[str], common: Mapping[str, str]
 ) -> list[Point]:
-  """Returns the product of the grids, the last one varying fastest.
+  """Returns the product of the grids; the last grid varies fastest.
 
   Args:
     experiment: experiment file, as for `config_files.load`.
     grids: KEY=V1,V2,... each.
-    common: overrides shared by all points, text by dotted key.
+    common: overrides that all points share, as text by dotted key.
 
   Raises:
-    UserError: a point is impossible, or two points are the same.
+    UserError: a point is not a valid experiment, or two points are equal.
   """
   config_files.check_experiment_file(experiment)
   grid = parse_grid(grids)
@@ -114,11 +115,11 @@ def points(
     overrides = {**common, **dict(zip(grid, values))}
     loaded = config_files.load(experiment, overrides)
     flat = config.flatten(loaded)
-    # From the values as loaded: 0.01 and 1e-2 are the same run.
+    # Name the loaded values, so that 0.01 and 1e-2 are the same run.
     name = ",".join(
       f"{names[key]}={sweep_report.format_value(flat[key])}" for key in grid
     )
-    # No separators of paths, nothing that a shell would have to quote.
+    # A name has no slash, and nothing that a shell would need quoted.
     name = re.sub(r"[^\w.,=+-]+", "_", name)
     if name in {point.name for point in made}:
       raise UserError(f"--grid gives the point {name} more than once")
@@ -127,7 +128,7 @@ def points(
 
 
 def command(point: Point, experiment: str, workdir: str) -> list[str]:
-  """Returns the command line that runs one point of a sweep in `workdir`."""
+  """Returns the command line that runs a point of the sweep in `workdir`."""
   return [
     sys.executable,
     "-m",
@@ -139,10 +140,10 @@ def command(point: Point, experiment: str, workdir: str) -> list[str]:
 
 
 def is_finished(point: Point, workdir: str) -> bool:
-  """Says whether the point has a result in its folder of `workdir`.
+  """Returns whether the point has a result in its folder of `workdir`.
 
   Raises:
-    UserError: the folder has the result of another experiment.
+    UserError: the result is of another experiment.
   """
   folder = os.path.join(workdir, point.name)
   result = sweep_report.read_result(folder)
@@ -160,7 +161,7 @@ def is_finished(point: Point, workdir: str) -> bool:
 
 
 class _StoppedError(Exception):
-  """The sweep was told to end by a signal."""
+  """A signal ended the sweep."""
 
   def __init__(self, number: int):
     super().__init__(number)
@@ -168,7 +169,7 @@ class _StoppedError(Exception):
 
 
 class _Launcher:
-  """Runs one process at a time and passes signals on to it."""
+  """Runs one process at a time and forwards signals to it."""
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -183,7 +184,7 @@ class _Launcher:
       number: signal.getsignal(number) for number in self._SIGNALS
     }
     for number, handler in self._before.items():
-      # nohup leaves SIGHUP ignored, which has to stay so.
+      # nohup has SIGHUP ignored; keep it so.
       if number != signal.SIGHUP or handler != signal.SIG_IGN:
         signal.signal(number, self._receive)
     return self
@@ -203,11 +204,11 @@ class _Launcher:
   def run(self, arguments: Sequence[str], lock: IO[str]) -> int:
     """Runs a command to its end; returns its exit code, or minus a signal.
 
-    The command has a process group of its own, so that Ctrl-C reaches it
-    once, through this process; and it holds `lock` as long as it lives.
+    The command gets a process group of its own, so that Ctrl-C reaches it only
+    once, through this process. It holds `lock` while it lives.
 
     Raises:
-      _StoppedError: a signal came, and the command has ended.
+      _StoppedError: a signal arrived, and the command has ended.
     """
     self._running = True
     self._process = subprocess.Popen(
@@ -216,7 +217,7 @@ class _Launcher:
       process_group=0,
       pass_fds=[lock.fileno()],
     )
-    # One that came while the process was being started.
+    # Forward a signal that arrived while the process was starting.
     if self._received is not None:
       self._process.send_signal(self._received)
     code = self._process.wait()
@@ -228,7 +229,7 @@ class _Launcher:
 
 @contextlib.contextmanager
 def _locked(workdir: str) -> Iterator[IO[str]]:
-  """Waits until no other sweep, nor a run that one left behind, works here."""
+  """Locks `workdir`; waits for other sweeps and for runs that they left."""
   try:
     os.makedirs(workdir, exist_ok=True)
     file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115
@@ -240,16 +241,16 @@ def _locked(workdir: str) -> Iterator[IO[str]]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      print(f"waiting for a run that is still at work in {workdir}", flush=True)
+      print(f"waiting for a run that is still active in {workdir}", flush=True)
       fcntl.flock(file, fcntl.LOCK_EX)
     yield file
 
 
 def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
-  """Runs the points that are not finished, one after the other, and reports.
+  """Runs the points that are not finished, one after another, then reports.
 
   Returns:
-    Exit code: 0, 1 if a point failed, 128 + number if a signal ended it.
+    Exit code: 0; 1 if a point failed; 128 + number if a signal ended the sweep.
 
   Raises:
     UserError: a folder has the result of another experiment, or `workdir`
@@ -263,7 +264,7 @@ def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
       for number, point in enumerate(made, start=1):
         title = f"[{number}/{len(made)}] {point.name}"
         if is_finished(point, workdir):
-          print(f"{title}: finished before, skipped", flush=True)
+          print(f"{title}: already finished, skipped", flush=True)
           continue
         print(title, flush=True)
         code = launcher.run(command(point, experiment, workdir), lock)
@@ -300,7 +301,8 @@ def print_report(workdir: str) -> None:
     text = report.comparison_table(runs)
   path = os.path.join(workdir, "report.md")
   print(
-    f"\nwritten: {path}, report.csv and plots beside it\n\n{text}", flush=True
+    f"\nwritten: {path}, with report.csv and plots beside it\n\n{text}",
+    flush=True,
   )
 
 

@@ -288,7 +288,7 @@ def test_failing_point_is_reported_and_the_others_run(tmp_path):
   process = start_sweep(tmp_path, "")
   out, err = process.communicate(timeout=60)
   assert (process.returncode, err) == (0, "")
-  assert out.count("finished before, skipped") == 2
+  assert out.count("already finished, skipped") == 2
   assert logs(tmp_path)["seed=0"] == ["start"]
   assert logs(tmp_path)["seed=1"] == ["start", "start"]
   assert (tmp_path / "report.csv").exists()
@@ -321,11 +321,11 @@ def test_killed_sweep_waits_for_the_run_it_left_behind(tmp_path):
   first.stderr.close()
   second = start_sweep(workdir, hold)
   line = second.stdout.readline()
-  assert line.startswith("waiting for a run that is still at work")
+  assert line.startswith("waiting for a run that is still active")
   hold.unlink()
   out, err = second.communicate(timeout=60)
   assert (second.returncode, err) == (0, "")
-  assert "[1/3] seed=0: finished before, skipped" in out
+  assert "[1/3] seed=0: already finished, skipped" in out
   assert logs(workdir) == {f"seed={seed}": ["start"] for seed in range(3)}
 
 
@@ -356,7 +356,7 @@ def test_sweep_of_real_runs_stopped_and_gone_on_with(tmp_path):
 
   done = subprocess.run(arguments, cwd=ROOT, timeout=240, **pipes)
   assert done.returncode == 0, done.stderr
-  assert "divergence_weight=0: finished before, skipped" in done.stdout
+  assert "divergence_weight=0: already finished, skipped" in done.stdout
   assert "routing diversity" in done.stdout and "difference" in done.stdout
   assert (first / "metrics.jsonl").stat().st_mtime_ns == before
   steps = [
@@ -379,4 +379,4 @@ def test_sweep_of_real_runs_stopped_and_gone_on_with(tmp_path):
 
   again = subprocess.run(arguments, cwd=ROOT, timeout=60, **pipes)
   assert again.returncode == 0
-  assert again.stdout.count("finished before, skipped") == 2
+  assert again.stdout.count("already finished, skipped") == 2

@@ -2,13 +2,16 @@
 
   python -m edl_jax.aot --experiment=experiments/small.py:tpu --topology=v5e:2x4
 
-prints what the step will need and can reach: memory and work of each chip, what
-crosses the interconnect, and a lower bound of its time. Fields are set as for
-edl_jax.main, --experiment.mesh.fsdp=8. What a change costs:
+prints the memory and the work of each chip, the traffic on the interconnect,
+and a lower bound of the step's time. Fields are set as for edl_jax.main:
+
+  --experiment.mesh.fsdp=8
+
+--compare prints what changing a field costs:
 
   ... --compare=losses.divergence_weight=0
 
-Exit codes: 0 it fits; 2 something in the command is wrong, in one line; 3 the
+The exit code is 0 if the step fits, 2 if the command is wrong, and 3 if the
 step does not fit into the memory of a chip.
 """
 
@@ -76,7 +79,7 @@ def _write_json(
     },
     "topology": topology.name,
     "chip": topology.chip._asdict(),
-    # The second run, if there is one, has this field set.
+    # The field that the second run sets, if there is a second run.
     "compare": list(variants)[1:],
     "runs": [
       {"experiment": config.flatten(variants[name]), **report}
@@ -99,11 +102,11 @@ def main() -> int:
     )
   topologies.prepare_environment()
   topology = topologies.load(_TOPOLOGY.value)
-  # Imports JAX, which reads the environment.
+  # These import JAX, which reads the environment.
   from edl_jax.aot import compile as aot_compile
   from edl_jax.aot import report as aot_report
 
-  # Refused before anything is compiled.
+  # Refuse a mesh that does not fit before compiling anything.
   for experiment in variants.values():
     aot_compile.make_mesh(experiment, topology)
   reports = {}
