@@ -355,22 +355,23 @@ def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
   path = experiment.train.initial_checkpoint
   if not path:
     return None
-  if checkpoint_steps(os.path.join(workdir, _FOLDER)):
-    return Provenance.from_dict(saved_provenance(workdir)).tokenizer
+  saved = saved_provenance(workdir)
+  if saved and checkpoint_steps(os.path.join(workdir, _FOLDER)):
+    return Provenance.from_dict(saved).tokenizer
   try:
     checkpoint, _ = _find(path)
   except UserError as error:
     raise UserError(f"train.initial_checkpoint: {error}") from error
   provenance = Provenance.from_dict(_read_provenance(checkpoint))
   same = {"dtype": "float32", "remat": "none"}
-  saved, wanted = (
+  theirs, wanted = (
     config.flatten(dataclasses.replace(Experiment(), model=model))
     for model in (
       dataclasses.replace(provenance.experiment.model, **same),
       dataclasses.replace(experiment.model, **same),
     )
   )
-  keys = config.differing_keys(saved, wanted)
+  keys = config.differing_keys(theirs, wanted)
   if keys:
     raise UserError(
       f"train.initial_checkpoint={path} holds another model:"

@@ -254,6 +254,7 @@ class _Parser(flags.ArgumentParser):
   def parse(self, argument: Any) -> Any:
     if self.kind is tuple and isinstance(argument, str):
       argument = [each for each in argument.split(",") if each]
+    value: Any
     try:
       value: Any = self.kind(argument)
     except ValueError as error:

@@ -107,10 +107,10 @@ def evaluate(
     taxonomy: the names of the domains.
     experiment: the experiment, for its number of dense layers.
   """
-  total = None
-  for batch in batches:
-    sums = eval_step(model, put_batch(batch, mesh))
-    total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+  total = functools.reduce(
+    functools.partial(jax.tree.map, jnp.add),
+    (eval_step(model, put_batch(batch, mesh)) for batch in batches),
+  )
   return summarize(total, taxonomy, experiment.model.num_dense_layers)
 
 

@@ -181,16 +181,21 @@ class _TensorBoard:
   def __init__(self, folder: str, first_step: int):
     # These load protobuf, which readers of metrics do not need.
     from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.proto import event_pb2, summary_pb2
 
     os.makedirs(folder, exist_ok=True)
-    self._event, self._summary = Event, Summary
+    # Any: protobuf makes the classes at import.
+    events: Any = event_pb2
+    summaries: Any = summary_pb2
+    self._event, self._summary = events.Event, summaries.Summary
     self._events = EventsWriter(
       os.path.join(folder, "events"), filename_suffix=f".{time.time_ns()}"
     )
     # TensorBoard then hides events of this step and later in older files.
-    self._add(first_step + 1, session_log=SessionLog(status=SessionLog.START))
+    self._add(
+      first_step + 1,
+      session_log=events.SessionLog(status=events.SessionLog.START),
+    )
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     values = [

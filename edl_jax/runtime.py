@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import sys
+from typing import Any
 
 import jax
 
@@ -18,7 +19,7 @@ from edl_jax.cache import cache_directory
 
 # These let the TPU compiler overlap communication with computation. It cuts an
 # all-gather of weights into steps and runs them inside earlier fusions.
-_TPU_OPTIONS = {
+_TPU_OPTIONS: dict[str, str | bool] = {
   "xla_enable_async_all_gather": True,
   "xla_tpu_enable_async_collective_fusion": True,
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -28,7 +29,7 @@ _TPU_OPTIONS = {
 }
 # These let the SparseCores run the reduce-scatter of gradients, on chips whose
 # SparseCores the compiler can use for it.
-_SPARSE_CORE_OPTIONS = {
+_SPARSE_CORE_OPTIONS: dict[str, str | bool] = {
   "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
   "xla_tpu_enable_reduce_scatter_offload_tracing": True,
 }
@@ -58,8 +59,12 @@ def configure() -> None:
       _keep_freed_memory()
 
 
-def compiler_options(device: jax.Device) -> dict[str, bool]:
-  """Returns XLA's options for a training step on devices of this kind."""
+def compiler_options(device: Any) -> dict[str, str | bool]:
+  """Returns XLA's options for a training step on `device`.
+
+  Args:
+    device: a `jax.Device`, which jaxlib does not declare as a type.
+  """
   if device.platform != "tpu":
     return {}
   sparse = device.device_kind in _SPARSE_CORE_KINDS

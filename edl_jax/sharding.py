@@ -83,9 +83,7 @@ PARAMETER_RULES: dict[str, ParameterRule] = {
 }
 
 
-def make_mesh(
-  config: MeshConfig, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """Lays `devices` (default: all) out on the five axes.
 
   Neighbours along an axis are neighbours in the torus of a TPU slice. Several
@@ -215,7 +213,7 @@ def _divisions(
   yield ("sequence",), "train.sequence_length", length
 
 
-def path_name(path: Sequence[Any]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
   """Returns a readable name of a leaf, such as `blocks/moe/router_ME`."""
   name = jax.tree_util.keystr(path, simple=True, separator="/")
   return name.removesuffix("/value")

@@ -184,8 +184,12 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   taxonomy: Taxonomy,
   mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepOutput]]:
-  """Returns the jitted step; the state's buffers are donated."""
+) -> jax.stages.Wrapped:
+  """Returns the jitted step; the state's buffers are donated.
+
+  It maps a TrainState and a global Batch to the next TrainState and a
+  StepOutput.
+  """
   everywhere = NamedSharding(mesh, PartitionSpec())
   shardings = state_shardings(experiment, optimizer, mesh)
   on_device = jax.tree.map(lambda x: x.with_memory_kind("device"), shardings)
@@ -195,6 +199,9 @@ def make_train_step(
     jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere)
   )
   def train_step(state: TrainState, batch: Batch):
+    # Any: Optax's types know trees of dicts and lists, not Flax modules.
+    parameters: Any = state.model
+    gradient: Any
     sums, terms, gradient = loss_and_gradient(
       state.model,
       batch,
@@ -207,17 +214,17 @@ def make_train_step(
       moments = state.optimizer
       if experiment.optimizer.offload:
         moments = jax.device_put(moments, on_device.optimizer)
-      updates, optimizer_state = optimizer.update(
-        gradient, moments, state.model
-      )
-      model = optax.apply_updates(state.model, updates)
+      updates, optimizer_state = optimizer.update(gradient, moments, parameters)
+      parameters = optax.apply_updates(parameters, updates)
     scalars = {
       **terms,
       "grad_norm": optax.tree.norm(gradient),
       "learning_rate": schedule(state.step),
     }
     auto_weights = {key: terms[key] for key in state.auto_weights}
-    state = TrainState(state.step + 1, model, optimizer_state, auto_weights)
+    state = TrainState(
+      state.step + 1, parameters, optimizer_state, auto_weights
+    )
     return state, StepOutput(scalars, sums.routing)
 
   return train_step
@@ -226,7 +233,8 @@ def make_train_step(
 def _new_state(
   experiment: Experiment, optimizer: optax.GradientTransformation
 ) -> TrainState:
-  model = Model(experiment.model, jax.random.key(experiment.seed))
+  # Any: see `make_train_step`.
+  model: Any = Model(experiment.model, jax.random.key(experiment.seed))
   return TrainState(
     jnp.int32(0),
     model,
@@ -246,7 +254,7 @@ def state_shardings(
   abstract = jax.eval_shape(lambda: _new_state(experiment, optimizer))
   everywhere = NamedSharding(mesh, PartitionSpec())
   by_parameter = sharding.parameter_shardings(abstract.model, mesh)
-  return TrainState(
+  return abstract._replace(
     step=everywhere,
     model=by_parameter,
     optimizer=optax.tree.map_params(

@@ -15,14 +15,14 @@ import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
-import fsspec
 from etils import epath
+from fsspec.config import conf
 
 from edl_jax.config import UserError
 
 # Orbax and other processes write to the same folders, and a cached listing
 # would hide their checkpoints. This must be set before epath makes a client.
-fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def in_bucket(path: str) -> bool:

@@ -3,7 +3,6 @@
 This module imports no JAX: reports and sweeps need no device.
 """
 
-import itertools
 from collections.abc import Collection, Sequence
 
 
@@ -28,12 +27,9 @@ def aligned(
     left: columns of words, aligned at their left; all others hold figures.
     min_widths: characters that the first columns take at least.
   """
-  widths = [
-    max(least, *map(len, column))
-    for least, column in itertools.zip_longest(
-      min_widths, zip(*rows, strict=True), fillvalue=0
-    )
-  ]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  for index, least in enumerate(min_widths):
+    widths[index] = max(widths[index], least)
   return ["  ".join(_cells(row, widths, left)).rstrip() for row in rows]
 
 

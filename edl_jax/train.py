@@ -130,6 +130,7 @@ class _Loop:
     self._train_step = make_train_step(
       experiment, optimizer, corpus.taxonomy, mesh
     )
+    self._compiled_step: jax.stages.Compiled | None = None
     self._eval_step = make_eval_step(num_domains, provenance.tokenizer)
     self._eval_batches = eval_batches(
       corpus, provenance.tokenizer, experiment, *process
@@ -182,14 +183,14 @@ class _Loop:
     started = time.monotonic()
     batch = sharding.put_batch(next(self._iterator), self._mesh)
     self._clock.wait(time.monotonic() - started)
-    if step == self.first_step + 1:
+    if self._compiled_step is None:
       # Compiled ahead, so that the first step's time is like the others'.
-      self._train_step = self._train_step.lower(self.state, batch).compile(
+      self._compiled_step = self._train_step.lower(self.state, batch).compile(
         compiler_options(self._mesh.devices.flat[0])
       )
       self._clock.restart(step - 1)
       self.progress.restart(step - 1)
-    self.state, output = self._train_step(self.state, batch)
+    self.state, output = self._compiled_step(self.state, batch)
     # Dispatched now: behind the next step, it would be read a step too late.
     logged = _mean_routing(output.routing) if self._is_logged(step) else None
     self.read_pending()
@@ -294,6 +295,7 @@ class _Loop:
     self._checkpointer.wait()
     if not self._is_first:
       return
+    assert self.evaluation is not None, "the last step is evaluated"
     total, active = parameter_counts(self._experiment.model)
     storage.write_json(
       os.path.join(self._workdir, "routing.json"), self.evaluation.report

@@ -219,6 +219,6 @@ def compile_step(
     state.model,
     mesh,
     compiled.memory_analysis(),
-    compiled.as_text(),
+    compiled.as_text() or "",
     time.monotonic() - start,
   )

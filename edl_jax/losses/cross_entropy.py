@@ -1,6 +1,6 @@
 """Cross-entropy of a linear head, in chunks of tokens."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +42,9 @@ def chunked_cross_entropy(
   return total, jax.lax.stop_gradient(nats_BT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(x_BTM, head_MV, targets_BT, weights_BT, chunk_elements):
+def _cross_entropy_primal(
+  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements
+) -> tuple[jax.Array, jax.Array]:
   nats_BT, _, _ = _in_chunks(
     x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, False
   )
@@ -67,6 +68,7 @@ def _cross_entropy_backward(chunk_elements, residuals, cotangents):
   return (scale * dx_BTM).astype(dx_BTM.dtype), scale * dhead_MV, None, None
 
 
+_cross_entropy = jax.custom_vjp(_cross_entropy_primal, nondiff_argnums=(4,))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
@@ -91,7 +93,7 @@ def _in_chunks(
     padding = [(0, num_chunks * chunk - tokens)] + [(0, 0)] * (flat.ndim - 1)
     return jnp.pad(flat, padding).reshape(num_chunks, chunk, *flat.shape[1:])
 
-  def body(dhead_MV, inputs):
+  def body(dhead_MV: Any, inputs: Any) -> tuple[Any, tuple[jax.Array, Any]]:
     x_PM, target_P, weight_P = inputs
     logits_PV = jnp.dot(x_PM, head, preferred_element_type=jnp.float32)
     hit_PV = target_P[:, None] - first == jnp.arange(vocabulary)

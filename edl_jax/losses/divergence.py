@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 LN_2 = math.log(2.0)
 
@@ -210,7 +211,7 @@ def domain_routing(
   Raises:
     ValueError: a label outside the range.
   """
-  if not isinstance(domain_B, jax.core.Tracer):
+  if not isinstance(domain_B, Tracer):
     with jax.ensure_compile_time_eval():
       outside_B = (domain_B < 0) | (domain_B >= num_domains)
       if outside_B.any():
@@ -324,12 +325,14 @@ def hierarchical_divergence_loss(
   Raises:
     ValueError: parents that do not fit; see also `expert_divergence_loss`.
   """
-  options = dict(eps=eps, divergence=divergence, max_present=max_present)
-  fine = 0.0
-  if coarse_weight < 1:
-    fine = expert_divergence_loss(p_DE, count_D, **options)
+
+  def loss(p: jax.Array, count: jax.Array) -> jax.Array:
+    return expert_divergence_loss(
+      p, count, eps=eps, divergence=divergence, max_present=max_present
+    )
+
   if not coarse_weight:
-    return fine
+    return loss(p_DE, count_D)
   if len(parent_D) != len(p_DE) or min(parent_D) < 0:
     raise ValueError(
       f"parent_D is {parent_D}: {len(p_DE)} domains need as many labels from 0"
@@ -340,8 +343,10 @@ def hierarchical_divergence_loss(
   count_G = jax.ops.segment_sum(count_D1[:, 0], *parents)
   sum_GE = jax.ops.segment_sum(sum_DE, *parents)
   p_GE = sum_GE / jnp.maximum(count_G, 1)[:, None]
-  coarse = expert_divergence_loss(p_GE, count_G, **options)
-  return coarse_weight * coarse + (1 - coarse_weight) * fine
+  coarse = loss(p_GE, count_G)
+  if coarse_weight == 1:
+    return coarse
+  return coarse_weight * coarse + (1 - coarse_weight) * loss(p_DE, count_D)
 
 
 def sample_token_pairs(
@@ -361,10 +366,10 @@ def sample_token_pairs(
   rank_P = jnp.cumsum(weights_P > 0)
   num_tokens = rank_P[-1]
   first_key, second_key = jax.random.split(key)
-  first_I = jax.random.randint(first_key, num_pairs, 0, num_tokens)
+  first_I = jax.random.randint(first_key, (num_pairs,), 0, num_tokens)
   # The second token is uniform over all counted tokens but the first: ranks
   # from the first token's on move up by one.
-  second_I = jax.random.randint(second_key, num_pairs, 0, num_tokens - 1)
+  second_I = jax.random.randint(second_key, (num_pairs,), 0, num_tokens - 1)
   second_I += second_I >= first_I
   # The counted token of rank r, from 0, is the first whose sum exceeds r.
   index_I2 = jnp.searchsorted(

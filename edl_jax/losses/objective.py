@@ -144,7 +144,7 @@ def orthogonality_loss(
   al., arXiv:2505.22323.
   """
   del context
-  return stats.outputs.projection / jnp.maximum(stats.tokens_L, 1)
+  return stats.output_sums().projection / jnp.maximum(stats.tokens_L, 1)
 
 
 def variance_loss(

@@ -6,6 +6,7 @@ evaluation steps, devices and hosts. Every routing loss and metric is a small
 pure function of it. Entropies and divergences are in nats.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,6 +97,16 @@ class RoutingStats(NamedTuple):
   # From `divergence.token_pair_sums`, (L, 2, 2), where pairs were sampled.
   token_pairs_L22: jax.Array | None = None
 
+  def output_sums(self) -> OutputStats:
+    """Returns `outputs`.
+
+    Raises:
+      ValueError: they were not summed.
+    """
+    if self.outputs is None:
+      raise ValueError("the experts' outputs were not summed")
+    return self.outputs
+
 
 class BatchSums(NamedTuple):
   """All that the objective needs of a batch; adds leaf by leaf."""
@@ -141,8 +152,9 @@ def row_routing(
     token_entropy_B=(
       entr(jax.lax.stop_gradient(probs_BTE)).sum(-1) * weights_BT
     ).sum(-1),
-    assignments_BE=sum(
-      jnp.where(chosen_BTE, counted_BT1, 0).sum(1) for chosen_BTE in chosen
+    assignments_BE=functools.reduce(
+      jnp.add,
+      [jnp.where(chosen_BTE, counted_BT1, 0).sum(1) for chosen_BTE in chosen],
     ),
     gate_BE=(gate_BTE * counted_BT1).sum(1),
     squared_gate_BE=(jnp.square(gate_BTE) * counted_BT1).sum(1),

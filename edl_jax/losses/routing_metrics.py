@@ -163,7 +163,7 @@ def output_similarity(stats: RoutingStats) -> jax.Array:
   0 where active experts return orthogonal vectors, 1 where parallel ones:
   what L_o of arXiv:2505.22323 lowers, whatever the outputs' length.
   """
-  return stats.outputs.squared_cosine / jnp.maximum(stats.tokens_L, 1)
+  return stats.output_sums().squared_cosine / jnp.maximum(stats.tokens_L, 1)
 
 
 def silhouette(stats: RoutingStats) -> jax.Array:
@@ -175,7 +175,7 @@ def silhouette(stats: RoutingStats) -> jax.Array:
   Mean over tokens and active experts; experts without a token do not count.
   Guo et al., arXiv:2505.22323, do not say which silhouette they report.
   """
-  outputs = stats.outputs
+  outputs = stats.output_sums()
   count_LE1 = jnp.maximum(outputs.tokens_E, 1)[..., None]
   mean_LEM = outputs.sum_EM / count_LE1
   square_LE = outputs.squared_norm_E / count_LE1[..., 0]

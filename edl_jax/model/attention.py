@@ -43,10 +43,9 @@ _QUERY_BLOCKS = 4
 _SHORTEST_QUERY_BLOCK = 32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(
+def _attend_primal(
   q_BKQTH, k_BKSH, v_BKSH, segments_BT, segments_BS, blocks, sequence_axis
-):
+) -> jax.Array:
   """Softmax attention with one pass over (T, S) for each of its formulas.
 
   The derivative is written by hand: autodiff's takes twice the time on a CPU.
@@ -140,6 +139,7 @@ def _attend_backward(blocks, sequence_axis, residuals, dy_BKQTH):
   return dq_BKQTH, dk_BKSH.astype(dtype), dv_BKSH.astype(dtype), None, None
 
 
+_attend = jax.custom_vjp(_attend_primal, nondiff_argnums=(5, 6))
 _attend.defvjp(_attend_forward, _attend_backward)
 
 

@@ -59,8 +59,7 @@ def _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM):
 # --- Rows of routed tokens ---------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _move(x, source, target, holes=False, lost=False):
+def _move_primal(x, source, target, holes=False, lost=False) -> jax.Array:
   """Moves rows of `x`, each repeated A times; A may be 1.
 
   Both directions are gathers: deterministic, and faster than the scatter that
@@ -96,6 +95,7 @@ def _move_backward(holes, lost, residuals, dy):
   return dx, None, None
 
 
+_move = jax.custom_vjp(_move_primal, nondiff_argnums=(3, 4))
 _move.defvjp(_move_forward, _move_backward)
 
 
@@ -127,12 +127,12 @@ def _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, others=False):
   num_experts, num_rows = gate_up_EM2F.shape[0], expert_PA.size
   expert_R = expert_PA.reshape(-1)
   if others:
-    known_R = (expert_R >= 0) & (expert_R < num_experts)
-    expert_R = jnp.where(known_R, expert_R, num_experts)
+    local_R = (expert_R >= 0) & (expert_R < num_experts)
+    expert_R = jnp.where(local_R, expert_R, num_experts)
   order_R, place_R, sizes_E = _sort(expert_R, num_experts)
   if others:
     # Rows of other experts hold arbitrary values; make them holes, so zeros.
-    place_R = jnp.where(known_R, place_R, num_rows)
+    place_R = jnp.where(expert_R < num_experts, place_R, num_rows)
   x_RM = _move(x_PM, order_R, place_R, lost=others)
   y_RM = _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM)
   y_RM = _move(y_RM, place_R, order_R, holes=others)
@@ -148,8 +148,7 @@ class _Route(NamedTuple):
   recv_sizes_X: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _exchange(x, there, back, num_rows):
+def _exchange_primal(x, there, back, num_rows) -> jax.Array:
   """Sends rows along the route `there`, of which `back` is the reverse.
 
   Returns:
@@ -170,6 +169,7 @@ def _exchange_backward(num_rows, residuals, dy):
   return _exchange(dy, back, there, num_sent), None, None
 
 
+_exchange = jax.custom_vjp(_exchange_primal, nondiff_argnums=(3,))
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 

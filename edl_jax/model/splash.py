@@ -5,6 +5,7 @@ blocks above the diagonal (after Dao et al., arXiv:2205.14135).
 """
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def attention(
 # 2n - 1 - i. One of these two is even and the other odd; the even one is first.
 
 
-def _workers(sequence_axis: str, odd: bool) -> list[tuple[int, int]]:
+def _workers(sequence_axis: str, odd: int) -> list[tuple[int, int]]:
   """Returns (holder, worker) of every even chunk, or of every odd one."""
   shards = jax.lax.axis_size(sequence_axis)
   chunks = range(odd, 2 * shards, 2)
@@ -179,7 +180,8 @@ def _attention(
       mask_next=None,
       block_mask=runs[None].astype(jnp.int32),
       partial_mask_blocks=None,
-      q_sequence=positions_T,
+      # Declared as a NumPy array; a traced one serves as well.
+      q_sequence=positions_T,  # pyright: ignore[reportArgumentType]
     )
 
   by_query = mask_info(jnp.where(runs, key_block, 0))
@@ -208,4 +210,6 @@ def _attention(
   )
   segments = library.SegmentIds(q=segments_BT, kv=segments_BS)
   arrays = [x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)]
-  return jax.vmap(kernel)(*arrays, segments).swapaxes(1, 2)
+  # Any: the kernel returns a pair where residuals are saved.
+  y_BNTH: Any = jax.vmap(kernel)(*arrays, segments)
+  return y_BNTH.swapaxes(1, 2)

@@ -278,7 +278,7 @@ _embed.defvjp(_embed_forward, _embed_backward)
 
 
 def _whole_documents(
-  shape: tuple[int, int],
+  shape: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Segments, positions and weights of rows that are one document each."""
   positions_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)

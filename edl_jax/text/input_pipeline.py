@@ -221,7 +221,8 @@ def _tokenize(
     tokens = np.concatenate(pieces)
     small = tokens.max(initial=0) < 2**16
     encoded = EncodedDocuments.from_array(
-      tokens.astype(np.uint16) if small else tokens, [*map(len, pieces)]
+      tokens.astype(np.uint16) if small else tokens,
+      np.array([*map(len, pieces)]),
     )
     write_cache(f"tokens-{key}.npz", _pack(encoded))
   ends = np.cumsum([0, *map(len, groups)])

@@ -235,7 +235,9 @@ def _from_sentencepiece(content: bytes) -> tokenizers.Tokenizer:
     raise UserError(
       "reading it needs the package sentencepiece: pip install sentencepiece"
     ) from error
-  proto = sentencepiece_model_pb2.ModelProto()
+  # Any: protobuf makes the class at import.
+  messages: Any = sentencepiece_model_pb2
+  proto = messages.ModelProto()
   try:
     proto.ParseFromString(content)
   except Exception as error:  # DecodeError of the protobuf in use.
