@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -157,8 +158,7 @@ def _key(benchmark: Benchmark) -> str:
 @functools.cache
 def _code() -> list[str]:
   return [
-    Path(module.__file__).read_text()
-    for module in (benchmarks_extract, task_files)
+    inspect.getsource(module) for module in (benchmarks_extract, task_files)
   ]
 
 

@@ -195,14 +195,15 @@ def _requests() -> Iterator[Benchmark]:
       *(task, form, group, documents, shots, dataset, OLMO, (path,)), extractor
     )
 
-  for *known, shots, folder in _CHOICES:
+  for group, task, dataset, documents, shots, folder in _CHOICES:
     for form in ("rc", "mc"):
-      yield benchmark(*known, shots, form, f"{folder}{form}_{shots}shot")
+      path = f"{folder}{form}_{shots}shot"
+      yield benchmark(group, task, dataset, documents, shots, form, path)
   for task, dataset, documents in _ZERO_SHOT:
     known = ("zero_shot", f"{task}_0shot", dataset, documents, 0)
     yield benchmark(*known, "rc", f"{task}/rc_0shot")
-  for *known, shots, folder in _GOLD:
-    yield benchmark(*known, shots, "bpb", folder)
+  for group, task, dataset, documents, shots, folder in _GOLD:
+    yield benchmark(group, task, dataset, documents, shots, "bpb", folder)
   for task, documents, folder in (
     ("copycolors", 100, "10way"),
     ("copycolors_xl", 1000, "xl_10way"),

@@ -254,7 +254,6 @@ class _Parser(flags.ArgumentParser):
   def parse(self, argument: Any) -> Any:
     if self.kind is tuple and isinstance(argument, str):
       argument = [each for each in argument.split(",") if each]
-    value: Any
     try:
       value: Any = self.kind(argument)
     except ValueError as error:

@@ -18,12 +18,11 @@ class UserError(Exception):
   """A mistake that the user can mend: reported in one line, exit code 2."""
 
 
-# eq and hash by value make configurations usable as static pytree metadata;
-# treat them as immutable once `validation.validate` has run.
-_config = dataclasses.dataclass(unsafe_hash=True)
+# The classes compare and hash by value, so that JAX can take a configuration as
+# static metadata. Treat it as immutable once `validation.validate` has run.
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class ModelConfig:
   """Sizes of the transformer (Qwen3-MoE shape), and how it is computed.
 
@@ -99,7 +98,7 @@ class ModelConfig:
   )
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class MoEConfig:
   """How devices bring tokens and experts together.
 
@@ -126,7 +125,7 @@ class MoEConfig:
   )
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class LossesConfig:
   """Weights of L = L_LM + alpha L_LB + beta L_ED + zeta L_z + AES terms.
 
@@ -201,7 +200,7 @@ class LossesConfig:
   )
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class OptimizerConfig:
   """AdamW and its schedule."""
 
@@ -249,7 +248,7 @@ class OptimizerConfig:
   )
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class TrainConfig:
   """The training loop. Batch sizes count rows of the *global* batch."""
 
@@ -298,7 +297,7 @@ def _axis(size: int, help: str) -> Any:
   return field(size, at_least=1, also=-1, resumable=True, help=help)
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class MeshConfig:
   """Devices along each axis of the mesh; -1 takes those that are left."""
 
@@ -321,7 +320,7 @@ class MeshConfig:
   )
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class DataConfig:
   """Where text comes from, and how its domains are named and mixed."""
 
@@ -392,7 +391,7 @@ class DataConfig:
   )
 
 
-@_config
+@dataclasses.dataclass(unsafe_hash=True)
 class Experiment:
   """Everything that decides a run."""
 
@@ -420,7 +419,7 @@ class Experiment:
 GROUPS = {
   declared.name: declared.type
   for declared in dataclasses.fields(Experiment)
-  if dataclasses.is_dataclass(declared.type)
+  if isinstance(declared.type, type) and dataclasses.is_dataclass(declared.type)
 }
 
 # Every field that can be set, by its dotted path.

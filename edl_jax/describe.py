@@ -55,7 +55,7 @@ def describe(experiment: Experiment, part: str = "") -> list[str]:
     zip(groups, tables.aligned(rows, left=(0, 1, 2))), key=lambda pair: pair[0]
   ):
     if group:
-      summary = inspect.getdoc(GROUPS[group]).partition("\n")[0]
+      summary = (inspect.getdoc(GROUPS[group]) or "").partition("\n")[0]
       lines += ["", f"{group}: {summary}", ""]
     lines += [line for _, line in members]
   return lines + ["", "* differs from the default"] * bool(changed)

@@ -153,10 +153,14 @@ def nearest(key: str, known: Collection[str]) -> str:
 
 def _is_weight(value: Any, rule: Rule) -> bool:
   """Says whether `value` is a number within bounds, or auto:TARGET above 0."""
-  if isinstance(value, str) and value.startswith("auto:"):
-    with contextlib.suppress(ValueError):
-      return 0 < auto_target(value) < math.inf
-  return _is_a(value, float) and math.isfinite(value) and rule.allows(value)
+  if not isinstance(value, str):
+    return _is_a(value, float) and math.isfinite(value) and rule.allows(value)
+  if not value.startswith("auto:"):
+    return False
+  with contextlib.suppress(ValueError):
+    target = auto_target(value)
+    return target is not None and 0 < target < math.inf
+  return False
 
 
 def _is_a(value: Any, wanted: Any) -> bool:

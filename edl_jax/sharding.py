@@ -213,9 +213,9 @@ def _divisions(
   yield ("sequence",), "train.sequence_length", length
 
 
-def path_name(path: tuple[Any, ...]) -> str:
+def path_name(path: Sequence[Any]) -> str:
   """Returns a readable name of a leaf, such as `blocks/moe/router_ME`."""
-  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  name = jax.tree_util.keystr(tuple(path), simple=True, separator="/")
   return name.removesuffix("/value")
 
 

@@ -87,7 +87,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def whole_gzip_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def whole_gzip_file(path: str | os.PathLike[str]) -> Iterator[gzip.GzipFile]:
   """Opens a gzip file as `whole_file` does; equal contents give equal bytes."""
   with (
     whole_file(path) as file,

@@ -24,12 +24,10 @@ def validate(experiment: Experiment) -> Experiment:
     UserError: one line that names the dotted path, the value and what is
       allowed.
   """
-  for group in dataclasses.fields(experiment):
-    value = getattr(experiment, group.name)
-    if dataclasses.is_dataclass(group.type) and type(value) is not group.type:
-      raise UserError(
-        f"{group.name}={value!r}: must be of type {group.type.__name__}"
-      )
+  for name, group in config.GROUPS.items():
+    value = getattr(experiment, name)
+    if type(value) is not group:
+      raise UserError(f"{name}={value!r}: must be of type {group.__name__}")
   for key, value in config.flatten(experiment).items():
     if required := fields.requirement(value, config.FIELDS[key]):
       raise UserError(f"{key}={value!r}: must be {required}")

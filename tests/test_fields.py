@@ -27,7 +27,7 @@ class Example:
   phases: tuple[tuple[float, ...], ...] = field((), below=2, help="Phases.")
   kind: str = field("a", choices=("a", "b"), help="A kind.")
   on: bool = field(False, help="A switch.")
-  auto: Weight = field(0.0, at_least=0, help="A weight.")  # noqa: RUF009
+  auto: Weight = field(0.0, at_least=0, help="A weight.")
 
 
 DECLARED = {declared.name: declared for declared in dataclasses.fields(Example)}
