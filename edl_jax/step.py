@@ -57,7 +57,10 @@ _PAIRS_STREAM = 1 << 31
 
 
 def _token_pairs(
-  batch: Batch, experiment: Experiment, taxonomy: Taxonomy, step: jax.Array
+  batch: Batch,
+  experiment: Experiment,
+  taxonomy: Taxonomy,
+  step: jax.Array | int,
 ) -> token_pairs.TokenPairs | None:
   """Samples the pairs of a step, if the divergence loss compares tokens.
 

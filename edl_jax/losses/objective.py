@@ -103,6 +103,7 @@ def divergence_loss(
   no influence on either.
   """
   if context.config.divergence_pairs == "tokens":
+    assert stats.token_pairs_L22 is not None, "the step samples pairs"
     return token_pair_divergence_loss(stats.token_pairs_L22)
   p_LDE, _ = routing.domain_probabilities(stats)
   loss = functools.partial(
