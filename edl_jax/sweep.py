@@ -35,7 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Self
 
 from edl_jax import config, config_files
-from edl_jax.analysis import report, sweep_report
+from edl_jax.analysis import comparison, sweep_report
 from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
 
@@ -298,7 +298,7 @@ def print_report(workdir: str) -> None:
   text = sweep_report.write_report(workdir)
   runs = sweep_report.read_runs(workdir)
   if len(runs) == 2:
-    text = report.comparison_table(runs)
+    text = comparison.comparison_table(runs)
   path = os.path.join(workdir, "report.md")
   print(
     f"\nwritten: {path}, with report.csv and plots beside it\n\n{text}",

@@ -1,7 +1,7 @@
-"""What a run did, as pictures and as a table beside other runs.
+"""Reports on one run: plots of its losses and of its routing.
 
-Reads only the files of a run's folder (metrics.jsonl, routing.json) and
-imports no JAX. Definitions of the routing figures: `edl_jax.losses.routing`.
+It reads metrics.jsonl and routing.json of the run's folder alone. This module
+imports no JAX. `edl_jax.losses.routing_metrics` defines the routing metrics.
 """
 
 import json
@@ -9,7 +9,7 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from edl_jax import metrics, storage, tables
+from edl_jax import metrics, storage
 
-# Okabe and Ito's palette without black, safe for the colour-blind: light and
-# dark alternate, so that neighbours differ in grey too.
+# Okabe and Ito's palette for colour-blind readers, without black. Light and
+# dark colours alternate, so that neighbours differ in grey too.
 COLORS = (
   "#0072B2",
   "#E69F00",
@@ -32,21 +32,17 @@ COLORS = (
 )
 DPI = 110
 LINE_STYLES = ("-", "--", ":", "-.")
-# More lines than this are drawn without names.
+# With more domains than this, the lines have no names.
 _MAX_NAMED_DOMAINS = 2 * len(COLORS)
 
 _LOSS = "LM loss (nats per token)"
 
-# Characters of the comparison's columns.
-_NAMES_WIDTH = 30
-_CELL_WIDTH = 20
-
 
 def write_run_report(workdir: str) -> list[str]:
-  """Draws what the folder of a run has figures for, into `workdir`/report.
+  """Draws the pictures of a run into `workdir`/report.
 
-  loss.png needs metrics.jsonl; experts_by_domain.png and
-  domain_divergence.png need routing.json.
+  loss.png needs metrics.jsonl; experts_by_domain.png and domain_divergence.png
+  need routing.json. A picture without its file is left out.
 
   Returns:
     The paths of the pictures drawn.
@@ -86,7 +82,7 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def style_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-  """Gives a line plot its texts, a light grid and an open frame."""
+  """Gives a line plot its title and labels, a light grid and an open frame."""
   axes.set_title(title, fontsize=10, loc="left")
   axes.set_xlabel(x_label, fontsize=9)
   axes.set_ylabel(y_label, fontsize=9)
@@ -110,7 +106,8 @@ def series(
 def smooth(values_I: np.ndarray) -> np.ndarray:
   """Averages over a centred window of about a twentieth of the points, (I,).
 
-  The window narrows symmetrically towards both ends, so that nothing lags.
+  The window narrows symmetrically towards both ends, so that the curve does not
+  lag behind the values.
   """
   count = len(values_I)
   total_I1 = np.concatenate([[0.0], np.cumsum(values_I)])
@@ -151,7 +148,8 @@ def _draw_loss(lines: Sequence[Mapping[str, Any]], name: str) -> Figure:
     auxiliary.plot(
       steps_I, smooth(values_I), label=label, **line_style(index + 2)
     )
-  # The terms differ by orders of magnitude; 0 (no second domain) is left out.
+  # The terms differ by orders of magnitude. A logarithmic axis has no zeros,
+  # such as the divergence of a batch with one domain.
   auxiliary.set_yscale("log", nonpositive="mask")
   for axis_formatter in (
     auxiliary.yaxis.set_major_formatter,
@@ -246,7 +244,7 @@ def _heat_map_axes(
 def _finish_heat_maps(
   figure: Figure, panels: Sequence[Axes], title: str, bar_label: str
 ) -> None:
-  """Adds title and colour bar, their sizes in proportion to the figure."""
+  """Adds a title and a colour bar, in proportion to the figure's size."""
   width, height = figure.get_size_inches()
   scale = max(width / 11, 1.0)
   figure.suptitle(
@@ -278,10 +276,10 @@ def _label_domains(axes: Axes, names: Sequence[str], visible: bool) -> None:
 
 
 def _draw_experts(routing: Mapping[str, Any], name: str) -> Figure:
-  """Draws, per layer, which share of a domain's tokens each expert takes.
+  """Draws, per layer, the share of a domain's assignments of each expert.
 
-  Experts are sorted by the domain that uses them most, which shows
-  specialisation as a diagonal; their numbers carry no meaning.
+  Experts are sorted by the domain that uses them most, so that specialisation
+  appears as a diagonal. The numbers of experts carry no meaning.
   """
   domains = routing["domains"]
   percent_LDE = 100 * np.asarray(routing["assignments"], np.float64)
@@ -292,7 +290,7 @@ def _draw_experts(routing: Mapping[str, Any], name: str) -> Figure:
     height=max(0.125 * num_domains, 0.9) + 0.5,
     margins=(_label_inches(domains), 0.3),
   )
-  # Few experts may take much more than all others; they saturate.
+  # A few experts may take much more than all others: their colour saturates.
   top = float(np.quantile(percent_LDE, 0.995))
   for index, axes in enumerate(panels):
     percent_DE = percent_LDE[index]
@@ -329,7 +327,7 @@ def _label_inches(names: Sequence[str]) -> float:
 
 
 def _draw_divergence(routing: Mapping[str, Any], name: str) -> Figure:
-  """Draws, per layer, the matrix of pairwise JSD of the domains (nats)."""
+  """Draws, per layer, the matrix of the domains' pairwise JSD in nats."""
   domains = routing["domains"]
   divergence_LDD = np.asarray(routing["pairwise_divergence"], np.float64)
   num_domains = len(domains)
@@ -371,125 +369,3 @@ def _draw_divergence(routing: Mapping[str, Any], name: str) -> Figure:
     "JSD (nats)",
   )
   return figure
-
-
-class Figures(NamedTuple):
-  """Rows of a table: a heading, names, a format, and where values come from."""
-
-  heading: str
-  format: str
-  # Value by row name, for each of the runs.
-  runs: list[dict[str, float]]
-
-
-def comparison_table(
-  results: Sequence[tuple[str, Mapping[str, Any]]],
-) -> str:
-  """Sets runs side by side.
-
-  Args:
-    results: label and content of result.json of every run.
-
-  Returns:
-    Aligned text without a final newline; the last column is second minus
-    first run when there are two, and then no line exceeds 100 characters.
-  """
-  labels = [label for label, _ in results]
-  if len(results) == 2:
-    labels.append("difference")
-  rows = _table_header(labels)
-  # Section headings by the number of rows above them.
-  headings = {}
-  num_header_rows = len(rows)
-  for heading, number, runs in _table_sections([run for _, run in results]):
-    headings[len(rows)] = heading
-    for name in dict.fromkeys(name for run in runs for name in run):
-      values = [run.get(name) for run in runs]
-      cells = [_cell(value, number) for value in values]
-      if len(values) == 2:
-        old, new = values
-        change = None if old is None or new is None else new - old
-        cells.append(_cell(change, f"+{number}"))
-      text = f"  {name}"
-      if len(text) > _NAMES_WIDTH:
-        text = text[: _NAMES_WIDTH - 1] + "…"
-      rows.append([text, *cells])
-  widths = [_NAMES_WIDTH, *(_CELL_WIDTH for _ in labels)]
-  lines = []
-  for index, line in enumerate(tables.aligned(rows, min_widths=widths)):
-    if index == num_header_rows:
-      lines.append("-" * (sum(widths) + 2 * len(labels)))
-    if index in headings:
-      lines += ["", headings[index]]
-    lines.append(line)
-  return "\n".join(lines)
-
-
-def _cell(value: float | None, number: str) -> str:
-  return "-" if value is None else format(value, number)
-
-
-def _table_header(labels: Sequence[str]) -> list[list[str]]:
-  """Returns the labels as rows; long ones take several, the last one always."""
-  # Spaces let the name of a point, "key=1,other=2", be wrapped.
-  spaced = [label.replace(",", ", ").replace("=", " = ") for label in labels]
-  wrapped = [textwrap.wrap(label, _CELL_WIDTH) or [""] for label in spaced]
-  height = max(map(len, wrapped))
-  padded = [[""] * (height - len(cell)) + cell for cell in wrapped]
-  return [["", *row] for row in zip(*padded)]
-
-
-# Shown where a run trains on the losses that are made to move them.
-_SPECIALIZATION = (
-  ("routing variance", "routing_variance"),
-  ("expert overlap (0 to 1)", "expert_overlap"),
-  ("output similarity (0 to 1)", "output_similarity"),
-  ("silhouette (0 to 1)", "silhouette"),
-)
-
-
-def _specializes(result: Mapping[str, Any]) -> bool:
-  keys = ("losses.orthogonality_weight", "losses.variance_weight")
-  return any(result["experiment"].get(key) for key in keys)
-
-
-def _table_sections(results: Sequence[Mapping[str, Any]]) -> list[Figures]:
-  def held_out(key: str) -> list[dict[str, float]]:
-    return [
-      {"overall": run["eval"][key]}
-      | {name: part[key] for name, part in run["eval"]["domains"].items()}
-      for run in results
-    ]
-
-  def routing(key: str) -> list[dict[str, float]]:
-    return [
-      {"mean": run["routing"][key]}
-      | {f"layer {layer}": values[key] for layer, values in layers(run)}
-      for run in results
-    ]
-
-  return [
-    Figures("held-out LM loss (nats per token)", ".4f", held_out("lm_loss")),
-    Figures("held-out bits per byte", ".4f", held_out("bits_per_byte")),
-    Figures("routing diversity (0 to 1)", ".4f", routing("diversity")),
-    Figures("D_inter / D_total", ".4f", routing("inter_fraction")),
-    Figures("MaxVio (0 is balanced)", ".3f", routing("max_violation")),
-    *(
-      Figures(heading, ".4f", routing(key))
-      for heading, key in _SPECIALIZATION
-      if any(map(_specializes, results))
-    ),
-    Figures(
-      "speed",
-      ",.0f",
-      [{"tokens per second": run["tokens_per_second"]} for run in results],
-    ),
-  ]
-
-
-def layers(
-  result: Mapping[str, Any],
-) -> list[tuple[int, Mapping[str, float]]]:
-  """Returns each MoE layer's routing figures, with its index in the model."""
-  first = result["experiment"].get("model.num_dense_layers", 0)
-  return list(enumerate(result["routing"]["layers"], start=first))

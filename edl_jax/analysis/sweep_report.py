@@ -1,7 +1,7 @@
-"""What a sweep found: runs side by side, spread over seeds, plots.
+"""Reports on sweeps: tables over seeds and groups of runs, and plots.
 
-Works from the run folders alone: the swept keys are those in which the
-experiments recorded in their result.json differ.
+It reads the runs' folders alone. The swept keys are those in which the
+experiments of their result.json differ. This module imports no JAX.
 """
 
 import csv
@@ -15,28 +15,28 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from edl_jax import metrics, storage, tables
-from edl_jax.analysis import report
+from edl_jax.analysis import comparison, report
 from edl_jax.config import Experiment, UserError, flatten
 
 
 class Run(NamedTuple):
-  """A finished run: the name of its folder, and its result.json."""
+  """A finished run: the name of its folder and the content of result.json."""
 
   name: str
   result: Mapping[str, Any]
 
 
 class Group(NamedTuple):
-  """Runs that differ in nothing but the seed."""
+  """Runs that differ in the seed alone."""
 
   label: str
-  # Value by swept key, the seed left out.
+  # Value by swept key, without the seed.
   values: Mapping[str, Any]
   runs: list[Run]
 
 
-# Columns of the main table: heading, key of `figures`, format. Those that a run
-# of an older version lacks are left out.
+# Columns of the main table: heading, key of `figures`, format. A column that
+# some run lacks, such as one of an older version, is left out.
 _COLUMNS = (
   ("LM loss (nats/token)", "lm_loss", ".4f"),
   ("bits per byte", "bits_per_byte", ".4f"),
@@ -77,7 +77,7 @@ def read_result(folder: str) -> dict[str, Any] | None:
   """Reads `folder`/result.json; None without one.
 
   Raises:
-    UserError: the file is not what a run writes.
+    UserError: a run did not write this file.
   """
   path = os.path.join(folder, "result.json")
   if not os.path.exists(path):
@@ -96,7 +96,7 @@ def read_result(folder: str) -> dict[str, Any] | None:
 def swept_keys(runs: Sequence[Run]) -> list[str]:
   """Returns the keys, `name` apart, in which the experiments differ.
 
-  They come in the order of the experiment's fields, the seed last.
+  They have the order of the experiment's fields; the seed is last.
   """
   experiments = [run.result["experiment"] for run in runs]
   known = list(flatten(Experiment()))
@@ -111,7 +111,7 @@ def swept_keys(runs: Sequence[Run]) -> list[str]:
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
-  """Returns the last part of every key, or all of it where last parts agree."""
+  """Returns every key's last part, or the whole key if last parts coincide."""
   keys = list(keys)
   last = [key.rsplit(".", 1)[-1] for key in keys]
   return {
@@ -133,7 +133,7 @@ def _values(run: Run, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def _order(values: Iterable[Any]) -> list[tuple[int, float, str]]:
-  """Sorts numbers by size, before texts."""
+  """Returns a sort key: numbers by size, then texts."""
   return [
     (0, value, "")
     if isinstance(value, (int, float))
@@ -143,7 +143,7 @@ def _order(values: Iterable[Any]) -> list[tuple[int, float, str]]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-  """Groups runs by every swept key except the seed, in the order given."""
+  """Groups runs that share all swept keys but the seed; keeps their order."""
   keys = [key for key in swept_keys(runs) if key != "seed"]
   names = short_names(keys)
   groups: dict[str, Group] = {}
@@ -173,7 +173,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
       flat[f"{key}/{domain}"] = values[key]
   names = [name for name in routing if name != "layers"]
   flat |= {name: routing[name] for name in names}
-  for layer, values in report.layers(result):
+  for layer, values in comparison.layers(result):
     flat |= {f"{name}/layer_{layer}": values[name] for name in names}
   return flat
 
@@ -213,7 +213,7 @@ def write_report(workdir: str) -> str:
 
 
 def _write_csv(path: str, runs: Sequence[Run]) -> None:
-  """Writes one row a run: its folder, swept keys and all its figures."""
+  """Writes a row for each run: its folder, its swept keys, all its figures."""
   keys = swept_keys(runs)
   rows = [
     {
@@ -232,13 +232,13 @@ def _write_csv(path: str, runs: Sequence[Run]) -> None:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-  """Returns mean and sample standard deviation, None for a single value."""
+  """Returns the mean and the sample standard deviation (None for one value)."""
   spread = statistics.stdev(values) if len(values) > 1 else None
   return statistics.fmean(values), spread
 
 
 def paired_differences(base: Group, other: Group, figure: str) -> list[float]:
-  """Returns `other` minus `base` for every seed both have, by rising seed."""
+  """Returns `other` minus `base` for every seed that both have, by seed."""
 
   def by_seed(group: Group) -> dict[int, float]:
     values: dict[int, list[float]] = {}
@@ -277,7 +277,7 @@ def _tables(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     for group in groups
   ]
   if len(domains) > len(groups):
-    # The longer side makes the rows.
+    # More domains than groups: domains become the rows.
     table = [list(column) for column in zip(*table)]
   parts += [
     "Held-out LM loss by domain (nats per token)",
@@ -327,7 +327,7 @@ def _draw_by(
   figure_name: str,
   label: str,
 ) -> Figure:
-  """Draws a figure against a swept key, one line per value of the others."""
+  """Plots a figure against a swept key, a line for each value of the others."""
   lines: dict[str, list[Group]] = {}
   for group in groups:
     others = ", ".join(
@@ -368,9 +368,9 @@ def _draw_by(
 def _scale_like(
   set_scale: Callable[..., None], points: Sequence[float]
 ) -> None:
-  """Makes an axis logarithmic where `points` span more than a factor of 20.
+  """Makes an axis logarithmic if positive `points` span a factor above 20.
 
-  Zero, the usual control, stays on the axis: one step below the others.
+  Zero, the usual control, stays on the axis, one step below the others.
   """
   positive = [point for point in points if point > 0]
   if points[0] < 0 or not positive or positive[-1] / positive[0] <= 20:
@@ -382,7 +382,7 @@ def _scale_like(
 
 
 def _draw_over_steps(workdir: str, groups: Sequence[Group]) -> Figure:
-  """Draws training and held-out loss by step, one colour a group."""
+  """Plots training and held-out loss by step, in a colour for each group."""
   figure = Figure(figsize=(12, 5), layout="constrained")
   train, held_out = figure.subplots(1, 2)
   for index, group in enumerate(groups):
