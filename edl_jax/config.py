@@ -167,15 +167,10 @@ class LossesConfig:
     " between domains raises.",
   )
   num_token_pairs: int = field(
-    4096,
-    at_least=1,
-    help="Pairs of tokens sampled per step if divergence_pairs is tokens.",
+    4096, at_least=1, help="Pairs of tokens sampled per step, if any."
   )
   coarse_weight: float = field(
-    0.5,
-    at_least=0,
-    at_most=1,
-    help="Coarse share of L_ED if data.granularity is hierarchical.",
+    0.5, at_least=0, at_most=1, help="Coarse share of hierarchical L_ED."
   )
   z_weight: float = field(
     1e-4, at_least=0, help="Weight of the router z-loss L_z, zeta."
@@ -215,16 +210,10 @@ class OptimizerConfig:
     50, at_least=0, help="Steps of linear warm-up to the peak."
   )
   decay_fraction: float = field(
-    0.2,
-    at_least=0,
-    at_most=1,
-    help="Fraction of all steps in the final decay of wsd.",
+    0.2, at_least=0, at_most=1, help="Share of steps in the decay of wsd."
   )
   final_fraction: float = field(
-    0.1,
-    at_least=0,
-    at_most=1,
-    help="Final learning rate as a fraction of the peak.",
+    0.1, at_least=0, at_most=1, help="Final rate as a share of the peak."
   )
   weight_decay: float = field(
     0.1, at_least=0, help="Weight decay of all parameters but norm scales."
@@ -384,10 +373,7 @@ class DataConfig:
     3_000_000, at_least=1, help="Most characters that are read per domain."
   )
   held_out_fraction: float = field(
-    0.05,
-    above=0,
-    below=1,
-    help="Fraction of documents, by hash, that evaluation takes.",
+    0.05, above=0, below=1, help="Fraction of documents to evaluate on."
   )
 
 
@@ -399,10 +385,7 @@ class Experiment:
     "experiment", resumable=True, help="Name of the run, shown in its reports."
   )
   seed: int = field(
-    0,
-    at_least=0,
-    below=2**32,
-    help="Seed of the parameters and the order of rows.",
+    0, at_least=0, below=2**32, help="Seed of parameters and row order."
   )
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
@@ -429,6 +412,18 @@ FIELDS = {
   for declared in dataclasses.fields(holder)
   if group or declared.name not in GROUPS
 }
+
+
+def choose_variant(variant: str, known: tuple[str, ...] = ()) -> str:
+  """Returns the variant of an experiment file; the first of `known` if empty.
+
+  Raises:
+    UserError: no such variant, or the file has none.
+  """
+  if variant and variant not in known:
+    allowed = f"must be one of {', '.join(known)}" if known else "leave it out"
+    raise UserError(f"variant {variant!r}: {allowed}")
+  return variant or next(iter(known), "")
 
 
 def choices(key: str) -> tuple[str, ...]:
@@ -468,6 +463,11 @@ def _as_tuples(value: Any) -> Any:
 
 def check_key(key: str) -> None:
   """Raises UserError, naming the nearest right key, unless `key` exists."""
+  if key in GROUPS:
+    raise UserError(
+      f"experiment.{key} is a group: set one of its fields, which"
+      f" --describe={key} lists"
+    )
   if key not in FIELDS:
     raise UserError(f"unknown key experiment.{key}; {nearest(key, FIELDS)}")
 

@@ -1,39 +1,20 @@
-"""Experiment files and flags, and the errors that users make in them."""
+"""Reads experiment files, with overrides from the command line.
 
-import contextlib
-import dataclasses
-import difflib
+Every mistake in a file or in an override becomes a `UserError` of one line.
+"""
+
 import os
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from edl_jax.config import Experiment, UserError, check_key, flatten
+from edl_jax.config import FIELDS, GROUPS, Experiment, UserError, check_key
+from edl_jax.fields import nearest
 from edl_jax.validation import validate
-
-
-def check_override_keys(arguments: Iterable[str]) -> None:
-  """Checks the keys of `--experiment.KEY=VALUE` arguments.
-
-  Raises:
-    UserError: a key does not exist; names the nearest that does.
-  """
-  for argument in arguments:
-    name = argument.lstrip("-").split("=", 1)[0]
-    if argument.startswith("-") and name.startswith("experiment."):
-      key = name.removeprefix("experiment.")
-      if key in {field.name for field in dataclasses.fields(Experiment)} - {
-        "name",
-        "seed",
-      }:
-        raise UserError(
-          f"experiment.{key} is a group; set one of its fields, not the whole"
-        )
-      check_key(key)
 
 
 def split_overrides(
@@ -46,41 +27,89 @@ def split_overrides(
   """
   rest, overrides = [], {}
   for argument in arguments:
-    if not re.match("--?experiment[.]", argument):
+    name, equals, text = argument.partition("=")
+    if not re.match("--?experiment[.]", name):
       rest.append(argument)
       continue
-    check_override_keys([argument])
-    name, equals, text = argument.lstrip("-").partition("=")
+    key = name.partition(".")[-1]
+    check_key(key)
     if not equals:
       raise UserError(f"{argument} needs a value: write {argument}=VALUE")
-    overrides[name.removeprefix("experiment.")] = text
+    overrides[key] = text
   return rest, overrides
 
 
-@contextlib.contextmanager
-def one_line_flag_errors(path: str | None = None) -> Iterator[None]:
-  """Turns what goes wrong while flags are parsed into a UserError of one line.
+def check_experiment_file(path: str) -> None:
+  """Raises UserError unless `path` names an experiment file.
+
+  A variant may follow after a colon, as in `experiments/demo.py:coarse`.
+  """
+  if not path:
+    raise UserError(
+      "--experiment is missing: name a file, such as"
+      " --experiment=experiments/demo.py"
+    )
+  file = path.partition(":")[0]
+  if os.path.isfile(file):
+    return
+  folder = os.path.dirname(file)
+  names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+  there = [
+    os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")
+  ]
+  hint = f"; there are: {', '.join(there)}" if there else ""
+  raise UserError(f"--experiment={path}: no such file{hint}")
+
+
+def load(path: str, overrides: Mapping[str, Any] | None = None) -> Experiment:
+  """Loads an experiment file, applies overrides, validates.
 
   Args:
-    path: the experiment file, whose own errors are reported with their line.
+    path: file, optionally with a variant after a colon.
+    overrides: values by dotted key, as text or as they are.
+
+  Raises:
+    UserError: unknown file, variant or key, wrong type or impossible value.
   """
+  check_experiment_file(path)
+  command = ["load", f"--experiment={path}"]
+  for key, value in (overrides or {}).items():
+    check_key(key)
+    command.append(f"--experiment.{key}={value}")
+  values = flags.FlagValues()
+  # Without sys_argv, config_flags looks for overrides in this process' own.
+  config_flags.DEFINE_config_file(
+    "experiment", flag_values=values, sys_argv=command
+  )
   try:
-    yield
+    values(command)
   except Exception as error:
-    file = (path or "").split(":", 1)[0]
-    place, cause = _error_in_file(error, file)
-    text = " ".join(str(cause).split())
-    if place is not None:
-      if found := re.search(r"unexpected keyword argument '(\w+)'", text):
-        text += _nearest_hint(found[1])
-      raise UserError(
-        f"{file}:{place}: {type(cause).__name__}: {text}"
-      ) from error
-    if file and "no attribute 'get_config'" in text:
-      raise UserError(f"{file} defines no get_config()") from error
-    if not isinstance(error, flags.Error):
-      raise
-    raise UserError(" ".join(str(error).split())) from error
+    if message := _message(error, path):
+      raise UserError(message) from error
+    raise
+  experiment = values["experiment"].value
+  if not isinstance(experiment, Experiment):
+    raise UserError(
+      f"--experiment={path}: get_config must return edl_jax.config.Experiment,"
+      f" not {type(experiment).__name__}"
+    )
+  return validate(experiment)
+
+
+def _message(error: Exception, path: str) -> str | None:
+  """Returns the user's mistake in one line, None if the error is no such."""
+  file = path.partition(":")[0]
+  line, cause = _error_in_file(error, file)
+  text = " ".join(str(cause).split())
+  if isinstance(cause, UserError):
+    return f"--experiment={path}: {text}"
+  if line is not None:
+    if found := re.search(r"unexpected keyword argument '(\w+)'", text):
+      text += f"; {nearest(found[1], [*FIELDS, *GROUPS])}"
+    return f"{file}:{line}: {type(cause).__name__}: {text}"
+  if "no attribute 'get_config'" in text:
+    return f"{file} defines no get_config()"
+  return text if isinstance(error, flags.Error) else None
 
 
 def _error_in_file(
@@ -92,77 +121,7 @@ def _error_in_file(
     if isinstance(cause, SyntaxError) and cause.filename == file:
       return cause.lineno, cause
     for frame in reversed(traceback.extract_tb(cause.__traceback__)):
-      if file and frame.filename == file:
+      if frame.filename == file:
         return frame.lineno, cause
     cause = cause.__cause__ or cause.__context__
   return None, error
-
-
-def _nearest_hint(name: str) -> str:
-  """Returns "; did you mean ...?" for a field's last name, or nothing."""
-  groups = {field.name for field in dataclasses.fields(Experiment)}
-  known = groups | {key.rsplit(".")[-1] for key in flatten(Experiment())}
-  near = difflib.get_close_matches(name, known, n=1)
-  return f"; did you mean {near[0]}?" if near else ""
-
-
-def check_experiment_file(path: str | None) -> None:
-  """Raises UserError unless `path` names an experiment file.
-
-  A variant may follow after a colon, as in `experiments/demo.py:coarse`.
-  """
-  if not path:
-    raise UserError(
-      "--experiment is missing: name a file, such as"
-      " --experiment=experiments/demo.py"
-    )
-  file = path.split(":", 1)[0]
-  if not os.path.isfile(file):
-    folder = os.path.dirname(file) or "."
-    there = (
-      sorted(
-        os.path.join(folder, name)
-        for name in os.listdir(folder)
-        if name.endswith(".py")
-      )
-      if os.path.isdir(folder)
-      else []
-    )
-    hint = f"; there are: {', '.join(there)}" if there else ""
-    raise UserError(f"--experiment={path}: no such file{hint}")
-
-
-def check_experiment(value: Any, path: str) -> Experiment:
-  """Checks the type that `get_config` returned, then validates it."""
-  if not isinstance(value, Experiment):
-    raise UserError(
-      f"--experiment={path}: get_config must return edl_jax.config.Experiment,"
-      f" not {type(value).__name__}"
-    )
-  return validate(value)
-
-
-def load(path: str, overrides: Mapping[str, Any] | None = None) -> Experiment:
-  """Loads an experiment file, applies overrides, validates.
-
-  Args:
-    path: file, optionally with a variant after a colon.
-    overrides: values by dotted key, as text or as they are.
-
-  Raises:
-    UserError: unknown file, unknown key, wrong type or impossible value.
-  """
-  arguments = [
-    f"--experiment.{key}={value}" for key, value in (overrides or {}).items()
-  ]
-  check_experiment_file(path)
-  check_override_keys(arguments)
-  command = ["load", f"--experiment={path}", *arguments]
-  values = flags.FlagValues()
-  # Left to itself, config_flags looks for overrides in sys.argv.
-  config_flags.DEFINE_config_file(
-    "experiment", flag_values=values, sys_argv=command
-  )
-  with one_line_flag_errors(path):
-    values(command)
-  return check_experiment(values["experiment"].value, path)

@@ -80,7 +80,7 @@ def parse_grid(grids: Sequence[str]) -> dict[str, list[str]]:
   for grid in grids:
     key, _, text = grid.partition("=")
     values = text.split(";" if ";" in text else ",")
-    config_files.check_override_keys([f"--experiment.{key}={text}"])
+    config.check_key(key)
     if not all(value.strip() for value in values):
       raise UserError(
         f"--grid={grid}: empty value; write --grid={key}=VALUE,VALUE,..."

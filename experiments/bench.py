@@ -1,10 +1,10 @@
-"""The shapes that benchmarks compare speed on: seconds of training, not more.
+"""Shapes that benchmarks compare speed on.
 
   python -m benchmarks.peers
 
-times this experiment's training step beside other libraries' at the same
-shapes. It is an ordinary experiment too, which trains on the text of this
-machine:
+times this training step beside those of other libraries at the same shapes, on
+CPU cores; benchmarks/RESULTS.md has the results. As an ordinary experiment, it
+trains on the text of this machine, for some minutes on two CPU cores:
 
   python -m edl_jax.main --experiment=experiments/bench.py --workdir=runs/bench
 """
@@ -15,12 +15,12 @@ from edl_jax.config import (
   ModelConfig,
   OptimizerConfig,
   TrainConfig,
+  choose_variant,
 )
 
 
 def get_config(variant: str = "") -> Experiment:
-  if variant:
-    raise ValueError(f"variant {variant!r} must be left out")
+  choose_variant(variant)
   return Experiment(
     name="bench",
     model=ModelConfig(

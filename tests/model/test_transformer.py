@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from edl_jax import config_files, sharding
+from edl_jax import sharding
 from edl_jax.config import Experiment, LossesConfig, ModelConfig, MoEConfig
 from edl_jax.evaluate import make_eval_step
 from edl_jax.model.transformer import (
@@ -363,33 +363,3 @@ def test_initialisation_has_its_stated_deviations():
   # No two layers or experts start alike.
   assert not np.array_equal(moe.down_EFM[0], moe.down_EFM[1])
   assert not np.array_equal(moe.down_EFM[0, 0], moe.down_EFM[0, 1])
-
-
-@pytest.mark.parametrize(
-  ("preset", "total", "active"),
-  [
-    ("edl_3b", 3e9, 0.3e9),
-    ("edl_4b", 4e9, 0.4e9),
-    ("edl_8b", 8e9, 0.8e9),
-    ("edl_15b", 15e9, 1.5e9),
-  ],
-)
-def test_presets_have_the_sizes_of_their_names(preset, total, active):
-  path = ROOT / "experiments" / f"{preset}.py"
-  weights = {}
-  for variant in ("baseline", "coarse", "fine"):
-    experiment = config_files.load(f"{path}:{variant}")
-    weights[variant] = (
-      experiment.losses.divergence_weight,
-      experiment.data.granularity,
-    )
-  assert weights["baseline"] == (0, "fine")
-  assert weights["coarse"] == (weights["fine"][0], "coarse")
-  assert weights["fine"][0] > 0 and weights["fine"][1] == "fine"
-  assert config_files.load(str(path)) == experiment
-  assert parameter_counts(experiment.model) == pytest.approx(
-    (total, active), rel=0.03
-  )
-  train = experiment.train
-  tokens = train.num_steps * train.batch_size * train.sequence_length
-  assert tokens == pytest.approx(100e9, rel=1e-3)

@@ -1,0 +1,102 @@
+"""Every experiment file and variant loads and is what its docstring says."""
+
+import pathlib
+import re
+
+import pytest
+
+from edl_jax import config_files
+from edl_jax.config import UserError
+from edl_jax.model.transformer import parameter_counts
+
+FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
+EDL = FOLDER / "edl.py"
+
+VARIANTS = {
+  "bench": [""],
+  "demo": ["", ":fine", ":coarse", ":hierarchical", ":shuffled"],
+  "edl": ["", ":15b", *(f":{size},coarse" for size in ("3b", "4b", "8b"))],
+  "small": ["", ":tpu"],
+  "small_web3": ["", ":fine", ":coarse", ":shuffled", ":baseline"],
+  "tiny": [""],
+}
+
+
+def test_every_file_is_listed():
+  assert {path.stem for path in FOLDER.glob("*.py")} == set(VARIANTS)
+
+
+@pytest.mark.parametrize(
+  "path", [f"{file}.py{v}" for file in VARIANTS for v in VARIANTS[file]]
+)
+def test_variant_loads(path):
+  experiment = config_files.load(str(FOLDER / path))
+  assert experiment.name.startswith(path.partition(".")[0])
+
+
+@pytest.mark.parametrize(
+  ("path", "reason"),
+  [
+    ("tiny.py:fine", "variant 'fine': leave it out"),
+    ("bench.py:x", "variant 'x': leave it out"),
+    ("small.py:gpu", "variant 'gpu': must be one of cpu, tpu"),
+    (
+      "demo.py:all",
+      "variant 'all': must be one of fine, coarse, hierarchical, shuffled",
+    ),
+    ("edl.py:16b", "variant '16b': must be one of 3b, 4b, 8b, 15b"),
+    (
+      "edl.py:15b,none",
+      "variant 'none': must be one of fine, coarse, baseline",
+    ),
+    ("edl.py:coarse", "variant 'coarse': must be one of 3b, 4b, 8b, 15b"),
+  ],
+)
+def test_unknown_variant_names_those_that_exist(path, reason):
+  with pytest.raises(UserError) as caught:
+    config_files.load(str(FOLDER / path))
+  assert str(caught.value) == f"--experiment={FOLDER / path}: {reason}"
+
+
+@pytest.mark.parametrize(
+  ("size", "total", "active"),
+  [
+    ("3b", 3e9, 0.3e9),
+    ("4b", 4e9, 0.4e9),
+    ("8b", 8e9, 0.8e9),
+    ("15b", 15e9, 1.5e9),
+  ],
+)
+def test_edl_has_the_size_of_its_name(size, total, active):
+  experiment = config_files.load(f"{EDL}:{size}")
+  counts = parameter_counts(experiment.model)
+  assert counts == pytest.approx((total, active), rel=0.03)
+  train = experiment.train
+  tokens = train.num_steps * train.batch_size * train.sequence_length
+  assert tokens == pytest.approx(100e9, rel=1e-3)
+  # The table of the docstring, to its last digit.
+  rows = re.findall(rf"^  {size} +([\d.]+)B +([\d.]+)B ", EDL.read_text(), re.M)
+  assert rows
+  for row in rows:
+    for stated, count, digit in zip(row, counts, (1e7, 1e6)):
+      assert abs(float(stated) * 1e9 - count) <= digit / 2
+
+
+@pytest.mark.parametrize("size", ["3b", "4b", "8b", "15b"])
+def test_variants_of_edl_differ_in_the_loss_alone(size):
+  fine, coarse, baseline = (
+    config_files.load(f"{EDL}:{size},{labels}")
+    for labels in ("fine", "coarse", "baseline")
+  )
+  assert config_files.load(f"{EDL}:{size}") == fine
+  assert (fine.losses.divergence_weight, fine.data.granularity) == (
+    0.01,
+    "fine",
+  )
+  assert coarse.data.granularity == "coarse"
+  assert baseline.losses.divergence_weight == 0
+  for variant in (coarse, baseline):
+    variant.name = fine.name
+    variant.data.granularity = "fine"
+    variant.losses.divergence_weight = 0.01
+    assert variant == fine
