@@ -409,10 +409,10 @@ def token_pair_divergence_loss(sums_22: jax.Array) -> jax.Array:
   is published. This one is linear in JSD, so that tokens that route alike do
   not dominate.
 
-    index_I2, counted_I = sample_token_pairs(weights_P, key)
-    loss = token_pair_divergence_loss(
-      token_pair_sums(probs_PE[index_I2], domain_P[index_I2], counted_I)
-    )
+      index_I2, counted_I = sample_token_pairs(weights_P, key)
+      loss = token_pair_divergence_loss(
+        token_pair_sums(probs_PE[index_I2], domain_P[index_I2], counted_I)
+      )
 
   Args:
     sums_22: from `token_pair_sums`, with any leading axes.
