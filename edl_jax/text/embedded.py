@@ -107,7 +107,7 @@ def _by_hash(origin: str) -> bytes:
   return hashlib.sha256(f"order {origin}".encode(errors="replace")).digest()
 
 
-def _find(name: str, root: Path, pattern: re.Pattern) -> dict[str, Path]:
+def _find(name: str, root: Path, pattern: re.Pattern[str]) -> dict[str, Path]:
   """Returns the files under `root` that match, by `name`/relative path."""
   found = {}
   for folder, folders, files in os.walk(root):
@@ -119,7 +119,7 @@ def _find(name: str, root: Path, pattern: re.Pattern) -> dict[str, Path]:
   return found
 
 
-def _find_in_packages(pattern: re.Pattern) -> dict[str, Path]:
+def _find_in_packages(pattern: re.Pattern[str]) -> dict[str, Path]:
   """Returns the matching files of all packages that this library requires.
 
   It leaves out other installed packages: installing one between two starts of a

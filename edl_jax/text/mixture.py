@@ -6,6 +6,7 @@ import hashlib
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import grain
 
@@ -305,8 +306,8 @@ def _drawn(count: int, weights: Sequence[float]) -> list[int]:
 
 
 def mix_phases(
-  datasets: Sequence[grain.MapDataset], phases: Phases
-) -> grain.MapDataset:
+  datasets: Sequence[grain.MapDataset[Any]], phases: Phases
+) -> grain.MapDataset[Any]:
   """Interleaves endless data sets, by phase; see `mix`.
 
   Example i depends on i only. Each phase continues every data set where the
@@ -327,8 +328,8 @@ def mix_phases(
 
 
 def mix(
-  datasets: Sequence[grain.MapDataset], weights: Sequence[float]
-) -> grain.MapDataset:
+  datasets: Sequence[grain.MapDataset[Any]], weights: Sequence[float]
+) -> grain.MapDataset[Any]:
   """Interleaves data sets by index, evenly, in proportion to `weights`.
 
   Example i depends on i only. Weights are rounded to hundredths of the smallest

@@ -190,7 +190,7 @@ def read_yaml(path: str) -> dict[str, Any]:
   return content
 
 
-def _check_keys(content: dict, known: set[str], where: str) -> None:
+def _check_keys(content: dict[str, Any], known: set[str], where: str) -> None:
   for key in content:
     if key not in known:
       raise UserError(
@@ -198,7 +198,7 @@ def _check_keys(content: dict, known: set[str], where: str) -> None:
       )
 
 
-def _name(entry: dict, key: str, where: str) -> str:
+def _name(entry: dict[str, Any], key: str, where: str) -> str:
   """Reads a name; only "coarse" may be missing or empty."""
   name = entry.get(key, "" if key == "coarse" else None)
   if isinstance(name, str) and "/" not in name and (name or key == "coarse"):
@@ -206,7 +206,7 @@ def _name(entry: dict, key: str, where: str) -> str:
   raise UserError(f"{where}: {key!r} must be a name without '/', not {name!r}")
 
 
-def _weight(entry: dict, where: str) -> float:
+def _weight(entry: dict[str, Any], where: str) -> float:
   weight = entry.get("weight", 1.0)
   number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
   if not number or not 0 <= weight < math.inf:
