@@ -39,6 +39,7 @@ from edl_jax.cache import cache_directory
 from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.mixture import held_out_origins, origin_digest
+from edl_jax.text.task_files import read_task, task_files, task_texts
 
 COMMAND = Command(__doc__)
 _MIXTURE = COMMAND.flag(
@@ -60,17 +61,37 @@ _HELD_OUT_FRACTION = COMMAND.flag(
   " training text.",
   between=(0, 1),
 )
+_SCRUB = COMMAND.flag(
+  "scrub",
+  "",
+  "Folder of benchmarks (python -m data.benchmarks); what the text shares with"
+  " them is removed.",
+)
 
 
 def build(
-  sources: Sequence[Source], out: Path, cache: Path, fraction: float
+  sources: Sequence[Source],
+  out: Path,
+  cache: Path,
+  fraction: float,
+  benchmarks: str = "",
 ) -> dict[str, Any]:
   """Builds the folder `out` and returns its manifest.
 
+  Args:
+    sources: the domains.
+    out: the folder.
+    cache: folder that keeps the downloaded packages.
+    fraction: share of the documents that may be held out.
+    benchmarks: folder of task files whose text is removed; "" for none.
+
   Raises:
-    UserError: no source could be downloaded, or `out` cannot be written.
+    UserError: no source could be downloaded, `out` cannot be written, or a task
+      file cannot be read.
   """
-  key = _digest([fraction, *map(_source_key, sources)])
+  tasks = task_files(benchmarks) if benchmarks else {}
+  task_hashes = {name: _sha256(Path(path)) for name, path in tasks.items()}
+  key = _digest([fraction, task_hashes, *map(_source_key, sources)])
   with contextlib.suppress(OSError, ValueError, KeyError):
     manifest = json.loads((out / "manifest.json").read_text())
     if manifest["key"] == key and not manifest["skipped"]:
@@ -90,10 +111,11 @@ def build(
       raise UserError(
         f"no source could be downloaded; the first: {skipped[0]['reason']}"
       )
-    rows = _write_texts(headers, out, fraction)
+    rows = _write_texts(headers, out, fraction, list(tasks.values()))
     manifest = {
       "key": key,
       "held_out_fraction": fraction,
+      "scrubbed_of": task_hashes,
       "sources": rows,
       "skipped": skipped,
     }
@@ -106,6 +128,10 @@ def build(
 
 def _digest(content: Any) -> str:
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+  return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _source_key(source: Source) -> str:
@@ -213,16 +239,21 @@ def _read_extracted(path: Path) -> list[Text]:
 
 
 def _write_texts(
-  headers: dict[Source, dict[str, Any]], out: Path, fraction: float
+  headers: dict[Source, dict[str, Any]],
+  out: Path,
+  fraction: float,
+  tasks: Sequence[str],
 ) -> list[dict[str, Any]]:
   """Writes text/ and the taxonomy; returns the sources' rows of the manifest.
 
-  Removes from training documents the lines that share text with held-out ones,
-  then drops documents that an earlier source has too.
+  Removes from all documents the lines that share text with a task file, and
+  from training documents those that share text with held-out ones, then drops
+  documents that an earlier source has too.
   """
   documents = {
     source: _read_extracted(_extracted(source, out)) for source in headers
   }
+  benchmarked = _scrub_benchmarks(documents, tasks) if tasks else {}
   held_out = held_out_origins(
     [source.fine for source in headers],
     [
@@ -250,6 +281,7 @@ def _write_texts(
         kept.append((origin, text))
     removed = {
       **headers[source]["removed"],
+      **benchmarked.get(source, {}),
       "bytes_shared_with_held_out": _size(own) - _size(scrubbed),
     }
     header = headers[source] | {"removed": removed}
@@ -264,6 +296,31 @@ def _write_texts(
   content = "".join(["domains:\n", *lines])
   storage.write_bytes(out / "taxonomy.yaml", content.encode())
   return rows
+
+
+def _scrub_benchmarks(
+  documents: dict[Source, list[Text]], tasks: Sequence[str]
+) -> dict[Source, dict[str, int]]:
+  """Removes, in place, what documents share with task files.
+
+  Scrubs held-out documents too, because a run with a smaller
+  data.held_out_fraction trains on some of them.
+
+  Returns:
+    What was removed of each source.
+  """
+  scrub = Scrub(text for path in tasks for text in task_texts(read_task(path)))
+  counts = {}
+  for source, own in documents.items():
+    scrubbed = [(origin, scrub(text)) for origin, text in own]
+    counts[source] = {
+      "bytes_shared_with_benchmarks": _size(own) - _size(scrubbed),
+      "documents_shared_with_benchmarks": sum(
+        before != after for before, after in zip(own, scrubbed)
+      ),
+    }
+    documents[source] = scrubbed
+  return counts
 
 
 def _size(documents: list[Text]) -> int:
@@ -294,7 +351,7 @@ def _write_shard(
   row: dict[str, Any] = {
     "domain": source.domain,
     "file": f"text/{path.name}",
-    "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    "sha256": _sha256(path),
     "bytes": _size(documents),
     "documents": len(documents),
     "held_out_documents": sum(
@@ -336,6 +393,7 @@ def main() -> None:
     Path(_OUT.value),
     Path(_CACHE.value),
     _HELD_OUT_FRACTION.value,
+    _SCRUB.value,
   )
   total = sum(row["bytes"] for row in manifest["sources"])
   print(

@@ -2,7 +2,7 @@
 
 `clean` removes control characters and repetitions, and joins or cuts texts to a
 sensible size. `Scrub` removes from training documents the lines that share 13
-words in a row with a held-out document.
+words in a row with a held-out document or a benchmark.
 """
 
 import collections

@@ -135,6 +135,26 @@ def task_lines(task: Task) -> Iterator[bytes]:
     yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
+def task_texts(task: Task) -> Iterator[str]:
+  """Yields the text of each document, its right answer included.
+
+  What all contexts begin with, the shots, comes once, as the first text.
+  """
+  contexts = [document.contexts[document.gold] for document in task.documents]
+  # Strings that lie between the first and the last in order share a prefix with
+  # both.
+  first, last = min(contexts), max(contexts)
+  size = next(
+    (n for n, pair in enumerate(zip(first, last)) if len(set(pair)) > 1),
+    min(len(first), len(last)),
+  )
+  # Whole lines, so that every later text begins with a line.
+  shared = first[: first.rfind("\n", 0, size) + 1]
+  yield shared
+  for context, document in zip(contexts, task.documents):
+    yield context[len(shared) :] + document.continuations[document.gold]
+
+
 def _document(record: Record, where: str, number: str) -> TaskDocument:
   """Returns the document of a line; `number` is its id without one."""
   continuations = _texts(record, "continuations", list, where)

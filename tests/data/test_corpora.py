@@ -288,3 +288,56 @@ def test_experiment_reads_what_the_command_writes(
   }
   with pytest.raises(UserError, match="must be one of"):
     load(f"{ROOT}/experiments/small_web3.py:none")
+
+
+def test_scrub_leaves_nothing_of_the_benchmarks(registry, tmp_path, capsys):
+  folder = tmp_path / "benchmarks"
+  folder.mkdir()
+  plays = sentence("plays", 4).splitlines()
+  songs = sentence("songs", 70).splitlines()
+  task = {"continuations": ["\n" + plays[1], " no"], "gold": 0}
+  (folder / "plays.jsonl").write_text(
+    json.dumps(task | {"context": f"Which line follows?\n{plays[0]}"})
+    + "\n"
+    + json.dumps(task | {"context": f"Which line follows?\n{plays[3]}"})
+  )
+  gold = {"context": songs[0], "continuations": [songs[1]], "gold": 0}
+  (folder / "songs.jsonl").write_text(json.dumps(gold))
+  benchmark = set().union(
+    *(runs(line) for line in (*plays[:2], plays[3], *songs[:2]))
+  )
+  arguments = [f"--out={tmp_path / 'x'}", f"--scrub={tmp_path / 'nothing'}"]
+  assert main(arguments) == 2
+  assert "no task files" in capsys.readouterr().err
+
+  def built(name, scrub):
+    out = tmp_path / name
+    manifest = build(SOURCES, out, tmp_path / "cache", 0.1, scrub)
+    text = [
+      record["text"]
+      for row in manifest["sources"]
+      for record in read(out / row["file"])
+    ]
+    return manifest, text
+
+  plain, text = built("out", "")
+  assert any(runs(each) & benchmark for each in text)
+  assert plain["scrubbed_of"] == {}
+  # A folder built without the benchmarks is built again.
+  manifest, text = built("out", str(folder))
+  assert not any(runs(each) & benchmark for each in text)
+  assert set(manifest["scrubbed_of"]) == {"plays", "songs"}
+  counts = {
+    source.fine: (
+      row["removed"]["documents_shared_with_benchmarks"],
+      row["removed"]["bytes_shared_with_benchmarks"],
+    )
+    for source, row in zip(SOURCES, manifest["sources"], strict=True)
+  }
+  # A play holds the four lines from its own, even, number on, so that 2, 4 and 6
+  # share with the lines 4, 5 and 7. No two songs share a line.
+  assert counts["plays"][0] == 3
+  assert counts["songs"][0] == 1
+  assert counts["go"] == (0, 0)
+  shared = sum(len(each.encode()) + 1 for each in plays)
+  assert counts["plays"][1] >= shared

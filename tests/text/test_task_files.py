@@ -10,6 +10,7 @@ from edl_jax.text.task_files import (
   read_task,
   task_files,
   task_lines,
+  task_texts,
 )
 
 SHORTEST = {"context": "2 + 2 =", "continuations": [" 4", " 5"], "gold": 0}
@@ -128,3 +129,23 @@ def test_task_files_of_a_folder(tmp_path):
   }
   with pytest.raises(UserError, match="no task files"):
     task_files(str(tmp_path / "nothing"))
+
+
+def test_task_texts_hold_the_shots_once():
+  shots = "Q: 1 + 1\nA: 2\n\nQ: 1 + "
+  task = Task(
+    name="sums",
+    form="rc",
+    group="sums",
+    shots=1,
+    licence="",
+    documents=(
+      TaskDocument("1", (f"{shots}2\nA:",) * 2, (" 3", " 4"), 0),
+      TaskDocument("2", ("unused", f"{shots}5\nA:"), (" 7", " 6"), 1),
+    ),
+  )
+  assert list(task_texts(task)) == [
+    "Q: 1 + 1\nA: 2\n\n",
+    "Q: 1 + 2\nA: 3",
+    "Q: 1 + 5\nA: 6",
+  ]
