@@ -141,8 +141,8 @@ def task_texts(task: Task) -> Iterator[str]:
   What all contexts begin with, the shots, comes once, as the first text.
   """
   contexts = [document.contexts[document.gold] for document in task.documents]
-  # Strings that lie between the first and the last in order share a prefix with
-  # both.
+  # All contexts lie between these two in order, so that what these two begin
+  # with, all begin with.
   first, last = min(contexts), max(contexts)
   size = next(
     (n for n, pair in enumerate(zip(first, last)) if len(set(pair)) > 1),
