@@ -190,6 +190,19 @@ def test_choices_equal_the_tables_that_they_name():
   assert config.choices("model.remat") == ("none", *transformer._REMAT_POLICIES)
 
 
+@pytest.mark.parametrize(
+  ("key", "file"),
+  [
+    ("moe.dispatch", "edl_jax/model/expert_parallel.py"),
+    ("losses.balance_scope", "edl_jax/losses/objective.py"),
+    ("losses.specialization_form", "edl_jax/losses/objective.py"),
+    ("losses.specialization_form", "edl_jax/losses/routing.py"),
+  ],
+)
+def test_code_distinguishes_every_choice(key, file):
+  assert set(config.choices(key)) <= strings((ROOT / file).read_text())
+
+
 # --- Every field is read ----------------------------------------------------
 
 # What an object is called that holds the fields of a group. An attribute of

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,6 @@ from edl_jax.step import loss_and_gradient
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
 from edl_jax.text.tokenizer import byte_tokenizer
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 CONFIG = ModelConfig(
   vocabulary_size=31,
