@@ -334,7 +334,7 @@ def test_scrub_leaves_nothing_of_the_benchmarks(registry, tmp_path, capsys):
     )
     for source, row in zip(SOURCES, manifest["sources"], strict=True)
   }
-  # A play holds the four lines from its own, even, number on, so that 2, 4 and 6
+  # Each play holds four lines from its own, even, number on. Hence 2, 4 and 6
   # share with the lines 4, 5 and 7. No two songs share a line.
   assert counts["plays"][0] == 3
   assert counts["songs"][0] == 1
