@@ -1,6 +1,6 @@
 """Lower bounds of a training step, by products, memory and interconnect.
 
-What no program can beat that follows the chosen strategy on the given chips.
+No program that follows the chosen strategy on the given chips can take less.
 All figures are for one chip and one step.
 """
 
@@ -23,7 +23,7 @@ _TOKEN_AXES = (*sharding.ROW_AXES, "sequence")
 
 
 class StepBound(NamedTuple):
-  """Seconds that each resource needs at the least, if it never waits."""
+  """The least seconds that each resource needs, if it never waits."""
 
   products: float
   memory: float
@@ -35,7 +35,7 @@ class StepBound(NamedTuple):
 
   @property
   def binding(self) -> str:
-    """What takes longest."""
+    """The resource that takes longest."""
     return max(self._asdict().items(), key=lambda item: item[1])[0]
 
 
@@ -89,7 +89,7 @@ def _weights(
 
 
 def _residual_bytes(experiment: Experiment, mesh: Mesh) -> float:
-  """One layer's residual stream, (B, T, M) of one pass on one chip."""
+  """Returns the bytes of one chip's residual stream (B, T, M) in one pass."""
   train, model = experiment.train, experiment.model
   shards = math.prod(mesh.shape[axis] for axis in _TOKEN_AXES)
   tokens = train.batch_size * train.sequence_length / shards
@@ -100,38 +100,38 @@ def _residual_bytes(experiment: Experiment, mesh: Mesh) -> float:
 def collective_bytes(
   experiment: Experiment, parameters: Any, mesh: Mesh
 ) -> float:
-  """Bytes that a chip must send in one step, by `moe.dispatch`.
+  """Returns the bytes that a chip must send in one step.
 
-  A weight of S bytes that is spread over n chips (of `fsdp` and `expert`; what
-  `tensor` spreads stays spread) needs (n - 1) / n S for each gather: once in a
-  forward pass and, where layers are rematerialised, once more in the backward
-  pass; embedding and head once, their gradient is formed without. Its gradient
-  takes as much once, as a reduce-scatter, and then an all-reduce of the shard
-  over the c chips that hold the same one: 2 (c - 1) / c S / n. Weights travel
-  in the compute dtype, those of router and norms in float32.
+  Weights. `sharding.PARAMETER_RULES` says which axes spread a weight, over
+  which of them it is gathered, and in which dtype it travels. A gather of b
+  bytes from n chips sends (n - 1) / n b. A forward pass gathers each weight
+  once; where layers are rematerialised, the backward pass gathers the layers'
+  weights once more. A gradient is reduced and scattered once, at the same cost.
+  Then the c chips that hold the same shard all-reduce it: 2 (c - 1) / c b / n.
 
-  With t = `tensor` > 1 a layer adds the partial outputs of attention and of
-  experts, forward and backward, and rematerialisation those of attention
-  again: each an all-reduce of the residual stream, 2 (t - 1) / t of its bytes.
-  The embedding is gathered over `tensor` too.
+  `tensor` = t > 1. Each layer adds the partial outputs of attention and of
+  experts, forward and backward, and rematerialisation adds those of attention
+  again. Each is an all-reduce of the residual stream: 2 (t - 1) / t of its
+  bytes.
 
-  Experts are gathered over `expert` by the form "gather" only. For the others,
-  of X = `expert` devices, P tokens a device and A active experts, a layer sends
-  there and back, forward and backward, and with rematerialisation forward
-  again: "ragged_all_to_all" 2 (X - 1) / X P A rows of M numbers at uniform
-  routing, "capacity" `moe.capacity_factor` times that, "ring" 2 (X - 1) P.
+  `expert` = X > 1. With the dispatch "gather" experts travel, as weights do.
+  With the others tokens travel to the experts and back, forward and backward,
+  and forward again under rematerialisation. With P tokens a device and A active
+  experts, a layer's way there and back takes, in rows of M numbers,
+  2 (X - 1) / X P A for "ragged_all_to_all" at uniform routing,
+  `moe.capacity_factor` times that for "capacity", and 2 (X - 1) P for "ring".
 
-  With s = `sequence` > 1 every layer gathers the keys and values of whole rows,
-  each K H numbers a token over t: (s - 1) times a chip's own of each; forward,
-  their gradients backward, and with rematerialisation forward again.
+  `sequence` = s > 1. Each layer gathers the keys and the values of whole rows,
+  each K H / t numbers a token: s - 1 times a chip's own. It does so forward,
+  sums their gradients backward, and gathers again under rematerialisation.
 
-  With accumulation each micro-batch has passes of its own; gradients are added
-  up before they are reduced.
+  Each micro-batch has passes of its own, but gradients are reduced once a step.
 
   Args:
-    experiment: whose mesh is not looked at.
+    experiment: its model, dispatch and accumulation count; `mesh` replaces its
+      mesh.
     parameters: the model's, as `ShapeDtypeStruct`s with shardings.
-    mesh: whose axis sizes count.
+    mesh: the mesh of the step.
   """
   total = 0.0
   for weight in _weights(experiment, parameters, mesh):
@@ -150,7 +150,7 @@ def collective_bytes(
   model, moe = experiment.model, experiment.moe
   again = 0.0 if model.remat == "none" else backward
   if moe.dispatch == "ring":
-    # Of what comes round once more the backward pass needs the tokens only.
+    # Rematerialisation sends the tokens round again, but not the sums.
     again /= 2
   ways = forward + backward + again
   keys = model.num_kv_heads * model.head_width / tensor / model.width * residual
@@ -173,13 +173,13 @@ def memory_bytes(
   argument_bytes: float,
   output_bytes: float,
 ) -> float:
-  """Bytes that a chip must read from and write to its memory in one step.
+  """Returns the bytes that a chip must read from and write to its memory.
 
-  The state and the batch are read and the state written once. What gathers
-  bring is written and read, and so is each gradient. A layer's input, all that
-  rematerialisation keeps, is written in the forward and read in the backward
-  pass. Assumes that none of these stays in the vector memory meanwhile, which
-  holds for models that are worth a pod.
+  The step reads the state and the batch once, and writes the state once. It
+  writes and reads every gathered weight and every gradient. It writes a layer's
+  input, all that rematerialisation keeps, in the forward pass, and reads it in
+  the backward pass. The bound assumes that none of these stays in vector memory
+  meanwhile, which holds for models that need a pod.
   """
   total = argument_bytes + output_bytes
   for weight in _weights(experiment, parameters, mesh):
@@ -193,11 +193,12 @@ def memory_bytes(
 def interconnect_seconds(
   collectives: Sequence[Collective], topology: Topology, mesh: Mesh
 ) -> float:
-  """Seconds that the collectives of a program need on the slice's links.
+  """Returns the seconds that a program's collectives need on the links.
 
-  Each uses the links along the dimensions in which the chips of its group lie
-  apart. For any set of dimensions, the bytes of all collectives that stay
-  within it need the bandwidth of its links: the largest of these times.
+  A collective uses the links along the dimensions in which its group's chips
+  lie apart. For any set of dimensions, all collectives that stay within the set
+  share the bandwidth of its links, which takes a certain time. The result is
+  the largest of these times.
   """
   coordinates = np.array([device.coords for device in mesh.devices.flat])
   links = topology.links()

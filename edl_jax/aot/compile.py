@@ -18,10 +18,10 @@ from edl_jax.step import abstract_state, make_train_step
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy, load_taxonomy
 
-# Of the paper's finer taxonomy; for experiments that leave domains to the data.
+# The paper's finer taxonomy; for experiments that leave domains to the data.
 NUM_DOMAINS = 49
 
-# Arrays that are named where a step does not fit.
+# How many arrays the report names where a step does not fit.
 _NUM_LARGEST = 5
 
 
@@ -29,14 +29,14 @@ class Array(NamedTuple):
   """A value that a chip holds."""
 
   bytes: int
-  # Of a chip's part, such as "bfloat16[64,2048]".
+  # Dtype and shape on one chip, such as "bfloat16[64,2048]".
   type: str
-  # The argument, or the part of the program that makes it.
+  # The argument's name, or the part of the program that makes the value.
   source: str
 
 
 class DoesNotFit(Exception):
-  """A chip's memory does not hold the step, as the compiler found.
+  """The compiler found that the step exceeds a chip's memory.
 
   Attributes:
     needed, available: bytes.
@@ -54,10 +54,13 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_overflow(message: str) -> tuple[float, float] | None:
-  """Returns the bytes that a step needs and that a chip has.
+  """Reads the bytes that a step needs and that a chip has.
 
   Args:
-    message: of the compiler. None comes back if it is about anything else.
+    message: from the compiler.
+
+  Returns:
+    None if the message is about anything else.
   """
   size = r"([\d.]+)([KMGT]?)"
   found = re.search(
@@ -75,15 +78,15 @@ def parse_overflow(message: str) -> tuple[float, float] | None:
 
 
 def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
-  """Returns what takes most memory of a chip if nothing is fused away.
+  """Returns the largest arrays on a chip, if the compiler fuses none away.
 
-  The compiler does not say. Counts arguments, and values inside of `shard_map`,
-  whose shapes are a chip's own; one of each type.
+  The compiler does not name them. This counts arguments, and values inside of
+  `shard_map`, whose shapes are a chip's own; one array of each type.
 
   Args:
     arguments: `ShapeDtypeStruct`s with shardings.
     jaxpr: the traced step.
-    count: how many.
+    count: how many arrays to return.
   """
   found: dict[str, Array] = {}
 
@@ -107,7 +110,7 @@ def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
       inside = is_local or equation.primitive.name == "shard_map"
       parameters = dict(equation.params)
       if platforms := parameters.get("branches_platforms"):
-        # The one for TPUs, or the default, which has no names.
+        # Follow the branch for TPUs, or the default, which names no platform.
         chosen = next(
           i
           for i, names in enumerate(platforms)
@@ -126,17 +129,17 @@ def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
 
 
 class Step(NamedTuple):
-  """What the compiler made of a training step; of one chip."""
+  """A compiled training step, as one chip runs it."""
 
-  # The model's, as `ShapeDtypeStruct`s with shardings.
+  # The model's parameters, as `ShapeDtypeStruct`s with shardings.
   parameters: Any
-  # The mesh that it is compiled for.
+  # The mesh that the step is compiled for.
   mesh: Mesh
   # jaxlib's CompiledMemoryStats.
   memory: Any
   # Optimised HLO text.
   text: str
-  # Of lowering and compiling.
+  # Time to lower and compile.
   seconds: float
 
 
@@ -152,11 +155,14 @@ def make_mesh(experiment: Experiment, topology: Topology) -> Mesh:
 
 
 def make_taxonomy(experiment: Experiment, num_domains: int | None) -> Taxonomy:
-  """Returns the domains, which the data would tell: only their number counts.
+  """Returns domains in place of those that the data would name.
+
+  Only their number changes the program.
 
   Args:
-    experiment: its `data.domains` or `data.taxonomy` hold.
-    num_domains: D where it has neither; None: 49.
+    experiment: names domains in `data.domains` or `data.taxonomy`, or nowhere.
+    num_domains: D, instead of the experiment's. None takes the experiment's, or
+      49 if it names none.
   """
   data = experiment.data
   if num_domains is None and data.taxonomy:
@@ -173,7 +179,7 @@ def compile_step(
   """Compiles the step that `edl_jax.main` would run on the slice.
 
   Args:
-    experiment: must have passed `validation.validate`.
+    experiment: must have passed `config.validate`.
     topology: from `topologies.load`.
     num_domains: see `make_taxonomy`.
 
@@ -185,7 +191,8 @@ def compile_step(
   train = experiment.train
   optimizer = make_optimizer(experiment.optimizer, train.num_steps)
   taxonomy = make_taxonomy(experiment, num_domains)
-  # These make small arrays, which an abstract mesh could not hold.
+  # Build state and step outside of `set_mesh`: both make small arrays, which
+  # devices that are only described cannot hold.
   state = abstract_state(experiment, optimizer, mesh)
   step = make_train_step(experiment, optimizer, taxonomy, mesh)
 

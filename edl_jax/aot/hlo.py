@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Array(NamedTuple):
-  """Type of a value."""
+  """The dtype and shape of a value."""
 
   dtype: str
   shape: tuple[int, ...]
@@ -25,13 +25,14 @@ class Instruction(NamedTuple):
   """One line of a computation."""
 
   name: str
-  # The value, or the elements of a tuple at any depth.
+  # The result, or all elements of a result that is a tuple, at any depth.
   arrays: tuple[Array, ...]
   opcode: str
-  # Names of the operands; what a constant or parameter has in their place.
+  # Names of the operands.
   operands: tuple[str, ...]
+  # The text between the parentheses; of a constant, its value.
   arguments: str
-  # Everything behind the operands.
+  # The text behind the parentheses.
   attributes: str
 
   def called(self, attribute: str) -> list[str]:
@@ -65,7 +66,7 @@ def parse(text: str) -> Module:
   """
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = None, None
-  # What kernels say of themselves goes on over several lines.
+  # Join the lines of kernels' metadata, which spans several.
   for line in re.sub(r'\n(?="|\}\})', "", text).splitlines():
     if current is not None and (found := _INSTRUCTION.match(line)):
       instruction = _parse_instruction(found[1], found[2])
@@ -118,9 +119,9 @@ def _arrays(text: str) -> Iterator[Array]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-  """Turns of a while loop; None if unknown.
+  """Returns the turns of a while loop; None if unknown.
 
-  XLA's annotation, or else the constant that the condition compares with:
+  Reads XLA's annotation, or else the constant that the condition compares with:
   loops of `jax.lax.scan` and `fori_loop` count from 0 by 1.
   """
   if found := re.search(r'knowntrip_count"?:\{"n":"(\d+)"', loop.attributes):

@@ -1,6 +1,6 @@
-"""What one device does in a compiled step: products, kernels, transfers.
+"""The costs of a compiled step on one device: products, kernels, transfers.
 
-XLA's own cost analysis counts the body of a loop once, and knows little of
+XLA's own cost analysis counts the body of a loop once, and misses the work in
 kernels. Here every instruction counts as often as it runs: once for each turn
 of the loops around it. Elementwise work does not count.
 """
@@ -20,30 +20,29 @@ from edl_jax.aot.hlo import Array, Instruction, Module
 class Collective(NamedTuple):
   """A transfer between devices, as often as it runs in one step."""
 
-  # As XLA writes it, such as "all-gather".
+  # XLA's name, such as "all-gather".
   kind: str
   runs: int
-  # Devices that take part in one of it.
+  # Number of devices that take part.
   group: int
-  # One group of them, by their place in the mesh; of permutations, all.
+  # One group of devices, by place in the mesh; all devices for permutations.
   devices: tuple[int, ...]
   # Bytes of the whole value that a group holds or makes, for each run.
   payload: float
   # Whether other work is scheduled while it runs, and if so its FLOPs.
   is_async: bool
   enclosed_flops: float
-  # What of the source program it comes from.
+  # The operation of the source program that it comes from.
   source: str
 
   @property
   def wire_bytes(self) -> float:
-    """Bytes that a device sends, over all runs.
+    """The least bytes that a device must send, over all runs.
 
-    The least possible (Thakur et al., 2005, for values that do not fit a
-    latency-bound message): of n devices each sends (n - 1) / n of the value in
-    a gather, a reduce-scatter or an all-to-all, and twice that in an
-    all-reduce. A ragged all-to-all is counted as if its smaller buffer were
-    full.
+    Each of n devices sends (n - 1) / n of the value in a gather, a
+    reduce-scatter or an all-to-all, and twice that in an all-reduce (Thakur et
+    al., 2005, for large messages). A ragged all-to-all counts as if its smaller
+    buffer were full.
     """
     share = (self.group - 1) / self.group
     if self.kind == "all-reduce":
@@ -54,37 +53,37 @@ class Collective(NamedTuple):
 
 
 class Kernel(NamedTuple):
-  """A kind of Pallas kernel, over all runs in one step."""
+  """A Pallas kernel, over all runs in one step."""
 
   name: str
   runs: int
-  # None: unknown to `kernel_flops`.
+  # None if `kernel_flops` does not know the kernel.
   flops: float | None
 
 
 class Costs(NamedTuple):
-  """What one device does in one step."""
+  """Costs of one step on one device."""
 
-  # Of matrix products and convolutions that XLA compiles.
+  # FLOPs of matrix products and convolutions that XLA compiles.
   product_flops: float
   kernels: list[Kernel]
   collectives: list[Collective]
-  # Loops whose trip count the text does not tell; counted as one turn.
+  # Loops of unknown trip count, which count as one turn.
   unknown_loops: int
 
   @property
   def flops(self) -> float:
-    """All products, those of known kernels too."""
+    """FLOPs of all products, including those of known kernels."""
     return self.product_flops + sum(
       kernel.flops or 0 for kernel in self.kernels
     )
 
 
 def _search(pattern: str, text: str) -> re.Match[str]:
-  """Finds what an instruction of its kind always has.
+  """Finds a pattern that every instruction of its kind has.
 
   Raises:
-    ValueError: the text does not match; XLA may write it in another way now.
+    ValueError: the text does not match; XLA may have changed its syntax.
   """
   found = re.search(pattern, text)
   if found is None:
@@ -96,7 +95,7 @@ def _search(pattern: str, text: str) -> re.Match[str]:
 
 
 def _dot_flops(instruction: Instruction, lhs: Array) -> float:
-  """Two for each multiply-add."""
+  """Counts two for each multiply-add."""
   found = _search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
   contracted = [lhs.shape[int(i)] for i in found[1].split(",") if i]
   return 2.0 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
@@ -114,10 +113,11 @@ def _window(attributes: str, key: str, dimensions: int, default: int) -> list:
 def _convolution_flops(
   instruction: Instruction, lhs: Array, rhs: Array
 ) -> float:
-  """Two for each multiply-add of elements that exist.
+  """Counts two for each multiply-add of elements that exist.
 
-  On TPUs all matrix products are convolutions; batch dimensions become spatial
-  ones with padding and dilation, where most of the window meets nothing.
+  TPUs write all matrix products as convolutions. Batch dimensions become
+  spatial ones with padding and dilation, where most of the window meets
+  nothing.
   """
   text = instruction.attributes
   window = re.search(r"window=\{([^}]*)\}", text)
@@ -146,7 +146,7 @@ def _convolution_flops(
       0 <= n <= (size - 1) * dilation and n % dilation == 0 for n in at
     )
   batch, features = (output.shape[outputs.index(label)] for label in "bf")
-  # Input features of a group, as the kernel has them.
+  # The kernel's shape has the input features of one group.
   return 2.0 * batch * features * rhs.shape[kernels.index("i")] * met
 
 
@@ -156,14 +156,15 @@ def kernel_flops(
   results: Sequence[Array],
   num_experts: int,
 ) -> float | None:
-  """FLOPs of one run of a Pallas kernel, by its name; None if unknown.
+  """Returns the FLOPs of one run of a Pallas kernel; None if unknown.
 
   Args:
-    name: of the kernel: megablox's `gmm` and `tgmm`, or splash attention's
+    name: the kernel's: megablox's `gmm` and `tgmm`, or splash attention's
       `splash_mha_fwd...`, `..._dq...` and `..._dkv...`.
-    operands, results: as the custom call has them.
-    num_experts: E. At uniform routing a grouped product with some of their
-      matrices has work for that share of its rows; the kernels skip others.
+    operands, results: those of the custom call.
+    num_experts: E. A grouped product that holds a share of the experts'
+      matrices works on that share of its rows at uniform routing; the kernels
+      skip the others.
   """
   matrices = [x for x in operands if len(x.shape) > 1 and "f" in x.dtype]
   if name in ("gmm", "tgmm"):
@@ -173,21 +174,21 @@ def kernel_flops(
     return 2.0 * rows * matrices[0].shape[1] * results[0].shape[-1]
   if not (found := re.match(r"splash_m[hq]a_(fwd|dq|dkv)", name)):
     return None
-  # Of the table of blocks (heads or 1, query blocks, key blocks) those on and
-  # below the diagonal run.
+  # The table of blocks has the axes heads (or 1), query blocks, key blocks. The
+  # kernel runs the blocks on and below the diagonal.
   table = next(x for x in operands if len(x.shape) == 3)
   query, key = matrices[:2]
   query_block = query.shape[-2] // table.shape[1]
   key_block = key.shape[-2] // table.shape[2]
-  # Devices that share a row have even shares of its queries.
+  # Devices that share a row hold even shares of its queries.
   shards = key.shape[-2] // query.shape[-2]
   blocks = sum(
     -(-(i + 1) * query_block // key_block)
     for i in range(shards * table.shape[1])
   )
-  # Forward: logits, outputs. Backward: logits, their gradient's product with
-  # the values, and one for each gradient. The fused kernel returns the queries'
-  # gradient in a part for each block of keys.
+  # Products forward: logits and outputs. Backward: logits, their gradient, and
+  # one for each of the kernel's results. The fused kernel returns a partial
+  # gradient of the queries for each block of keys.
   is_fused = any(len(x.shape) > len(query.shape) for x in results)
   products = {"fwd": 2, "dq": 3, "dkv": 5 if is_fused else 4}[found[1]]
   heads = math.prod(query.shape[:-2])
@@ -204,7 +205,7 @@ def _kernel_name(instruction: Instruction) -> str | None:
 def _product_flops(
   instruction: Instruction, operands: Sequence[Array]
 ) -> float:
-  """FLOPs of a product itself, 0 of everything else."""
+  """Returns the FLOPs of a product, 0 for any other instruction."""
   if instruction.opcode == "dot":
     return _dot_flops(instruction, operands[0])
   if instruction.opcode == "convolution":
@@ -232,12 +233,13 @@ _COLLECTIVES = (
   "collective-broadcast",
 )
 
-# Other work goes on beside what these call; the latter on SparseCores.
+# Other work runs beside the computations that these call; the latter run on
+# SparseCores.
 _STARTS = ("async-start", "call-start")
 
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
-  """Devices of the first group, in any way in which XLA writes groups."""
+  """Returns the devices of the first group, in any notation of XLA."""
   if found := re.search(r"replica_groups=mesh\[([^\]]*)\](.*)", attributes):
     return _mesh_group(*found.groups())
   if found := re.search(
@@ -260,14 +262,14 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_group(axes: str, rest: str) -> tuple[int, ...]:
-  """First group of "mesh['a'=2,'b'=4], device_ids=(...) {'b':(1)2}"."""
+  """Reads the first group of "mesh['a'=2,'b'=4], device_ids=() {'b':(1)2}"."""
   sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
   order = re.match(r", device_ids=\(([^{]*)\)", rest)
   numbers = _iota(order[1]) if order else np.arange(math.prod(sizes.values()))
   numbers = numbers.reshape(tuple(sizes.values()))
   named = _search(r"\{([^}]*)\}", rest)[1]
-  # A part of an axis is 'axis':(what is before it)size. Place 0 of all that is
-  # not named.
+  # 'axis':(before)size names a part of an axis, behind a part of size
+  # `before`. The first group has place 0 along everything that is not named.
   parts = {
     name: (int(before or 1), int(size or sizes[name]))
     for name, before, size in re.findall(
@@ -309,13 +311,14 @@ def costs(module: Module, num_experts: int) -> Costs:
 
 
 class _Counter:
-  """Counts over one module."""
+  """Adds up the costs of one module."""
 
   def __init__(self, module: Module, num_experts: int):
     self._module = module
     self._num_experts = num_experts
     self._flops_within: dict[str, float] = {}
-    # Where each computation is called that is not a loop's.
+    # The caller of each computation that is no loop's: a computation, and the
+    # instruction in it.
     self._callers = {
       callee: (name, instruction)
       for name, computation in module.computations.items()
@@ -358,7 +361,7 @@ class _Counter:
     return kernel_flops(name, operands, instruction.arrays, self._num_experts)
 
   def _flops(self, instruction: Instruction, within: str) -> float:
-    """FLOPs of one run of an instruction and all that it calls."""
+    """Returns the FLOPs of one run of an instruction and all that it calls."""
     computation = self._module.computations[within]
     operands = _operand_arrays(instruction, computation)
     total = _product_flops(instruction, operands)
@@ -376,15 +379,16 @@ class _Counter:
   def _collective(
     self, instruction: Instruction, operands: Sequence[Array], within: str
   ) -> Collective | None:
-    """Returns one run of a collective, None of all else."""
+    """Returns one run of a collective, None for any other instruction."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in _COLLECTIVES:
       return None
     outside, start = within, instruction
     if within in self._callers:
       outside, caller = self._callers[within]
-      # On TPUs a collective may run beside products: a fusion starts it, others
-      # go on with it while they multiply, and one ends it. All repeat it.
+      # On TPUs a collective may run beside products: one fusion starts it,
+      # others multiply meanwhile, and a last one ends it. All of them hold the
+      # collective's text; count it where it starts.
       if caller.name.startswith("async-collective-done") or within.startswith(
         "async_collective_fusion"
       ):
@@ -393,7 +397,7 @@ class _Counter:
         "async-collective-start"
       ):
         start = caller
-      # A reduce-scatter is a fusion of an all-reduce with a slice of it.
+      # TPUs write a reduce-scatter as an all-reduce fused with a slice.
       if within.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     is_async = start is not instruction or start.opcode.endswith("-start")
@@ -404,8 +408,8 @@ class _Counter:
     if kind == "all-gather":
       payload *= group
     elif kind == "ragged-all-to-all":
-      # Of a buffer for what is sent and one for what is received, one has room
-      # for the worst case.
+      # One buffer is sent and one received. One of them has room for the worst
+      # case, so take the smaller one.
       payload = min(array.bytes for array in operands[:2])
     source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return Collective(
@@ -420,7 +424,7 @@ class _Counter:
     )
 
   def _enclosed_flops(self, start: Instruction, within: str) -> float:
-    """FLOPs that are scheduled between a start and its end."""
+    """Returns the FLOPs that are scheduled between a start and its end."""
     order = list(self._module.computations[within].values())
     total = 0.0
     for later in order[order.index(start) + 1 :]:

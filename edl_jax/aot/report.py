@@ -1,4 +1,4 @@
-"""What a compiled training step needs and can reach: figures and their text."""
+"""The report on a compiled training step: its figures, and their text."""
 
 import math
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from edl_jax.sharding import path_name
 def analyze(
   experiment: Experiment, topology: Topology, step: Step
 ) -> dict[str, Any]:
-  """Returns the figures of a compiled step, of one chip, as JSON can hold them.
+  """Returns the figures of one chip and one step, in types that JSON can hold.
 
-  Bytes, seconds and floating-point operations, all for one step.
+  Units are bytes, seconds and floating-point operations.
   """
   train, chip = experiment.train, topology.chip
   chips = len(topology.devices)
@@ -88,7 +88,7 @@ def analyze(
 
 
 def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
-  """Adds collectives up by kind, the one that sends most first."""
+  """Adds collectives up by kind; the kind that sends most comes first."""
   kinds: dict[str, dict[str, float]] = {}
   for collective in collectives:
     figures = kinds.setdefault(
@@ -110,15 +110,17 @@ def _gib(size: float) -> str:
   return f"{size / 2**30:,.2f} GiB"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-  """Returns an indented table; its first column holds words."""
-  return [f"  {line}" for line in tables.aligned(rows)]
+def _table(
+  rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)
+) -> list[str]:
+  """Returns an indented table; see `tables.aligned`."""
+  return [f"  {line}" for line in tables.aligned(rows, left)]
 
 
 def describe(
   experiment: Experiment, topology: Topology, figures: dict[str, Any]
 ) -> list[str]:
-  """Returns the lines that report the figures of `analyze`."""
+  """Returns the lines that tell the figures of `analyze`."""
   memory, bound = figures["memory"], figures["step_bound"]
   model, compiled = figures["model_flops"], figures["hlo_flops"]
   sent = figures["collectives"]
@@ -161,7 +163,7 @@ def describe(
         ),
       ]
     ),
-    *(f"  {name}: a kernel of unknown FLOPs, left out" for name in unknown),
+    *(f"  {name}: a kernel of unknown FLOPs, not counted" for name in unknown),
     *(
       [f"  {compiled['unknown_loops']} loops of unknown length counted once"]
       if compiled["unknown_loops"]
@@ -189,7 +191,7 @@ def describe(
 def describe_overflow(
   experiment: Experiment, topology: Topology, overflow: DoesNotFit
 ) -> list[str]:
-  """Returns the lines that say by how much a step does not fit, and why."""
+  """Returns the lines that tell how much memory is missing, and for what."""
   short = overflow.needed - overflow.available
   lines = [
     f"{experiment.name} does not fit {topology.name}: a chip needs"
@@ -199,11 +201,15 @@ def describe_overflow(
   rows = [
     [array.source, array.type, _gib(array.bytes)] for array in overflow.largest
   ]
-  return [*lines, "its largest arrays, if nothing is fused:", *_table(rows)]
+  return [
+    *lines,
+    "its largest arrays, if nothing is fused:",
+    *_table(rows, (0, 1)),
+  ]
 
 
 def describe_parameters(parameters: Any) -> list[str]:
-  """Returns a table of every parameter, its spec and what a chip holds."""
+  """Returns a table of every parameter, its spec and the bytes of a chip."""
   rows = [["parameter", "shape", "spec", "bytes a chip"]]
   total = 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
@@ -214,7 +220,7 @@ def describe_parameters(parameters: Any) -> list[str]:
     spec = ", ".join(str(axes) for axes in leaf.sharding.spec)
     rows.append([path_name(path), shape, f"({spec})", f"{held:,}"])
   rows.append(["all; AdamW keeps twice as much", "", "", f"{total:,}"])
-  return _table(rows)
+  return _table(rows, left=(0, 1, 2))
 
 
 def describe_difference(
@@ -223,7 +229,7 @@ def describe_difference(
   """Returns a table of two programs' figures and their difference.
 
   Args:
-    key: what is set in the second one, KEY=VALUE.
+    key: the setting of the second program, KEY=VALUE.
     base, other: from `analyze`.
   """
 

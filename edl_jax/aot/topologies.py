@@ -1,7 +1,7 @@
-"""TPU slices that programs are compiled for: what chips can do, and shapes.
+"""TPU slices that programs are compiled for: their chips and shapes.
 
 Nothing here needs a TPU: the compiler in the package `libtpu` knows every
-slice. Peaks are those that Google Cloud publishes for each chip.
+slice. Google Cloud publishes the peaks of each chip.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ class Chip(NamedTuple):
   hbm_bandwidth: float
   # Bytes per second that one link to a neighbour carries, each way.
   link_bandwidth: float
-  # Chips in a ring: dimensions of a slice that are multiples of it wrap around.
+  # Chips in a ring: slices wrap around in dimensions that are multiples of it.
   ring: int
   # Common slices.
   slices: tuple[str, ...]
@@ -42,9 +42,10 @@ _CUBES = (
   "8x8x16", "8x16x16", "16x16x16",
 )  # fmt: skip
 
-# Bandwidth of the interconnect is published per chip, in both directions and
-# over all its links: four in two dimensions, six in three. v4 and tpu7x, which
-# the compiler knows too, are two devices a chip to JAX and not offered here.
+# The published bandwidth of the interconnect is a chip's, in both directions
+# and over all its links: four in two dimensions, six in three. The compiler
+# knows v4 and tpu7x too, but JAX sees two devices in each of these chips, so
+# they are left out.
 CHIPS = {
   "v5e": Chip(
     flops=197e12,
@@ -87,7 +88,7 @@ class Topology(NamedTuple):
   devices: Sequence[Any]
 
   def links(self) -> tuple[int, ...]:
-    """Links of a corner chip along each dimension.
+    """Returns the links of a corner chip along each dimension.
 
     Dimensions that are whole rings wrap around; in others the first and the
     last chip have one neighbour. Corner chips take part in every collective, so
@@ -100,19 +101,19 @@ class Topology(NamedTuple):
 
 
 def prepare_environment() -> None:
-  """Lets this process compile for TPUs; before JAX is imported.
+  """Lets this process compile for TPUs; call it before JAX is imported.
 
-  Arrays and eager operations stay on the CPU, the TPU library asks no metadata
-  server what machine this is, and several processes may load it.
+  Arrays and eager operations stay on the CPU, the TPU library does not ask a
+  metadata server about this machine, and several processes may load it.
   """
   os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-  # What is compiled for another machine cannot be read back from the cache.
+  # JAX cannot read back from its cache what it compiled for another machine.
   os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-  # Its log repeats what is reported here: keep fatal messages.
+  # The library logs what this command reports anyway; keep fatal messages only.
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
@@ -134,7 +135,7 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
   chip = CHIPS[kind]
   dimensions = chip.slices[0].count("x") + 1
   found = re.fullmatch("x".join([r"([1-9]\d*)"] * dimensions), sizes)
-  # Hosts have two by two chips.
+  # A host has two by two chips.
   if not found or int(found[1]) % 2 or int(found[2]) % 2:
     raise UserError(
       f"--topology={name}: slices of {kind} have {dimensions} dimensions, the"
@@ -154,7 +155,7 @@ def load(name: str) -> Topology:
     raise UserError(
       f"the TPU compiler is not installed: python -m pip install {LIBTPU}"
     )
-  # Takes JAX, which a wrong name should not wait for.
+  # Imports JAX, for which a wrong name should not wait.
   from jax.experimental import topologies
 
   try:

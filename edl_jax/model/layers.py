@@ -11,7 +11,7 @@ from edl_jax.config import ModelConfig
 def fan_in_normal(
   key: jax.Array, shape: tuple[int, ...], fan_in: int, scale: float = 1.0
 ) -> jax.Array:
-  """Truncated normal of standard deviation scale / sqrt(fan_in), float32.
+  """Draws a normal of deviation scale / sqrt(fan_in), cut at 3, in float32.
 
   LeCun et al., *Efficient BackProp*, 1998.
   """
@@ -23,7 +23,7 @@ def fan_in_normal(
 
 @jax.custom_vjp
 def _rms_normalize(x, scale, epsilon):
-  """Autodiff's derivative of the same formula reads x three times as often."""
+  """Normalises; autodiff's derivative would read x three times as often."""
   return _rms_normalize_forward(x, scale, epsilon)[0]
 
 
@@ -64,7 +64,7 @@ class RMSNorm(nnx.Module):
 def swiglu(both: jax.Array) -> jax.Array:
   """Multiplies `up` by the SiLU of `gate` (Shazeer, arXiv:2002.05202).
 
-  Keeps its argument and nothing else for the backward pass.
+  The backward pass keeps the argument alone.
 
   Args:
     both: gate and up, (..., 2, F).

@@ -19,8 +19,8 @@ from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal
 from edl_jax.model.moe import GATHER, MoE
 from edl_jax.text.batch import Batch
 
-# What each layer keeps for the backward pass, beside its input; the rest is
-# computed again. Names are given where the arrays are made.
+# The arrays that each layer keeps for the backward pass beside its input, by
+# their `checkpoint_name`; the backward pass computes the others again.
 _REMAT_POLICIES = {
   "full": None,
   "attention": jax.checkpoint_policies.save_only_these_names("attention"),
@@ -140,13 +140,13 @@ class Model(nnx.Module):
     return self.final_norm(x_BTM), rows, outputs
 
   def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-    """Logits of whole documents, float32 (B, T, V), for looking inside."""
+    """Returns the logits of whole documents, float32 (B, T, V)."""
     x_BTM, _, _ = self.hidden(tokens_BT, *_whole_documents(tokens_BT.shape))
     head_MV = self.head_MV[...].astype(x_BTM.dtype)
     return jnp.dot(x_BTM, head_MV, preferred_element_type=jnp.float32)
 
   def token_routing(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Routing of whole documents token by token, for looking inside.
+    """Routes whole documents, for analysis token by token.
 
     Returns:
       probs_LBTE, the float32 router probabilities of every mixture-of-experts
@@ -230,7 +230,8 @@ class Model(nnx.Module):
         PartitionSpec(None, by_shard),
       ),
     )(self, batch, pairs)
-    # The one place where rows meet: every sum is that of the global batch.
+    # Rows of different devices are added here and nowhere else, so every sum is
+    # that of the global batch.
     if pairs is None:
       pairs_L22 = None
     else:
@@ -253,7 +254,7 @@ class Model(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _embed(embedding_VM, tokens_BT, dtype):
-  """Looks tokens up; the gradient of a frequent token adds up in float32."""
+  """Looks tokens up; the gradients of a token's places add up in float32."""
   return _embedding(embedding_VM, dtype)[tokens_BT]
 
 
@@ -280,7 +281,7 @@ _embed.defvjp(_embed_forward, _embed_backward)
 def _whole_documents(
   shape: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Segments, positions and weights of rows that are one document each."""
+  """Returns segments, positions and weights for rows of one document each."""
   positions_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
   return jnp.ones(shape, jnp.int32), positions_BT, jnp.ones(shape)
 
@@ -293,8 +294,8 @@ def abstract_model(config: ModelConfig) -> Model:
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
   """Returns (total, active) parameters.
 
-  Active ones are multiplied for every token: all but idle experts and the
-  embedding, of which a token looks up one row.
+  Active parameters are those that a token is multiplied with: all except idle
+  experts and the embedding, of which a token looks up one row.
   """
   total = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
   expert = 3 * config.width * config.expert_width
@@ -309,9 +310,9 @@ def training_flops(
 ) -> dict[str, float]:
   """Returns the floating-point operations that a training step needs, by part.
 
-  Two for each multiply-add of the matrix products, once forward and twice
-  backward. Attention counts the pairs that causality leaves, as if
-  each row were one document; rematerialisation and padding do not count.
+  A multiply-add of a matrix product counts as two, once forward and twice
+  backward. Attention counts the causal pairs of a row, as if each row were one
+  document. Rematerialisation and padding do not count.
 
   Args:
     config: sizes of the model.
