@@ -164,6 +164,46 @@ class Model(nnx.Module):
     )
     return tokens
 
+  def _shard_sums(
+    self,
+    batch: Batch,
+    summaries: routing.Summaries,
+    moe: MoEConfig,
+    pairs: TokenPairs | None,
+  ) -> tuple[Any, ...]:
+    """Runs a device's share of `batch_sums`.
+
+    Returns:
+      nats_1, nats_BT, the routing of rows (L, B, ...), and the sums of outputs
+      and the probabilities of pairs, each (L, 1, ...) or None. The axes of size
+      1 become Z.
+    """
+
+    def routing_and_pairs(logits_BTE, probs_BTE, *rest):
+      rows = summaries.routing(logits_BTE, probs_BTE, *rest)
+      if pairs is None:
+        return rows, None
+      return rows, local_probabilities(probs_BTE, pairs)[None]
+
+    x_BTM, (routing_LB, probs_L1I2E), outputs_L = self.hidden(
+      batch.tokens_BT,
+      batch.segments_BT,
+      batch.positions_BT,
+      batch.weights_BT,
+      summaries._replace(routing=routing_and_pairs),
+      moe,
+    )
+    with jax.named_scope("head"):
+      nats, nats_BT = chunked_cross_entropy(
+        x_BTM,
+        self.head_MV[...],
+        batch.targets_BT,
+        batch.weights_BT,
+        self.config.logits_elements,
+      )
+    outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
+    return nats[None], nats_BT, routing_LB, outputs_L1, probs_L1I2E
+
   def batch_sums(
     self,
     batch: Batch,
@@ -193,30 +233,7 @@ class Model(nnx.Module):
     by_shard = (*sharding.ROW_AXES, "sequence")
 
     def of_shard(model: Model, batch: Batch, pairs: TokenPairs | None):
-      def routing_and_pairs(logits_BTE, probs_BTE, *rest):
-        rows = summaries.routing(logits_BTE, probs_BTE, *rest)
-        if pairs is None:
-          return rows, None
-        return rows, local_probabilities(probs_BTE, pairs)[None]
-
-      x_BTM, (routing_LB, probs_L1I2E), outputs_L = model.hidden(
-        batch.tokens_BT,
-        batch.segments_BT,
-        batch.positions_BT,
-        batch.weights_BT,
-        summaries._replace(routing=routing_and_pairs),
-        moe,
-      )
-      with jax.named_scope("head"):
-        nats, nats_BT = chunked_cross_entropy(
-          x_BTM,
-          model.head_MV[...],
-          batch.targets_BT,
-          batch.weights_BT,
-          model.config.logits_elements,
-        )
-      outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
-      return nats[None], nats_BT, routing_LB, outputs_L1, probs_L1I2E
+      return model._shard_sums(batch, summaries, moe, pairs)
 
     nats_Z, nats_BT, routing_LB, outputs_LZ, probs_LZI2E = sharding.per_shard(
       of_shard,

@@ -287,7 +287,8 @@ def test_training_evaluation_and_inspection_run_one_model(
   evaluated = make_eval_step(ROWS, byte_tokenizer())(model, rows)
   np.testing.assert_allclose(evaluated.nats_D.sum(), trained.nats, rtol=1e-5)
   for name, want in trained.routing._asdict().items():
-    if name != "outputs":
+    # Only training sums up pairs, and outputs in the form that its loss needs.
+    if isinstance(want, jax.Array):
       got = getattr(evaluated.routing, name)
       np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
 
