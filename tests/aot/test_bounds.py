@@ -116,7 +116,7 @@ def test_spread_sequences_gather_keys_and_values(remat, ways):
 
 
 @pytest.mark.parametrize(
-  ("form", "sent"),
+  ("dispatch", "sent"),
   # Rows of 32 float32 numbers, of 8 x 64 tokens over 4 devices of one row each
   # way: to the 3 / 4 of 2 active experts that are elsewhere, or past 3 others.
   [
@@ -126,9 +126,9 @@ def test_spread_sequences_gather_keys_and_values(remat, ways):
     ("ring", 3),
   ],
 )
-def test_forms_of_dispatch_send_tokens_or_experts(form, sent):
+def test_ways_of_dispatch_send_tokens_or_experts(dispatch, sent):
   experiment = config_files.load(
-    TINY, {"moe.dispatch": form, "moe.capacity_factor": 1.5}
+    TINY, {"moe.dispatch": dispatch, "moe.capacity_factor": 1.5}
   )
   assert experiment.model.num_active_experts == 2
   mesh = AbstractMesh((1, 1, 4, 1, 1), MESH_AXES)
@@ -141,7 +141,7 @@ def test_forms_of_dispatch_send_tokens_or_experts(form, sent):
     }
   }
   found = bounds.collective_bytes(experiment, experts, mesh)
-  if form == "gather":
+  if dispatch == "gather":
     # Once forward, and the gradient back.
     assert found == 2 * 3 / 4 * 2 * 8 * 4 * 4 * 4
   else:

@@ -1,4 +1,4 @@
-"""Every form of dispatch against a loop over tokens and active experts."""
+"""Every way of dispatch against a loop over tokens and active experts."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from edl_jax.model.expert_parallel import mixed_outputs
 from edl_jax.sharding import ROW_AXES, make_mesh
 
 WIDTH, HIDDEN, TOKENS = 6, 4, 40
-FORMS = ("gather", "ragged_all_to_all", "ring", "capacity")
+DISPATCHES = ("gather", "ragged_all_to_all", "ring", "capacity")
 
 
 def naive(x, expert, gate, gate_up, down, dy, kept):
@@ -66,17 +66,19 @@ def routing(num_experts, num_active, used=None):
   return np.array(chosen, np.int32)
 
 
-def differentiated(form, factor=math.inf, **axes):
+def differentiated(dispatch, factor=math.inf, **axes):
   """Value and gradients, on the devices of a mesh; outside one if no axes."""
   # Places for all tokens, unless a test wants less.
   factor = min(factor, 1e6)
 
   def local(x, expert, gate, gate_up, down):
-    if axes and form == "gather":
+    if axes and dispatch == "gather":
       gate_up, down = (
         jax.lax.all_gather(w, "expert", tiled=True) for w in (gate_up, down)
       )
-    y = mixed_outputs(x, expert, gate, gate_up, down, MoEConfig(form, factor))
+    y = mixed_outputs(
+      x, expert, gate, gate_up, down, MoEConfig(dispatch, factor)
+    )
     return jax.lax.psum(y, "tensor") if axes else y
 
   rows = PartitionSpec(ROW_AXES)
@@ -168,7 +170,7 @@ def stand_ins(monkeypatch):
   )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize(
   "axes",
   [
@@ -177,8 +179,8 @@ def stand_ins(monkeypatch):
     {"expert": 8},
   ],
 )
-def test_values_and_gradients_on_meshes(form, axes):
-  function = differentiated(form, **axes)
+def test_values_and_gradients_on_meshes(dispatch, axes):
+  function = differentiated(dispatch, **axes)
   check(function, routing(8, 2), 8)
   # Idle experts, among them all of a device; all tokens at one device's
   # experts, or at as few as can be.
@@ -186,26 +188,26 @@ def test_values_and_gradients_on_meshes(form, axes):
   check(function, routing(8, 2, used=[6, 7]), 8)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_all_experts_active(form):
-  check(differentiated(form, expert=4, fsdp=2), routing(4, 4), 4)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_all_experts_active(dispatch):
+  check(differentiated(dispatch, expert=4, fsdp=2), routing(4, 4), 4)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("num_experts", [1, 5])
-def test_outside_a_mesh(form, num_experts):
+def test_outside_a_mesh(dispatch, num_experts):
   active = min(num_experts, 2)
-  check(differentiated(form), routing(num_experts, active), num_experts)
+  check(differentiated(dispatch), routing(num_experts, active), num_experts)
 
 
-@pytest.mark.parametrize("form", ["ragged_all_to_all", "ring", "capacity"])
-def test_no_collectives_on_an_expert_axis_of_one(form):
-  function = differentiated(form, fsdp=2, expert=1)
+@pytest.mark.parametrize("dispatch", ["ragged_all_to_all", "ring", "capacity"])
+def test_no_collectives_on_an_expert_axis_of_one(dispatch):
+  function = differentiated(dispatch, fsdp=2, expert=1)
   check(function, routing(5, 2), 5)
   mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=1), jax.devices()[:2])
   x, gate, gate_up, down, _ = arrays(5, 2)
   with jax.set_mesh(mesh):
-    jaxpr = jax.make_jaxpr(lambda *a: mixed_outputs(*a, MoEConfig(form)))(
+    jaxpr = jax.make_jaxpr(lambda *a: mixed_outputs(*a, MoEConfig(dispatch)))(
       x, routing(5, 2), gate, gate_up, down
     )
   assert not {"ppermute", "all_gather", "all_to_all"} & set(str(jaxpr).split())
@@ -228,8 +230,8 @@ def test_capacity_drops_later_tokens(axes):
   check(differentiated("capacity", factor, **axes), expert, num_experts, kept)
 
 
-@pytest.mark.parametrize("form", ["ragged_all_to_all", "ring"])
-def test_every_row_is_computed_once(form, monkeypatch):
+@pytest.mark.parametrize("dispatch", ["ragged_all_to_all", "ring"])
+def test_every_row_is_computed_once(dispatch, monkeypatch):
   rows = []
   original = expert_parallel.grouped_matmul
 
@@ -246,7 +248,7 @@ def test_every_row_is_computed_once(form, monkeypatch):
   with jax.set_mesh(mesh):
     jax.jit(
       jax.shard_map(
-        lambda *a: mixed_outputs(*a, MoEConfig(form)),
+        lambda *a: mixed_outputs(*a, MoEConfig(dispatch)),
         in_specs=(rows_spec,) * 3 + (expert_spec,) * 2,
         out_specs=rows_spec,
         check_vma=False,
@@ -270,9 +272,9 @@ devices = topologies.get_topology_desc("v5p:2x2x1", platform="tpu").devices
 mesh = Mesh(devices, "expert", axis_types=(AxisType.Auto,))
 split = PartitionSpec("expert")
 
-def total(form):
+def total(dispatch):
   function = jax.shard_map(
-    lambda *arguments: mixed_outputs(*arguments, MoEConfig(form)),
+    lambda *arguments: mixed_outputs(*arguments, MoEConfig(dispatch)),
     in_specs=split, out_specs=split, check_vma=False,
   )
   return lambda *arguments: function(*arguments).astype(jnp.float32).sum()
@@ -287,15 +289,15 @@ arguments = [
     ((8, 128, 256), jnp.bfloat16),
   )
 ]
-for form, collective in (
+for dispatch, collective in (
   ("ragged_all_to_all", "ragged-all-to-all"),
   ("ring", "collective-permute"),
   ("capacity", "all-to-all"),
 ):
   with jax.set_mesh(mesh):
-    gradient = jax.jit(jax.value_and_grad(total(form), (0, 2, 3, 4)))
+    gradient = jax.jit(jax.value_and_grad(total(dispatch), (0, 2, 3, 4)))
     text = gradient.lower(*arguments).compile().as_text()
-  assert collective in text, form
+  assert collective in text, dispatch
 """
 
 
