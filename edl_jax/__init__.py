@@ -18,18 +18,19 @@ Axis letters, used as suffixes of array names and in einsum strings:
   E experts
   A active experts of a token
   F hidden width of an expert
-  O gate and up projection, of size 2; a suffix writes 2
+  O gate and up projection in einsum strings; suffixes write 2
   R rows of routed tokens, one for each token and active expert (P A)
   C capacity: places of an expert
   U places of all experts, used or unused (E C)
-  W rows of a window on R
+  W rows of one block in grouped products
   X devices along the mesh axis `expert`
   Z shards of the batch: devices with tokens of their own
   I items of a list: documents, logged steps, pairs
   J domains of a tile
 
-A 1 stands for an axis of size one. In einsum strings a lower-case letter is a
-second axis of the same kind, as in "PAM,PaM->PAa".
+A digit is an axis of that size: 1, or 2 for gate and up projection or for the
+two tokens of a pair. In einsum strings a lower-case letter is a second axis of
+the same kind, as in "PAM,PaM->PAa".
 """
 
 from typing import Any
