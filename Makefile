@@ -1,5 +1,6 @@
 # make demo        a small sweep on this machine's CPU: results in runs/demo
-# make test        lint and the test suite (slow tests: make test-all)
+# make test        lint, types and the test suite (slow tests: make test-all)
+# make types       types alone
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
 # make update-tpu  writes the collectives that these find to tests/golden
 # make docs        builds the site from docs/ into site/
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-tpu update-tpu docs clean
+.PHONY: demo types test test-all test-tpu update-tpu docs clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -26,9 +27,13 @@ demo: $(VENV)/demo
 	$(RUN) -m edl_jax.sweep --experiment=experiments/demo.py \
 	  --grid=losses.divergence_weight=0,0.01 --workdir=runs/demo
 
+types: $(VENV)/test
+	$(RUN) -m basedpyright --pythonpath $(RUN)
+
 test: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m basedpyright --pythonpath $(RUN)
 	$(RUN) -m pytest --quiet --numprocesses=2 --dist=loadfile -m "not slow"
 
 test-all: test
