@@ -354,8 +354,7 @@ def r_strings(content: bytes) -> Iterator[str]:
 
 def wiki_dump(content: bytes) -> Iterator[str]:
   """Yields the articles of a MediaWiki export, which may be truncated."""
-  tag = "{*}"
-  title, parser = "", xml.etree.ElementTree.XMLPullParser(("end",))
+  tag, parser = "{*}", xml.etree.ElementTree.XMLPullParser(("end",))
   for start in range(0, len(content), 1 << 16):
     try:
       parser.feed(content[start : start + (1 << 16)])

@@ -93,15 +93,13 @@ def loss_and_gradient(
 ) -> tuple[routing.BatchSums, dict[str, jax.Array], Model]:
   """The objective of a global batch, its terms, and its gradient.
 
-  With `train.accumulation_steps` = k > 1 the result is the same, exactly: the
-  objective is not a sum over micro-batches (a divergence of means is not a
-  mean of divergences), but a function of sums. A first pass adds up the sums
-  of all micro-batches; a second one back-propagates each micro-batch with the
-  objective's gradient with respect to those sums. It costs one more forward
-  pass, and the memory of one micro-batch. With `train.accumulation` =
-  "per_micro_batch" the forward pass is saved and the terms and gradient are
-  means over micro-batches of their own objectives: another loss, whose domains
-  have fewer rows each.
+  With `train.accumulation_steps` > 1 the result is exactly the same: the
+  objective is a function of sums over rows. A first pass adds up the sums of
+  all micro-batches; a second one back-propagates each micro-batch with the
+  objective's gradient with respect to those sums, for one more forward pass.
+  `train.accumulation` = "per_micro_batch" saves that pass, and returns means
+  over the micro-batches' own objectives. That is another loss: a divergence of
+  means is not a mean of divergences, and domains have fewer rows each.
 
   Args:
     model, batch: parameters and the rows of the global batch.
@@ -143,7 +141,6 @@ def loss_and_gradient(
   if count == 1:
     gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, batch)
     return sums, terms, gradient
-
   # Row i goes to micro-batch i % k: every device keeps rows of its own.
   micro = jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
