@@ -58,6 +58,12 @@ def check_experiment_file(path: str) -> None:
     os.path.join(folder, name) for name in sorted(names) if name.endswith(".py")
   ]
   hint = f"; there are: {', '.join(there)}" if there else ""
+  if folder == "experiments" and not there:
+    hint = (
+      "; experiments/ is in a checkout of edl_jax, not in the package: run from"
+      " the checkout's root, or name a file of your own whose get_config()"
+      " returns an edl_jax.config.Experiment"
+    )
   raise UserError(f"--experiment={path}: no such file{hint}")
 
 
