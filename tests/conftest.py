@@ -1,4 +1,4 @@
-"""What every test needs, set before JAX starts."""
+"""Settings of every test, made before JAX starts."""
 
 import atexit
 import os
@@ -6,16 +6,16 @@ import shutil
 import sys
 import tempfile
 
-# Eight CPU devices. LLVM's optimisations, and XLA's emitters for fusions, would
-# cost the tests more time than they save; programs and numerics are the same
-# without.
+# Eight CPU devices. LLVM's optimisations and XLA's fusion emitters are off: the
+# tests are small, so that both take more time than they save. The programs and
+# their numerics stay the same.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
   " --xla_cpu_use_fusion_emitters=false"
 )
-# The runs that tests start compile the same programs, and read the same text,
-# again and again. Shared by the workers of one test run, which inherit it.
+# Tests start many runs that compile the same programs and read the same text.
+# The workers of one test run inherit this variable, and so share one cache.
 if "EDL_JAX_TEST_CACHE" not in os.environ:
   os.environ["EDL_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="edl_jax_test_")
   atexit.register(shutil.rmtree, os.environ["EDL_JAX_TEST_CACHE"], True)
@@ -23,5 +23,5 @@ _CACHE = os.environ["EDL_JAX_TEST_CACHE"]
 os.environ["EDL_JAX_CACHE"] = os.path.join(_CACHE, "edl_jax")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE, "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-# `experiments` and `data` are read from the checkout, as users do.
+# Tests import `experiments` and `data` from the checkout, as users do.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

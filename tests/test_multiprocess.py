@@ -1,7 +1,7 @@
-"""The program as several processes: one run, whatever happens to one of them.
+"""Runs of several processes: equal to a run of one, and ended together.
 
-Two processes of four CPU devices each, joined by jax.distributed, beside one
-process of eight.
+Two processes of four CPU devices each, joined by jax.distributed, are compared
+with one process of eight.
 """
 
 import json
@@ -30,8 +30,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
 TERMINATE, KILL = int(signal.SIGTERM), int(signal.SIGKILL)
 
-# Starts edl_jax.main with short timeouts, and notes the rows that it reads. In
-# the process that is to be struck a signal arrives with a certain batch.
+# Starts edl_jax.main with short timeouts, and writes down the rows that it
+# reads. A process that is to be struck gets a signal with a certain batch.
 PROGRAM = """
 import functools, json, os, runpy, sys, time
 import jax
@@ -70,7 +70,7 @@ def free_port():
 
 
 class Runs:
-  """Runs of experiments/tiny.py on a small corpus, in 8 devices."""
+  """Starts runs of experiments/tiny.py on a small corpus and 8 devices."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -83,16 +83,16 @@ class Runs:
           file.write(json.dumps({"text": text, "domain": domain}) + "\n")
 
   def __call__(self, name, processes, strikes=None, arguments=()):
-    """Runs to the end in `folder`/`name`.
+    """Starts one run in `folder`/`name`, and waits for its end.
 
     Args:
-      name: of the folder.
-      processes: how many.
-      strikes: by process, (number of the batch, signal).
-      arguments: more of them, by process or for all.
+      name: the folder's name.
+      processes: how many processes the run has.
+      strikes: for each process to strike, (number of the batch, signal).
+      arguments: for each process, more arguments.
 
     Returns:
-      The exit code, output and errors of each process.
+      For each process, its exit code, output and errors.
     """
     port = free_port()
     started = []
@@ -105,7 +105,7 @@ class Runs:
         *(f"--experiment={TINY}", f"--workdir={self.folder / name}"),
         f"--experiment.data.files={self._files}",
         *("--experiment.mesh.fsdp=2", "--experiment.mesh.expert=4"),
-        # A multiple of both.
+        # A multiple of both axes.
         "--experiment.model.vocabulary_size=264",
         *("--experiment.mesh.data=1", *more),
       ]
@@ -115,8 +115,9 @@ class Runs:
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(
           "count=8", f"count={8 // processes}"
         ),
-        # XLA's threads: a collective holds one while it waits for the other
-        # process, and with one a device, as on two cores, runs may get stuck.
+        # The number of XLA's threads. A collective holds a thread while it
+        # waits for the other process: one thread a device, as two cores would
+        # give, can deadlock.
         "NPROC": "32",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(processes),
@@ -178,7 +179,7 @@ def pair(runs):
 
 
 def figures(workdir):
-  """All metrics but those of the clock, by step and name."""
+  """Returns all metrics by step and name, without those of the clock."""
   return {
     (line["step"], name): value
     for line in read_metrics(str(workdir))
@@ -188,7 +189,7 @@ def figures(workdir):
 
 
 def restored(workdir):
-  """Every array of the newest checkpoint, and the position in the data."""
+  """Returns the newest checkpoint's arrays and its position in the data."""
   experiment = edl_jax.load(str(workdir)).experiment
   optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -205,8 +206,8 @@ def test_two_processes_leave_what_one_leaves(runs, alone, pair):
   got, want = figures(pair), figures(alone)
   assert got.keys() == want.keys() and len(got) > 100
   for key, value in want.items():
-    # A ratio of small differences of entropies, and small differences of
-    # squares, in float32 after some steps of training.
+    # float32 after 20 steps: variances are small differences of squares, and
+    # inter_fraction is a ratio of small differences of entropies.
     tolerance = 1e-4 if "variance" in key[1] else 1e-5
     tolerance = 1e-3 if key[1].endswith("inter_fraction") else tolerance
     assert got[key] == pytest.approx(value, rel=tolerance), key
@@ -217,7 +218,7 @@ def test_two_processes_leave_what_one_leaves(runs, alone, pair):
   assert data == wanted_data
   for leaf, other in zip(leaves, wanted, strict=True):
     np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-5)
-  # One process tells of the run; the other's collectives may greet, no more.
+  # Only the first process reports; Gloo may print a greeting in the other.
   assert "step 20" in (runs.folder / "pair.output0").read_text()
   said = (runs.folder / "pair.output1").read_text().splitlines()
   assert [line for line in said if not line.startswith("[Gloo]")] == []
