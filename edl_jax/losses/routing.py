@@ -58,6 +58,9 @@ class OutputStats(NamedTuple):
   # Sum of every expert's outputs, (E, M), and of their squared norms, (E,).
   sum_EM: jax.Array
   squared_norm_E: jax.Array
+  # Sum of the norms of every expert's outputs, each times its routing weight,
+  # (E,).
+  gated_norm_E: jax.Array
   # Counted tokens of every expert, (E,).
   tokens_E: jax.Array
 
@@ -182,6 +185,7 @@ def _row_balance(rows: RowRouting) -> jax.Array:
 def output_stats(
   y_PAM: jax.Array,
   expert_PA: jax.Array,
+  gate_PA: jax.Array,
   weights_P: jax.Array,
   num_experts: int,
   form: str = "paper",
@@ -202,6 +206,7 @@ def output_stats(
   Args:
     y_PAM: outputs of the active experts, before weighting; any float dtype.
     expert_PA: which experts these are.
+    gate_PA: their routing weights, float32.
     weights_P: 1 where a token counts.
     num_experts: E.
     form: "paper" or "released".
@@ -223,8 +228,8 @@ def output_stats(
     projection_P = _span_projection(y_PAM)
   else:
     raise ValueError(f"form={form!r}: must be 'paper' or 'released'")
-  gram_PAA, square_PA, y_PAM = jax.lax.stop_gradient(
-    (gram_PAA, square_PA, y_PAM)
+  gram_PAA, square_PA, y_PAM, gate_PA = jax.lax.stop_gradient(
+    (gram_PAA, square_PA, y_PAM, gate_PA)
   )
   norms_PAA = square_PA[:, None, :] * square_PA[:, :, None]
   cosine_PAA = jnp.square(gram_PAA) / jnp.where(norms_PAA > 0, norms_PAA, 1)
@@ -242,6 +247,7 @@ def output_stats(
     ).sum(),
     sum_EM=by_expert(y_PAM * counted_PA[..., None]),
     squared_norm_E=by_expert(square_PA * counted_PA),
+    gated_norm_E=by_expert(gate_PA * jnp.sqrt(square_PA) * counted_PA),
     tokens_E=by_expert(counted_PA),
   )
 

@@ -43,9 +43,15 @@ class MoE(nnx.Module):
 
   @jax.named_scope("router")
   def route(
-    self, x_BTM: jax.Array
+    self, x_BTM: jax.Array, kept_E: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Chooses the active experts of each token.
+
+    Args:
+      x_BTM: normalised residual stream.
+      kept_E: bool, the experts to choose from, A or more; None for all. Then
+        logits of the others are minus infinity and their probabilities zero,
+        as if the layer did not have them.
 
     Returns:
       logits_BTE and probs_BTE, float32; expert_BTA, int32, by falling
@@ -59,6 +65,8 @@ class MoE(nnx.Module):
       sharding.gather("router_ME", self.router_ME[...]),
       precision=jax.lax.Precision.HIGHEST,
     )
+    if kept_E is not None:
+      logits_BTE = jnp.where(kept_E, logits_BTE, -jnp.inf)
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     # top_k takes a matrix: with more axes XLA makes a full sort on CPUs.
     top = jax.lax.top_k(
@@ -75,6 +83,7 @@ class MoE(nnx.Module):
     weights_BT: jax.Array,
     summaries: Summaries = ROUTING_ONLY,
     moe: MoEConfig = GATHER,
+    kept_E: jax.Array | None = None,
   ) -> tuple[jax.Array, Any, OutputStats | None]:
     """Runs the layer.
 
@@ -83,12 +92,13 @@ class MoE(nnx.Module):
       weights_BT: 1 where a token counts.
       summaries: what else to return.
       moe: how tokens and experts meet.
+      kept_E: the experts to choose from, see `route`.
 
     Returns:
       The layer's output (B, T, M), and the results of `summaries.routing` and
       of `summaries.outputs`, None without the latter.
     """
-    logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(x_BTM)
+    logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(x_BTM, kept_E)
     y_BTM, outputs = self._dispatch(
       x_BTM, expert_BTA, gate_BTA, weights_BT, summaries, moe
     )
@@ -120,7 +130,11 @@ class MoE(nnx.Module):
     # The sums hold products of outputs, so they need complete outputs.
     y_PAM = sharding.sum_over(y_PAM, ("tensor",))
     outputs = summaries.outputs(
-      y_PAM, expert_PA, weights_BT.reshape(-1), self.config.num_experts
+      y_PAM,
+      expert_PA,
+      gate_PA,
+      weights_BT.reshape(-1),
+      self.config.num_experts,
     )
     return combine(y_PAM, gate_PA).reshape(x_BTM.shape), outputs
 

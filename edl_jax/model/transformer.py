@@ -51,6 +51,7 @@ class Block(nnx.Module):
     weights_BT: jax.Array,
     summaries: routing.Summaries,
     moe: MoEConfig,
+    kept_E: jax.Array | None,
   ) -> tuple[jax.Array, Any]:
     """Returns the residual stream, and both results of `summaries`.
 
@@ -64,7 +65,7 @@ class Block(nnx.Module):
     if hasattr(self, "mlp"):
       with jax.named_scope("experts"):
         return x_BTM + self.mlp(h_BTM), None
-    y_BTM, *results = self.moe(h_BTM, weights_BT, summaries, moe)
+    y_BTM, *results = self.moe(h_BTM, weights_BT, summaries, moe, kept_E)
     return x_BTM + y_BTM, tuple(results)
 
 
@@ -103,8 +104,16 @@ class Model(nnx.Module):
     weights_BT: jax.Array,
     summaries: routing.Summaries = routing.ROUTING_ONLY,
     moe: MoEConfig = GATHER,
+    kept_LE: jax.Array | None = None,
   ) -> tuple[jax.Array, Any, routing.OutputStats | None]:
     """Runs all but the head, on a device's rows inside `per_shard`.
+
+    Args:
+      tokens_BT, segments_BT, positions_BT, weights_BT: as in `Batch`.
+      summaries: what every mixture-of-experts layer sums up.
+      moe: how tokens and experts meet.
+      kept_LE: bool, the experts that each mixture-of-experts layer chooses
+        from, A or more; None for all. See `MoE.route`.
 
     Returns:
       x_BTM after the final norm, in the compute dtype; and of every
@@ -115,7 +124,8 @@ class Model(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     x_BTM = _embed(self.embedding_VM[...], tokens_BT, dtype)
 
-    def layer(x_BTM, block):
+    def layer(x_BTM, block_and_kept):
+      block, kept_E = block_and_kept
       return block(
         x_BTM,
         segments_BT,
@@ -123,6 +133,7 @@ class Model(nnx.Module):
         weights_BT,
         summaries,
         moe,
+        kept_E,
       )
 
     if self.config.remat != "none":
@@ -135,8 +146,8 @@ class Model(nnx.Module):
       )
     scan = functools.partial(jax.lax.scan, unroll=self.config.scan_unroll)
     if self.config.num_dense_layers:
-      x_BTM, _ = scan(layer, x_BTM, self.dense_blocks)
-    x_BTM, (rows, outputs) = scan(layer, x_BTM, self.blocks)
+      x_BTM, _ = scan(layer, x_BTM, (self.dense_blocks, None))
+    x_BTM, (rows, outputs) = scan(layer, x_BTM, (self.blocks, kept_LE))
     return self.final_norm(x_BTM), rows, outputs
 
   def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -170,6 +181,7 @@ class Model(nnx.Module):
     summaries: routing.Summaries,
     moe: MoEConfig,
     pairs: TokenPairs | None,
+    kept_LE: jax.Array | None,
   ) -> tuple[Any, ...]:
     """Runs a device's share of `batch_sums`.
 
@@ -192,6 +204,7 @@ class Model(nnx.Module):
       batch.weights_BT,
       summaries._replace(routing=routing_and_pairs),
       moe,
+      kept_LE,
     )
     with jax.named_scope("head"):
       nats, nats_BT = chunked_cross_entropy(
@@ -211,6 +224,7 @@ class Model(nnx.Module):
     summaries: routing.Summaries = routing.ROUTING_ONLY,
     moe: MoEConfig = GATHER,
     pairs: TokenPairs | None = None,
+    kept_LE: jax.Array | None = None,
   ) -> tuple[routing.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
 
@@ -221,6 +235,7 @@ class Model(nnx.Module):
         return a `RowRouting`.
       moe: how tokens and experts meet.
       pairs: sampled pairs of tokens, whose divergence is summed too.
+      kept_LE: the experts to choose from, see `hidden`.
 
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
@@ -232,12 +247,22 @@ class Model(nnx.Module):
     # Each device that has tokens of its own contributes one sum.
     by_shard = (*sharding.ROW_AXES, "sequence")
 
-    def of_shard(model: Model, batch: Batch, pairs: TokenPairs | None):
-      return model._shard_sums(batch, summaries, moe, pairs)
+    def of_shard(
+      model: Model,
+      batch: Batch,
+      pairs: TokenPairs | None,
+      kept_LE: jax.Array | None,
+    ):
+      return model._shard_sums(batch, summaries, moe, pairs, kept_LE)
 
     nats_Z, nats_BT, routing_LB, outputs_LZ, probs_LZI2E = sharding.per_shard(
       of_shard,
-      (sharding.parameter_specs(self), batch_specs, PartitionSpec()),
+      (
+        sharding.parameter_specs(self),
+        batch_specs,
+        PartitionSpec(),
+        PartitionSpec(),
+      ),
       (
         PartitionSpec(by_shard),
         PartitionSpec(*by_token),
@@ -246,7 +271,7 @@ class Model(nnx.Module):
         PartitionSpec(None, by_shard),
         PartitionSpec(None, by_shard),
       ),
-    )(self, batch, pairs)
+    )(self, batch, pairs, kept_LE)
     # Rows of different devices are added here and nowhere else, so every sum is
     # that of the global batch.
     if pairs is None:

@@ -111,17 +111,19 @@ def make_outputs():
   centre_EM = random.standard_normal((5, 8))
   y_PAM = centre_EM[expert_PA] + random.standard_normal((40, 3, 8))
   weights_P = (random.random(40) < 0.75).astype(np.float64)
-  return y_PAM, expert_PA, weights_P
+  gate_PA = random.dirichlet(np.ones(3), 40)
+  return y_PAM, expert_PA, gate_PA, weights_P
 
 
 OUTPUTS = make_outputs()
 
 
 def stats_of_outputs(outputs, form="paper"):
-  y_PAM, expert_PA, weights_P = outputs
+  y_PAM, expert_PA, gate_PA, weights_P = outputs
   return routing.output_stats(
     jnp.asarray(y_PAM, jnp.float32),
     jnp.asarray(expert_PA),
+    jnp.asarray(gate_PA, jnp.float32),
     jnp.asarray(weights_P, jnp.float32),
     5,
     form,

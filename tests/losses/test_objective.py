@@ -68,6 +68,7 @@ def ours(
     routing.output_stats(
       variables["y"][layer],
       expert[layer].reshape(-1, ACTIVE),
+      gate[layer].reshape(-1, ACTIVE),
       weights.reshape(-1),
       EXPERTS,
       config.specialization_form,

@@ -113,7 +113,7 @@ def test_rows_without_a_domain_count_in_sums_over_all_rows_alone():
 
 
 def naive_projection(outputs, form):
-  y_PAM, _, weights_P = outputs
+  y_PAM, _, _, weights_P = outputs
   total = 0.0
   for y_AM in y_PAM[weights_P > 0]:
     active = len(y_AM)
@@ -155,9 +155,10 @@ def test_projection_against_definitions(form):
 @pytest.mark.parametrize("form", ["paper", "released"])
 def test_projection_of_extremes(form):
   weights, expert = jnp.ones(1), jnp.array([[0, 1]])
+  gate = jnp.array([[0.7, 0.3]])
 
   def projection(y):
-    return routing.output_stats(y, expert, weights, 5, form).projection
+    return routing.output_stats(y, expert, gate, weights, 5, form).projection
 
   orthogonal = jnp.array([[[1.0, 0, 0], [0, 2, 0]]])
   parallel = jnp.array([[[1.0, 0, 0], [1, 0, 0]]])
@@ -167,9 +168,23 @@ def test_projection_of_extremes(form):
     assert jnp.all(jnp.isfinite(jax.grad(projection)(y)))
   # One active expert has nothing to be orthogonal to.
   alone = routing.output_stats(
-    jnp.ones((1, 1, 3)), jnp.zeros((1, 1), int), weights, 5, form
+    jnp.ones((1, 1, 3)),
+    jnp.zeros((1, 1), int),
+    jnp.ones((1, 1)),
+    weights,
+    5,
+    form,
   )
   assert float(alone.projection) == 0 and float(alone.squared_cosine) == 0
+
+
+def test_gated_norms_against_a_loop():
+  norms = np.zeros(5)
+  for y_AM, expert_A, gate_A, counted in zip(*OUTPUTS):
+    for y_M, expert, gate in zip(y_AM, expert_A, gate_A):
+      norms[expert] += counted * gate * np.linalg.norm(y_M)
+  got = stats_of_outputs(OUTPUTS).gated_norm_E
+  np.testing.assert_allclose(got, norms, rtol=1e-5)
 
 
 def test_unknown_form_raises():

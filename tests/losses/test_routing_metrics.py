@@ -175,7 +175,7 @@ def test_overlap_of_disjoint_equal_and_idle_experts():
 
 
 def test_output_metrics_against_definitions():
-  y_PAM, expert_PA, weights_P = OUTPUTS
+  y_PAM, expert_PA, _, weights_P = OUTPUTS
   sums = jax.tree.map(lambda x: x[None], stats_of_outputs(OUTPUTS))
   stats = stats_of(BATCH)._replace(
     outputs=sums, tokens_L=jnp.full(1, weights_P.sum())

@@ -11,6 +11,7 @@ import pytest
 from edl_jax import sharding
 from edl_jax.config import Experiment, LossesConfig, ModelConfig, MoEConfig
 from edl_jax.evaluate import make_eval_step
+from edl_jax.losses import routing
 from edl_jax.model.transformer import (
   Model,
   abstract_model,
@@ -21,6 +22,7 @@ from edl_jax.step import loss_and_gradient
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
 from edl_jax.text.tokenizer import byte_tokenizer
+from tests.model import naive_model
 
 CONFIG = ModelConfig(
   vocabulary_size=31,
@@ -57,85 +59,6 @@ def tokens():
   return random.integers(0, CONFIG.vocabulary_size, (ROWS, LENGTH))
 
 
-def float64(parameter, layer=None):
-  array = np.asarray(parameter[...], np.float64)
-  return array if layer is None else array[layer]
-
-
-def rms_norm(x, scale):
-  return x / np.sqrt(np.mean(x**2) + CONFIG.norm_epsilon) * scale
-
-
-def rotate(x, position):
-  half = len(x) // 2
-  turned = np.empty_like(x)
-  for i in range(half):
-    angle = position * CONFIG.rope_theta ** (-2 * i / len(x))
-    pair = complex(x[i], x[i + half]) * np.exp(1j * angle)
-    turned[i], turned[i + half] = pair.real, pair.imag
-  return turned
-
-
-def swiglu(x, gate_up, down):
-  gate, up = x @ gate_up[:, 0], x @ gate_up[:, 1]
-  return (gate / (1 + np.exp(-gate)) * up) @ down
-
-
-def naive_attention(x_TM, attention, layer):
-  get = functools.partial(float64, layer=layer)
-  query_scale = get(attention.query_norm.scale)
-  key_scale = get(attention.key_norm.scale)
-  out = np.zeros_like(x_TM)
-  for n in range(CONFIG.num_heads):
-    k = n // (CONFIG.num_heads // CONFIG.num_kv_heads)
-    queries, keys, values = [], [], []
-    for t, x in enumerate(x_TM):
-      query = rms_norm(x @ get(attention.query_MNH)[:, n], query_scale)
-      key = rms_norm(x @ get(attention.key_MKH)[:, k], key_scale)
-      queries.append(rotate(query, t))
-      keys.append(rotate(key, t))
-      values.append(x @ get(attention.value_MKH)[:, k])
-    for t in range(len(x_TM)):
-      scores = np.array([queries[t] @ key for key in keys[: t + 1]])
-      weights = np.exp(scores / np.sqrt(CONFIG.head_width))
-      weights /= weights.sum()
-      mixed = sum(w * value for w, value in zip(weights, values))
-      out[t] += mixed @ get(attention.out_NHM)[n]
-  return out
-
-
-def naive_experts(x, moe, layer):
-  get = functools.partial(float64, layer=layer)
-  probs = np.exp(x @ get(moe.router_ME))
-  probs /= probs.sum()
-  chosen = np.argsort(-probs)[: CONFIG.num_active_experts]
-  y = swiglu(x, get(moe.shared.gate_up_M2F), get(moe.shared.down_FM))
-  for e in chosen:
-    gate = probs[e] / probs[chosen].sum()
-    y = y + gate * swiglu(x, get(moe.gate_up_EM2F)[e], get(moe.down_EFM)[e])
-  return y
-
-
-def naive_logits(model, tokens_T):
-  x_TM = float64(model.embedding_VM)[tokens_T]
-  layers = [(model.dense_blocks, 0), (model.blocks, 0), (model.blocks, 1)]
-  for block, layer in layers:
-    get = functools.partial(float64, layer=layer)
-    scale = get(block.attention_norm.scale)
-    normed = np.array([rms_norm(x, scale) for x in x_TM])
-    x_TM = x_TM + naive_attention(normed, block.attention, layer)
-    scale = get(block.feed_forward_norm.scale)
-    for t in range(len(x_TM)):
-      h = rms_norm(x_TM[t], scale)
-      if block is model.dense_blocks:
-        y = swiglu(h, get(block.mlp.gate_up_M2F), get(block.mlp.down_FM))
-      else:
-        y = naive_experts(h, block.moe, layer)
-      x_TM[t] = x_TM[t] + y
-  final = float64(model.final_norm.scale)
-  return np.array([rms_norm(x, final) for x in x_TM]) @ float64(model.head_MV)
-
-
 @jax.jit
 def logits(model, tokens_BT):
   return model(tokens_BT)
@@ -150,9 +73,60 @@ def hidden(model, tokens_BT, segments_BT, positions_BT):
 def test_logits_against_naive_float64():
   got = logits(random_model(), tokens())
   assert got.dtype == jnp.float32
-  want = [naive_logits(random_model(), row) for row in tokens()]
+  want = [naive_model.logits(random_model(), row) for row in tokens()]
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
   assert np.std(want) > 0.1
+
+
+# Two of five experts of one layer are all that may be active.
+KEPT_LE = np.array([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]], bool)
+
+
+def test_masked_experts_against_a_naive_router():
+  rows = batch()
+  sums, nats_BT = jax.jit(
+    lambda model, kept_LE: model.batch_sums(
+      rows,
+      ROWS,
+      routing.Summaries(outputs=routing.output_stats),
+      kept_LE=kept_LE,
+    )
+  )(random_model(), KEPT_LE)
+  routed: list[naive_model.Routed] = []
+  for row, targets, nats_T in zip(rows.tokens_BT, rows.targets_BT, nats_BT):
+    naive = naive_model.logits(random_model(), row, KEPT_LE, routed)
+    for logits_V, target, nats in zip(naive, targets, nats_T):
+      want = np.log(np.exp(logits_V).sum()) - logits_V[target]
+      assert float(nats) == pytest.approx(want, rel=1e-4, abs=1e-4)
+  load_LE, probability_LE, gated_LE = np.zeros((3, *KEPT_LE.shape))
+  for token in routed:
+    load_LE[token.layer, token.experts] += 1
+    probability_LE[token.layer] += token.probabilities
+    for expert, gate, y in zip(token.experts, token.gates, token.outputs):
+      gated_LE[token.layer, expert] += gate * np.linalg.norm(y)
+  stats = sums.routing
+  np.testing.assert_array_equal(stats.assignments_LE, load_LE)
+  assert not load_LE[~KEPT_LE].any()
+  np.testing.assert_allclose(
+    stats.token_probability_LE, probability_LE, rtol=1e-4, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    stats.output_sums().gated_norm_E, gated_LE, rtol=1e-4, atol=1e-6
+  )
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(sums))
+
+
+def test_keeping_every_expert_changes_nothing():
+  def sums(model, kept_LE):
+    return model.batch_sums(batch(), ROWS, kept_LE=kept_LE)
+
+  whole = jax.jit(lambda model: sums(model, None))(random_model())
+  masked = jax.jit(sums)(random_model(), np.ones_like(KEPT_LE))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    masked,
+    whole,
+  )
 
 
 def test_a_position_sees_no_later_token():
