@@ -206,7 +206,9 @@ def main() -> None:
         for suffix, path in paths.items()
       },
     )
-    some = [vars(document) for document in documents[:: len(documents) // 300]]
+    some = [
+      vars(document) for document in documents[:: max(1, len(documents) // 300)]
+    ]
     compare(
       "documents/s",
       len(some),
