@@ -39,7 +39,7 @@ test: $(VENV)/test
 test-all: test
 	$(RUN) -m pytest --quiet -m slow
 
-# Beside the environment, not in it: there JAX would look for a TPU.
+# Installed beside the environment: inside it, JAX would look for a TPU.
 $(VENV)/tpu: $(VENV)/test requirements-tpu.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade \
 	  --target=$@ -r requirements-tpu.txt
