@@ -1,4 +1,4 @@
-"""AdamW with a schedule, as one optax chain."""
+"""AdamW, its learning-rate schedule and gradient clipping."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from edl_jax.sharding import last_name
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   """Returns the learning rate by step (counted from 0).
 
-  Both schedules warm up linearly, and end at `final_fraction` of the peak.
-  "cosine" then follows half a cosine (Loshchilov and Hutter,
-  arXiv:1608.03983); "wsd" stays at the peak and falls linearly over the last
+  Both schedules warm up linearly and end at `final_fraction` of the peak.
+  After warm-up, "cosine" follows half a cosine (Loshchilov and Hutter,
+  arXiv:1608.03983). "wsd" stays at the peak and falls linearly over the last
   `decay_fraction` of all steps (Hu et al., arXiv:2404.06395).
   """
   peak = config.learning_rate
   final = config.final_fraction * peak
-  # Starts at peak / warmup rather than 0, so that no step is lost.
+  # Start at peak / warmup: a learning rate of 0 would waste the first step.
   warmup = optax.linear_schedule(
     peak / max(1, config.warmup_steps), peak, max(1, config.warmup_steps - 1)
   )
@@ -40,9 +40,9 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def decays(parameters: Any) -> Any:
-  """Returns, as the same pytree, which parameters weight decay applies to.
+  """Returns a pytree of bools: the parameters to which weight decay applies.
 
-  All but the scales of norms; the model has no biases.
+  These are all but the scales of norms. The model has no biases.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: last_name(path) != "scale", parameters
@@ -52,8 +52,8 @@ def decays(parameters: Any) -> Any:
 def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
   """Scales gradients down to a norm of at most `largest`.
 
-  optax.clip_by_global_norm divides each element, which XLA does in a pass over
-  memory of its own; a product it fuses into what follows.
+  optax.clip_by_global_norm divides each element, for which XLA makes a pass
+  over memory. XLA fuses a product into the operations that follow.
   """
 
   def update(gradient: Any, parameters: Any) -> Any:

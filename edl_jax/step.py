@@ -25,18 +25,18 @@ from edl_jax.text.taxonomy import Taxonomy
 
 
 class TrainState(NamedTuple):
-  """What a training step maps to its successor."""
+  """The state that a training step maps to the next state."""
 
   # Optimizer steps taken, int32 scalar.
   step: jax.Array
   model: Model
   optimizer: Any
-  # Loss weights "auto:TARGET" as the first batch set them, float32 scalars.
+  # The "auto:TARGET" loss weights that the first batch set, float32 scalars.
   auto_weights: dict[str, jax.Array]
 
 
 class StepOutput(NamedTuple):
-  """What a training step reports; stays on the device until it is read."""
+  """What a training step reports; arrays stay on the device until read."""
 
   # Float32 scalars: the loss terms, "grad_norm" and "learning_rate".
   scalars: dict[str, jax.Array]
@@ -44,7 +44,7 @@ class StepOutput(NamedTuple):
 
 
 def _coarse_weight(experiment: Experiment) -> float:
-  """Share of the coarse level in L_ED, by data.granularity."""
+  """Returns the share of the coarse level in the divergence loss."""
   by_granularity = {
     "coarse": 1.0,
     "hierarchical": experiment.losses.coarse_weight,
@@ -52,7 +52,7 @@ def _coarse_weight(experiment: Experiment) -> float:
   return by_granularity.get(experiment.data.granularity, 0.0)
 
 
-# The stream of random numbers of token pairs, apart from the parameters'.
+# Selects random numbers for token pairs that initialisation does not use.
 _PAIRS_STREAM = 1 << 31
 
 
@@ -62,10 +62,10 @@ def _token_pairs(
   taxonomy: Taxonomy,
   step: jax.Array | int,
 ) -> token_pairs.TokenPairs | None:
-  """Samples the pairs of a step, if the divergence loss compares tokens.
+  """Samples the token pairs of a step; None if the loss compares domains.
 
-  They depend on the experiment's seed, the step and the batch alone, so that a
-  run that was interrupted draws the same ones.
+  The pairs depend on the experiment's seed, the step and the batch alone, so an
+  interrupted run draws the same pairs.
   """
   if experiment.losses.divergence_pairs != "tokens":
     return None
@@ -91,15 +91,17 @@ def loss_and_gradient(
   kept_weights: Mapping[str, jax.Array] | None = None,
   step: jax.Array | int = 0,
 ) -> tuple[routing.BatchSums, dict[str, jax.Array], Model]:
-  """The objective of a global batch, its terms, and its gradient.
+  """Computes the objective of a global batch, its terms, and its gradient.
 
-  With `train.accumulation_steps` > 1 the result is exactly the same: the
-  objective is a function of sums over rows. A first pass adds up the sums of
-  all micro-batches; a second one back-propagates each micro-batch with the
-  objective's gradient with respect to those sums, for one more forward pass.
-  `train.accumulation` = "per_micro_batch" saves that pass, and returns means
-  over the micro-batches' own objectives. That is another loss: a divergence of
-  means is not a mean of divergences, and domains have fewer rows each.
+  Micro-batches (`train.accumulation_steps` > 1) do not change the result, as
+  the objective is a function of sums over rows. A first pass adds up the sums
+  of all micro-batches. A second pass back-propagates each micro-batch, starting
+  from the objective's gradient with respect to the sums. This costs one more
+  forward pass.
+
+  `train.accumulation` = "per_micro_batch" saves that pass: terms and gradient
+  are means over the micro-batches' own objectives. That is another loss, as a
+  divergence of means is not a mean of divergences.
 
   Args:
     model, batch: parameters and the rows of the global batch.
@@ -141,7 +143,7 @@ def loss_and_gradient(
   if count == 1:
     gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, batch)
     return sums, terms, gradient
-  # Row i goes to micro-batch i % k: every device keeps rows of its own.
+  # Row i goes to micro-batch i % count, so that no row changes its device.
   micro = jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
   )
@@ -166,7 +168,7 @@ def loss_and_gradient(
 
 
 def _sum_over_parts(function: Callable[[Batch], Any], micro: Batch) -> Any:
-  """Adds up `function` of every micro-batch, one at a time."""
+  """Sums `function` over micro-batches, one at a time."""
   zero = jax.tree.map(
     lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
     jax.eval_shape(function, jax.tree.map(lambda x: x[0], micro)),
@@ -185,7 +187,7 @@ def make_train_step(
   taxonomy: Taxonomy,
   mesh: Mesh,
 ) -> jax.stages.Wrapped:
-  """Returns the jitted step; the state's buffers are donated.
+  """Returns the jitted training step, which donates the state's buffers.
 
   It maps a TrainState and a global Batch to the next TrainState and a
   StepOutput.
@@ -248,8 +250,8 @@ def state_shardings(
 ) -> TrainState:
   """Returns the sharding of every leaf of the state.
 
-  Moments lie where their parameters lie, or beside that in the memory of the
-  host (`optimizer.offload`), all else everywhere.
+  Moments have the sharding of their parameters, in the host's memory with
+  `optimizer.offload`. Every device holds the whole of all other leaves.
   """
   abstract = jax.eval_shape(lambda: _new_state(experiment, optimizer))
   everywhere = NamedSharding(mesh, PartitionSpec())
@@ -275,7 +277,7 @@ def state_shardings(
 def abstract_state(
   experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-  """Returns the state as shapes, dtypes and shardings; allocates nothing."""
+  """Returns shapes, dtypes and shardings of the state; allocates nothing."""
   return jax.tree.map(
     lambda leaf, placed: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=placed
@@ -288,7 +290,7 @@ def abstract_state(
 def init_state(
   experiment: Experiment, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-  """Initialises parameters and optimizer where they will live."""
+  """Initialises parameters and optimizer on the devices that keep them."""
   return jax.jit(
     lambda: _new_state(experiment, optimizer),
     out_shardings=state_shardings(experiment, optimizer, mesh),

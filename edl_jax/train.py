@@ -1,12 +1,11 @@
-"""TrainState, train_step, and the loop."""
+"""The training loop: steps, metrics, evaluations and checkpoints of a run."""
 
 import contextlib
-import math
 import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import NamedTuple
 
@@ -44,10 +43,10 @@ class NonFiniteError(Exception):
 
 
 class Preempted(Exception):
-  """The process was asked to end; a checkpoint was written.
+  """A signal asked the process to end, after which it wrote a checkpoint.
 
   Attributes:
-    signal: the number of the signal that asked.
+    signal: the number of the signal.
   """
 
   def __init__(self, message: str, number: int):
@@ -56,11 +55,11 @@ class Preempted(Exception):
 
 
 class _Pending(NamedTuple):
-  """Figures of a dispatched step, not read yet."""
+  """What a dispatched step will report; the loop has not read it yet."""
 
   step: int
   scalars: dict[str, jax.Array]
-  # Means over layers, of steps that are logged.
+  # Training metrics of routing; None for steps that are not logged.
   routing: dict[str, jax.Array] | None
 
 
@@ -74,29 +73,31 @@ def _mean_routing(stats: routing.RoutingStats) -> dict[str, jax.Array]:
 
 
 class _Clock:
-  """Throughput and input wait of the training steps alone.
+  """Measures the throughput and the input wait of training steps.
 
-  Compilation, evaluation and checkpoints are `excluded`.
+  The caller excludes the time of compilation, evaluation and checkpoints.
   """
 
-  def __init__(self, tokens_per_step: int):
+  def __init__(self, tokens_per_step: int, step: int):
     self._tokens_per_step = tokens_per_step
+    self.restart(step)
 
   def restart(self, step: int) -> None:
-    """Starts measuring, after step number `step`."""
+    """Starts to measure after step number `step`."""
     self._step = step
     self._start = time.monotonic()
     self._waited = 0.0
 
   def exclude(self, started: float) -> None:
-    """Leaves out the time since `started`."""
+    """Leaves out the time since `started`, a value of `time.monotonic`."""
     self._start += time.monotonic() - started
 
-  def wait(self, seconds: float) -> None:
+  def add_wait(self, seconds: float) -> None:
+    """Counts `seconds` as time in which no input was ready."""
     self._waited += seconds
 
   def read(self, step: int) -> dict[str, float]:
-    """Returns the figures since the last reading."""
+    """Returns the figures since the last restart, and restarts."""
     seconds = max(time.monotonic() - self._start, 1e-9)
     rate = (step - self._step) * self._tokens_per_step / seconds
     figures = {
@@ -108,7 +109,7 @@ class _Clock:
 
 
 class _Loop:
-  """One run's loop: what happens between two steps."""
+  """The state of a run, and what happens to it in and between steps."""
 
   def __init__(
     self,
@@ -146,12 +147,8 @@ class _Loop:
     self._checkpointer = Checkpointer(
       workdir, experiment.train.keep_checkpoints
     )
-    self._clock = _Clock(
-      experiment.train.batch_size * experiment.train.sequence_length
-    )
     self._pending: _Pending | None = None
     self.evaluation: Evaluation | None = None
-
     self.first_step = self._checkpointer.latest_step() or 0
     if self.first_step:
       self.state, data_state = self._checkpointer.restore(
@@ -162,8 +159,11 @@ class _Loop:
       self.state = init_state(experiment, optimizer, mesh)
       if initial := experiment.train.initial_checkpoint:
         self.state = self.state._replace(model=load(initial, mesh=mesh).model)
-    self._last_good = self._last_shown = self.first_step
-    self._clock.restart(self.first_step)
+    self._last_saved = self._last_shown = self.first_step
+    self._clock = _Clock(
+      experiment.train.batch_size * experiment.train.sequence_length,
+      self.first_step,
+    )
     if self._is_first:
       describe_workdir(workdir, provenance)
     self._writer = (
@@ -182,16 +182,17 @@ class _Loop:
     """Dispatches step number `step` (from 1), then reads the one before."""
     started = time.monotonic()
     batch = sharding.put_batch(next(self._iterator), self._mesh)
-    self._clock.wait(time.monotonic() - started)
+    self._clock.add_wait(time.monotonic() - started)
     if self._compiled_step is None:
-      # Compiled ahead, so that the first step's time is like the others'.
+      # Compile ahead of the step, so that the clock can exclude it.
       self._compiled_step = self._train_step.lower(self.state, batch).compile(
         compiler_options(self._mesh.devices.flat[0])
       )
       self._clock.restart(step - 1)
       self.progress.restart(step - 1)
     self.state, output = self._compiled_step(self.state, batch)
-    # Dispatched now: behind the next step, it would be read a step too late.
+    # Devices run programs in order: dispatched after the next step, the metrics
+    # would be ready one step later.
     logged = _mean_routing(output.routing) if self._is_logged(step) else None
     self.read_pending()
     self._pending = _Pending(step, output.scalars, logged)
@@ -201,29 +202,45 @@ class _Loop:
     return step % settings.log_every == 0 or step == settings.num_steps
 
   def read_pending(self) -> None:
-    """Reads the last dispatched step's figures; stops if one is not finite."""
+    """Reads and logs what the last dispatched step reports.
+
+    Raises:
+      NonFiniteError: a scalar is infinite or NaN.
+    """
     if self._pending is None:
       return
     step, scalars, mean_routing = jax.device_get(self._pending)
     self._pending = None
+    self._check_finite(step, scalars)
+    if mean_routing is not None:
+      self._log(step, scalars, mean_routing)
+
+  def _check_finite(self, step: int, scalars: Mapping[str, np.ndarray]) -> None:
     bad = [
       f"train/{name} is {value}"
       for name, value in scalars.items()
       if not np.isfinite(value)
     ]
-    if bad:
-      kept = (
-        f"the checkpoint of step {self._last_good} is intact"
-        if self._last_good
-        else "there is no checkpoint yet"
-      )
-      raise NonFiniteError(
-        f"step {step}: {', '.join(bad)}; {kept}; a lower"
-        " optimizer.learning_rate or a longer optimizer.warmup_steps may help,"
-        " in a new --workdir"
-      )
-    if mean_routing is None:
+    if not bad:
       return
+    kept = (
+      f"the checkpoint of step {self._last_saved} is intact"
+      if self._last_saved
+      else "there is no checkpoint yet"
+    )
+    raise NonFiniteError(
+      f"step {step}: {', '.join(bad)}; {kept}; a lower"
+      " optimizer.learning_rate or a longer optimizer.warmup_steps may help,"
+      " in a new --workdir"
+    )
+
+  def _log(
+    self,
+    step: int,
+    scalars: Mapping[str, np.ndarray],
+    mean_routing: Mapping[str, np.ndarray],
+  ) -> None:
+    """Writes the metrics of a step and shows some in the progress line."""
     values = {f"train/{name}": float(x) for name, x in scalars.items()}
     values |= self._clock.read(step)
     values |= {f"routing/{name}": float(x) for name, x in mean_routing.items()}
@@ -244,6 +261,7 @@ class _Loop:
     return self._epochs.at(step * self._experiment.train.batch_size)
 
   def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes metrics, on the first process."""
     if self._writer is not None:
       self._writer.write(step, values)
 
@@ -252,7 +270,7 @@ class _Loop:
       self._writer.sync()
 
   def evaluate(self, step: int, *, record: bool = True) -> None:
-    """Evaluates the current parameters."""
+    """Evaluates the current parameters; `record` adds it to the metrics."""
     self.read_pending()
     started = time.monotonic()
     self.evaluation = evaluate(
@@ -280,18 +298,18 @@ class _Loop:
     self._clock.exclude(started)
 
   def save(self, step: int) -> None:
-    """Starts a checkpoint, once this step is known to be finite."""
+    """Starts to write a checkpoint, after a check that the step is finite."""
     self.read_pending()
     started = time.monotonic()
     self._sync()
     self._checkpointer.save(
       step, self.state, self._iterator.get_state(), self._provenance
     )
-    self._last_good = step
+    self._last_saved = step
     self._clock.exclude(started)
 
   def finish(self) -> None:
-    """Completes the last checkpoint, then writes the run's results."""
+    """Waits for the last checkpoint, then writes the run's results."""
     self._checkpointer.wait()
     if not self._is_first:
       return
@@ -305,23 +323,23 @@ class _Loop:
       "step": self._experiment.train.num_steps,
       "content_hash": self._provenance.content_hash,
       "parameters": {"total": total, "active": active},
-      # Over all processes that the run took.
+      # The metrics hold the steps of every process that took part in the run.
       "tokens_per_second": statistics.median(
         line["train/tokens_per_second"]
         for line in read_metrics(self._workdir)
         if "train/tokens_per_second" in line
       ),
-      # How often each source's training text was read.
+      # How often the run read each source's training text.
       "epochs": self._epochs_at(self._experiment.train.num_steps),
       "eval": self.evaluation.losses,
       "routing": self.evaluation.routing,
     }
     self.progress.close()
-    # Matplotlib takes half a second to import, for which no start should wait.
+    # This imports Matplotlib, which would delay the start by half a second.
     from edl_jax.analysis.report import write_run_report
 
     write_run_report(self._workdir)
-    # Last: its presence says that the run is complete.
+    # Write this file last: its presence says that the run is complete.
     storage.write_json(os.path.join(self._workdir, "result.json"), result)
 
   def close(self) -> None:
@@ -340,25 +358,24 @@ def train(
   mesh: Mesh,
   workdir: str,
 ) -> None:
-  """Trains to `train.num_steps`, going on from the newest checkpoint.
+  """Trains until `train.num_steps`, from the newest checkpoint if there is one.
 
-  Everything that a step computes depends only on the experiment, the corpus
-  and the step, so an interrupted run gives the same figures as one that was
-  not.
+  A step depends on the experiment, the corpus and its number alone, so an
+  interrupted run gives the same figures as an uninterrupted one.
 
   Args:
-    corpus: with the text that the provenance describes.
+    corpus: the text that the provenance describes.
     rows, epochs: its training rows, from `input_pipeline.train_dataset`.
-    provenance: saved in every checkpoint.
-    mesh: over all devices.
-    workdir: the run's folder, checked by `checkpoint.check_workdir`.
+    provenance: what every checkpoint records of its origin.
+    mesh: all devices.
+    workdir: the run's folder, which `checkpoint.check_workdir` has checked.
 
   Raises:
     NonFiniteError: a loss term or the gradient is not finite.
-    Preempted: SIGTERM or SIGINT arrived; the state was saved first.
+    Preempted: SIGTERM or SIGINT arrived, and the state was saved.
   """
   settings = provenance.experiment.train
-  with _noted_signals() as asked_to_end, jax.set_mesh(mesh):
+  with _requests_to_end() as asked_to_end, jax.set_mesh(mesh):
     loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir)
     try:
       if loop.first_step:
@@ -366,13 +383,12 @@ def train(
           f"going on from the checkpoint of step {loop.first_step}"
         )
       for step in range(loop.first_step + 1, settings.num_steps + 1):
-        # A value that went to or came from a device unnoticed would stall the
-        # step before or the next one.
+        # An implicit transfer would make the host wait for the devices.
         with jax.transfer_guard("disallow"):
           loop.step(step)
         last, number = step == settings.num_steps, asked_to_end(step)
-        # Evaluated before it is saved: whoever goes on from a checkpoint finds
-        # all figures up to its step.
+        # Evaluate before saving: a run that goes on from the checkpoint then
+        # has all figures up to its step.
         if last or step % settings.eval_every == 0:
           loop.evaluate(step)
         if last or number or step % settings.checkpoint_every == 0:
@@ -385,7 +401,7 @@ def train(
             number,
           )
       if loop.evaluation is None:
-        # Killed between the last checkpoint and the report.
+        # An earlier process was killed between last checkpoint and report.
         loop.evaluate(settings.num_steps, record=False)
       loop.finish()
     finally:
@@ -393,14 +409,16 @@ def train(
 
 
 @contextlib.contextmanager
-def _noted_signals() -> Iterator[Callable[[int], int | None]]:
-  """Notes requests to end, to be asked for by each step in turn.
+def _requests_to_end() -> Iterator[Callable[[int], int | None]]:
+  """Catches the signals that ask the process to end, SIGTERM and SIGINT.
+
+  A second signal of the same kind ends the process at once. With several
+  processes only SIGTERM is caught: JAX notes it in any one of them, and all
+  agree on a step that none has passed.
 
   Yields:
-    A function of the step just taken, which returns the signal's number if it
-    is the last one. SIGTERM and SIGINT count, and a second one of a kind ends
-    the process at once. Of several processes SIGTERM to any one ends all: JAX
-    notes it, and agrees on a step that none has passed.
+    A function of the step just taken. It returns the signal's number if the
+    run must end after this step, and None otherwise.
   """
   if jax.process_count() > 1:
 
@@ -441,23 +459,29 @@ def describe(
   total, active = parameter_counts(experiment.model)
   axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   train = experiment.train
-  domains = []
-  # What was prepared was cut, if at all, when it was prepared.
-  cap = experiment.data.max_characters_per_domain
-  cap = math.inf if experiment.data.prepared else cap
-  for name, (documents, characters) in zip(
-    corpus.taxonomy.sources, corpus.sizes()
-  ):
-    domains.append(
-      f"  {name}: {documents:,} documents, {characters:,} characters"
-      + (" (cut at data.max_characters_per_domain)" * (characters >= cap))
-    )
+  tokens = train.num_steps * train.batch_size * train.sequence_length
   return [
     f"{experiment.name}: {total:,} parameters, {active:,} active per token",
     f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s): {axes}",
     f"{len(corpus.taxonomy.sources)} domains:",
-    *domains,
+    *_describe_sources(experiment, corpus),
     f"{train.num_steps:,} steps of {train.batch_size} rows of"
-    f" {train.sequence_length} tokens:"
-    f" {train.num_steps * train.batch_size * train.sequence_length:,} tokens",
+    f" {train.sequence_length} tokens: {tokens:,} tokens",
   ]
+
+
+def _describe_sources(
+  experiment: Experiment, corpus: Corpus | PreparedCorpus
+) -> list[str]:
+  """Returns a line for each source, with its size and whether it was cut."""
+  limit = experiment.data.max_characters_per_domain
+  lines = []
+  for name, (documents, characters) in zip(
+    corpus.taxonomy.sources, corpus.sizes()
+  ):
+    line = f"  {name}: {documents:,} documents, {characters:,} characters"
+    # The limit of a prepared corpus was that of its preparation.
+    if characters >= limit and not experiment.data.prepared:
+      line += " (cut at data.max_characters_per_domain)"
+    lines.append(line)
+  return lines

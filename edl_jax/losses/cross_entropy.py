@@ -17,24 +17,25 @@ def chunked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted cross-entropy of a linear head, without all logits at once.
 
-  Logits exist for one chunk of tokens at a time. The gradient is formed in the
-  forward pass, chunk by chunk, from the same logits: nothing is computed
-  twice and only arrays of the size of `x_BTM` and `head_MV` are kept.
+  Logits exist for one chunk of tokens at a time. The forward pass forms the
+  gradient, chunk by chunk, from the same logits. So nothing is computed twice,
+  and the backward pass keeps only arrays of the size of `x_BTM` and `head_MV`.
 
-  Inside `sharding.per_shard` the arguments are a device's own: its rows, and
-  its piece of the head, whose gradient sums over all rows already. So all
-  devices' sums must be added up with the same weight, as they are in a total.
+  Inside `sharding.per_shard` the arguments are the device's own rows and its
+  piece of the head. The gradient of that piece already sums over all rows, so
+  the caller must add the results of all devices with the same weight.
 
   Args:
-    x_BTM: final activations; their dtype is the matmul's, sums are float32.
+    x_BTM: final activations. Matrix products take their dtype; sums are
+      float32.
     head_MV: float32 master weights.
     targets_BT: int32 in [0, V).
     weights_BT: float32, 0 for padding; no gradient.
-    chunk_elements: of the largest array of logits.
+    chunk_elements: elements of the largest array of logits.
 
   Returns:
-    The weighted sum in nats over these rows, a float32 scalar, and float32
-    nats_BT (weighted) for reports, through which no gradient flows.
+    The weighted sum in nats over these rows, a float32 scalar; and weighted
+    nats_BT, float32, for reports. No gradient flows through nats_BT.
   """
   total, nats_BT = _cross_entropy(
     x_BTM, head_MV, targets_BT, weights_BT, chunk_elements
@@ -63,7 +64,7 @@ def _cross_entropy_forward(
 def _cross_entropy_backward(chunk_elements, residuals, cotangents):
   del chunk_elements
   dx_BTM, dhead_MV = residuals
-  # Devices along `tensor` hold the same sum, and a part of its cotangent each.
+  # Devices along `tensor` hold the same sum, and each a part of its cotangent.
   scale = sharding.sum_over(cotangents[0], ("tensor",))
   return (scale * dx_BTM).astype(dx_BTM.dtype), scale * dhead_MV, None, None
 
@@ -77,8 +78,8 @@ def _in_chunks(
 ):
   """Returns nats_BT, and dx_BTM and dhead_MV (None without gradient).
 
-  Along `tensor` each device has the logits of its part of the vocabulary, and
-  returns the part of dx_BTM that these make.
+  Each device along `tensor` has the logits of its part of the vocabulary, and
+  returns what these contribute to dx_BTM.
   """
   batch, length, width = x_BTM.shape
   head = sharding.gather("head_MV", head_MV.astype(x_BTM.dtype))
@@ -97,7 +98,7 @@ def _in_chunks(
     x_PM, target_P, weight_P = inputs
     logits_PV = jnp.dot(x_PM, head, preferred_element_type=jnp.float32)
     hit_PV = target_P[:, None] - first == jnp.arange(vocabulary)
-    # Kept apart from the logits: log(p) = shifted - log(sum exp(shifted)).
+    # Subtract the largest logit first, so that exp cannot overflow.
     largest_P = sharding.max_over(logits_PV.max(-1), ("tensor",))
     shifted_PV = logits_PV - largest_P[:, None]
     exp_PV = jnp.exp(shifted_PV)
@@ -125,7 +126,7 @@ def _in_chunks(
   nats_BT = nats.reshape(-1)[:tokens].reshape(batch, length)
   if with_gradient:
     dx = dx.reshape(-1, width)[:tokens].reshape(x_BTM.shape)
-    # Scattered here, so that no device keeps the whole until the backward pass.
+    # Scatter now, so that no device keeps the whole until the backward pass.
     dhead_MV = sharding.scatter("head_MV", dhead_MV.astype(x_BTM.dtype))
     dhead_MV = dhead_MV.astype(jnp.float32)
   return nats_BT, dx, dhead_MV

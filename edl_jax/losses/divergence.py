@@ -1,6 +1,6 @@
 """Divergences of routing distributions, and the losses made of them.
 
-Stands alone: imports only JAX, so that other codebases can use this file.
+This file imports only JAX, so that other codebases can copy it.
 Logarithms are natural. Source of the loss: Li et al., *Expert Divergence
 Learning for MoE-based Language Models*, ICLR 2026, arXiv:2603.00054.
 
@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 LN_2 = math.log(2.0)
 
-# Elements of the largest array between: more pairs are computed in tiles.
+# Elements of the largest intermediate array; more pairs are computed in tiles.
 _TILE_ELEMENTS = 1 << 20
 
 
@@ -25,8 +25,8 @@ _TILE_ELEMENTS = 1 << 20
 def _half_log_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
   """Returns log(2 p / (p + q)) / 2, the derivative of JSD by p.
 
-  Near p = q it is log1p(u) / 2, which does not cancel. At p = 0 it is minus
-  infinity: the ratio is floored at the smallest normal number.
+  Near p = q it is evaluated as log1p(u) / 2, which does not cancel. At p = 0 it
+  would be minus infinity, so the ratio has a floor, the smallest normal number.
   """
   total = jnp.where(p + q > 0, p + q, 1)
   u = (p - q) / total
@@ -38,9 +38,9 @@ def _half_log_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
 @_half_log_ratio.defjvp
 def _half_log_ratio_jvp(primals, tangents):
   p, q = primals
-  # d/dp = q / (2 p (p + q)) and d/dq = -1 / (2 (p + q)), bounded (in float32 by
-  # 2.6e15) so that products with tangents stay finite, and that the inverse of
-  # the bound squared, which XLA may form, is not flushed to zero.
+  # d/dp = q / (2 p (p + q)) and d/dq = -1 / (2 (p + q)). A bound, 2.6e15 in
+  # float32, keeps products with tangents finite. XLA may form the inverse of
+  # its square, which must not be flushed to zero.
   bound = jnp.finfo(p.dtype).max ** 0.4
   smallest = 1 / bound
   total = jnp.maximum(p + q, smallest)
@@ -58,7 +58,8 @@ def _jensen_shannon_terms(p: jax.Array, q: jax.Array) -> jax.Array:
   g_near = 0
   for k in range(12, 0, -1):
     g_near = (g_near + 1 / (k * (2 * k - 1))) * (u * u)
-  # Towards u = 1, (1+u) log(1+u) + (1-u) log(1-u), with 1 - u not cancelling.
+  # Far from 0, g = (1+u) log(1+u) + (1-u) log(1-u); `rest` is 1 - u, evaluated
+  # without cancellation.
   rest = 2 * jnp.minimum(p, q) / total
   g_far = (1 + u) * jnp.log1p(u) + jax.scipy.special.xlogy(rest, rest)
   return total * jnp.where(u < 0.25, g_near, g_far) / 4
@@ -73,7 +74,7 @@ def _jensen_shannon_terms_jvp(primals, tangents):
 
 
 def _as_float(x: jax.Array) -> jax.Array:
-  """Returns `x` in float32, or in float64 if that is what it is."""
+  """Returns `x` in float32; float64 stays float64."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -94,9 +95,9 @@ def jensen_shannon(p: jax.Array, q: jax.Array, axis: int = -1) -> jax.Array:
 
   JSD(p, q) = KL(p||m)/2 + KL(q||m)/2 with m = (p+q)/2. Evaluated as
   1/4 sum_e (p_e+q_e) g(u_e), with u = (p-q)/(p+q) and
-  g(u) = 2 u atanh(u) + log(1-u^2) >= 0: all terms are non-negative, so nothing
-  cancels where the distributions are close, which is where the loss
-  -log(JSD) is steepest. The textbook entropy form is wrong by a factor there.
+  g(u) = 2 u atanh(u) + log(1-u^2) >= 0. All terms are non-negative, so nothing
+  cancels where the distributions are close and the loss -log(JSD) is steepest.
+  There the float32 result of the textbook entropy form is wrong by a factor.
 
   Args:
     p, q: distributions, broadcast against each other; any float dtype.
@@ -125,11 +126,11 @@ def pairwise_jensen_shannon(p_DE: jax.Array) -> jax.Array:
 def hellinger(p: jax.Array, q: jax.Array) -> jax.Array:
   """Hellinger distance along the last axis, in [0, 1] (Hellinger 1909).
 
-  H = sqrt(sum_e (sqrt p_e - sqrt q_e)^2 / 2), each difference of roots
+  H = sqrt(sum_e (sqrt p_e - sqrt q_e)^2 / 2). Each difference of roots is
   evaluated as (p-q) / (sqrt p + sqrt q), which does not cancel. The derivative
-  by p_e, (1 - sqrt(q_e/p_e)) / (4 H), is infinite at p_e = 0 and has no value
-  at p = q: so probabilities below 1e-16 count as 1e-16, and an H below 1e-10
-  is replaced by H^2 / 1e-10, whose gradient at p = q is 0.
+  by p_e, (1 - sqrt(q_e/p_e)) / (4 H), is infinite at p_e = 0 and undefined at
+  p = q. Therefore probabilities below 1e-16 count as 1e-16, and H^2 / 1e-10,
+  whose gradient at p = q is 0, replaces an H below 1e-10.
   """
   p, q = (jnp.maximum(x, 1e-16) for x in _distributions(p, q))
   gap = (p - q) / (jnp.sqrt(p) + jnp.sqrt(q))
@@ -150,9 +151,10 @@ def total_variation(p: jax.Array, q: jax.Array) -> jax.Array:
 def symmetric_kl(p: jax.Array, q: jax.Array) -> jax.Array:
   """Jeffreys divergence along the last axis, in nats (Jeffreys 1946).
 
-  J = KL(p||q) + KL(q||p) = sum_e (p_e - q_e) log(p_e/q_e): non-negative terms.
-  Near p = q the logarithm is 2 atanh((p-q) / (p+q)). Probabilities below 1e-12
-  count as 1e-12, so that J is at most 55.3 and derivatives at least -1e12.
+  J = KL(p||q) + KL(q||p) = sum_e (p_e - q_e) log(p_e/q_e), a sum of
+  non-negative terms. Near p = q the logarithm is evaluated as
+  2 atanh((p-q) / (p+q)). Probabilities below 1e-12 count as 1e-12, so J is at
+  most 55.3 and derivatives are at least -1e12.
   """
   p, q = (jnp.maximum(x, 1e-12) for x in _distributions(p, q))
   u = (p - q) / (p + q)
@@ -193,15 +195,15 @@ def domain_routing(
 ) -> tuple[jax.Array, jax.Array]:
   """Averages router probabilities per sequence, then per domain.
 
-  For use of this file alone; training sums the same statistics over layers and
-  devices with `routing.collect`. arXiv:2603.00054.
+  For codebases that copy this file. The training of edl_jax sums the same
+  statistics over layers and devices (`routing.collect`). arXiv:2603.00054.
 
   Args:
     probs_BTE: router softmax over all experts, before top-k.
     weights_BT: 1 where a token counts, 0 for padding.
-    domain_B: domain label of each sequence, in [0, num_domains). Under
-      `jax.jit` labels cannot be checked, and a sequence with another label
-      counts for no domain: there the input pipeline must check.
+    domain_B: domain label of each sequence, in [0, num_domains). Traced labels
+      cannot be checked, so the caller must check them before `jax.jit`; a
+      sequence with another label counts for no domain.
 
   Returns:
     p_DE: mean of the sequence means of each domain, float32; zeros for a
@@ -247,13 +249,14 @@ def expert_divergence_loss(
 
   Args:
     p_DE: mean router probabilities of each domain over the *global* batch.
-    present_D: true (or positive) where the domain occurs in the batch. Rows of
-      absent domains have no influence, whatever they hold.
+    present_D: true (or positive) where the domain occurs in the batch. The
+      values in rows of absent domains have no influence.
     eps: added to the divergence inside the logarithm; with 0, domains that
       route exactly alike have an infinite loss.
     divergence: one of `DIVERGENCES`; see the function of that name.
-    max_present: how many domains can be present at most, such as the rows of
-      the batch: more than so many are left out. All, by default.
+    max_present: largest number of domains that can be present, such as the
+      number of rows in the batch. The loss leaves out any further domains. By
+      default, all can be present.
 
   Returns:
     A scalar in [-log(largest divergence + eps), -log(eps)]; 0 with a gradient
@@ -288,7 +291,7 @@ def expert_divergence_loss(
     j, k = pair
     counts_JJ = present_IJ[j][:, None] & present_IJ[k] & (upper_JJ | (j < k))
     d_JJ = _DIVERGENCES[divergence](p_IJE[j][:, None], p_IJE[k])
-    # Pairs that do not count must not reach a derivative that is infinite.
+    # Pairs that do not count could have an infinite derivative.
     loss_JJ = -jnp.log(jnp.where(counts_JJ, d_JJ + eps, 1))
     return total + loss_JJ.sum(), None
 
@@ -314,12 +317,12 @@ def hierarchical_divergence_loss(
   """Weighted sum of the expert divergence losses of two levels of labels.
 
   coarse_weight * L_coarse + (1 - coarse_weight) * L_fine. The mean of a coarse
-  domain is that of all its sequences: of its fine means, weighted by count.
+  domain is over all its sequences: its fine means, weighted by their counts.
 
   Args:
     p_DE, count_D: of the fine domains, as from `domain_routing`.
     parent_D: the coarse domain of each fine domain, from 0.
-    coarse_weight: in [0, 1]; with 0 or 1 the other level costs nothing.
+    coarse_weight: in [0, 1]; with 0 or 1 the other level is not computed.
     eps, divergence, max_present: as in `expert_divergence_loss`.
 
   Raises:

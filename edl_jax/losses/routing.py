@@ -1,9 +1,8 @@
-"""Routing statistics: additive sums over sequences, and what follows from them.
+"""Routing statistics: sums from which every routing loss and metric follows.
 
-Every mixture-of-experts layer returns a `RowRouting`; `collect` sums the rows
-of all layers into one `RoutingStats`, which adds over micro-batches,
-evaluation steps, devices and hosts. Every routing loss and metric is a small
-pure function of it. Entropies and divergences are in nats.
+Every mixture-of-experts layer returns a `RowRouting`. `collect` sums the rows
+of all layers into one `RoutingStats`. These sums add over micro-batches,
+evaluation steps, devices and hosts. Entropies and divergences are in nats.
 """
 
 import functools
@@ -20,9 +19,9 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class RowRouting(NamedTuple):
-  """One layer's routing, per batch row; all float32.
+  """One layer's routing by row of the batch; all float32.
 
-  Scan stacks it to a leading L axis.
+  The scan over layers adds a leading L axis.
   """
 
   # Mean router probability over the row's counted tokens, (B, E).
@@ -44,16 +43,16 @@ class RowRouting(NamedTuple):
 
 
 class OutputStats(NamedTuple):
-  """Sums over counted tokens of what active experts return; all float32.
+  """Sums over counted tokens of the active experts' outputs; all float32.
 
-  One layer's, or with a leading L axis; adds leaf by leaf.
+  Describes one layer, or all with a leading L axis. Adds leaf by leaf.
   """
 
-  # Mean over a token's pairs of active experts of the squared norm of one's
-  # output projected on the other's, see `output_stats`.
+  # Squared norm of one active expert's output projected on another's, mean over
+  # a token's pairs; see `output_stats`.
   projection: jax.Array
-  # Mean over a token's pairs of active experts of the squared cosine of their
-  # outputs.
+  # Squared cosine of the outputs of two active experts, mean over a token's
+  # pairs.
   squared_cosine: jax.Array
   # Sum of every expert's outputs, (E, M), and of their squared norms, (E,).
   sum_EM: jax.Array
@@ -91,8 +90,8 @@ class RoutingStats(NamedTuple):
   squared_logsumexp_L: jax.Array
   # Counted tokens, (L,).
   tokens_L: jax.Array
-  # Sequences with a counted token, (L,), and routed assignments, (L, E), of
-  # all rows: those without a domain are in no sum by domain.
+  # Sequences with a counted token, (L,), and routed assignments, (L, E). Unlike
+  # the sums by domain, these include rows without a domain.
   sequences_L: jax.Array
   assignments_LE: jax.Array
   # Sums of the experts' outputs, with leading L, where they were asked for.
@@ -112,7 +111,7 @@ class RoutingStats(NamedTuple):
 
 
 class BatchSums(NamedTuple):
-  """All that the objective needs of a batch; adds leaf by leaf."""
+  """The sums of a batch that the objective needs; adds leaf by leaf."""
 
   # Summed cross-entropy of counted tokens, nats, scalar.
   nats: jax.Array
@@ -130,7 +129,7 @@ def row_routing(
 ) -> RowRouting:
   """Sums one layer's routing over the positions of each row.
 
-  Where devices share rows, over the positions of all of them.
+  Devices that share rows add up their positions.
 
   Args:
     logits_BTE, probs_BTE: router logits and their softmax, float32.
@@ -139,7 +138,7 @@ def row_routing(
     weights_BT: 1 where a token counts.
   """
   num_experts = probs_BTE.shape[-1]
-  # One comparison per active expert rather than a (B, T, A, E) one-hot.
+  # One comparison per active expert avoids a one-hot array (B, T, A, E).
   chosen = [
     expert_BTA[..., a, None] == jnp.arange(num_experts)
     for a in range(expert_BTA.shape[-1])
@@ -165,7 +164,7 @@ def row_routing(
     squared_logsumexp_B=(jnp.square(logsumexp_BT) * weights_BT).sum(-1),
     tokens_B=weights_BT.sum(-1),
   )
-  # Before the division: a mean of parts' means would be another number.
+  # Add over devices before dividing: a mean of means would weigh devices alike.
   sums = sharding.sum_over(sums, ("sequence",))
   count_B = jnp.maximum(sums.tokens_B, 1)
   return sums._replace(
@@ -175,7 +174,7 @@ def row_routing(
 
 
 def _row_balance(rows: RowRouting) -> jax.Array:
-  """Load-balance loss of every row by itself, E sum_e f_e P_e, (L, B)."""
+  """Computes every row's own load-balance loss, E sum_e f_e P_e, (L, B)."""
   assignments_LBE = jax.lax.stop_gradient(rows.assignments_BE)
   routed_LB1 = jnp.maximum(assignments_LBE.sum(-1, keepdims=True), 1)
   share_LBE = assignments_LBE / routed_LB1
@@ -190,23 +189,24 @@ def output_stats(
   num_experts: int,
   form: str = "paper",
 ) -> OutputStats:
-  """Sums what the active experts of each token return, of one layer.
+  """Sums the outputs of each token's active experts, in one layer.
 
-  `projection` is L_o of Guo et al., arXiv:2505.22323, for one token, from the
-  active outputs alone. In the form of the "paper",
+  `projection` sums L_o of Guo et al., arXiv:2505.22323, over tokens. In the
+  form "paper", a token's L_o is
 
-    mean over j != k of || <x_j, x_k> / (<x_k, x_k> + 1e-8) x_k ||^2,
+    mean over j != k of || <x_j, x_k> / (<x_k, x_k> + 1e-8) x_k ||^2
 
-  in that of the authors' "released" code the mean over j of the squared norm
-  of x_j projected on the span of the token's other active outputs
-  (Gram-Schmidt, vectors divided by their norm + 1e-6). Their code reshapes
-  outputs that lie expert by expert to (tokens, A), so that its rows mix
-  tokens; here they are grouped by token, as their text says.
+  of its active outputs x. In the form "released", as in the authors' code, it
+  is the mean over j of the squared norm of x_j projected on the span of the
+  token's other active outputs (Gram-Schmidt, vectors divided by their norm +
+  1e-6). The authors' code reshapes outputs that lie expert by expert to
+  (tokens, A), so its rows mix tokens. Here outputs are grouped by token, as
+  their text says.
 
   Args:
     y_PAM: outputs of the active experts, before weighting; any float dtype.
-    expert_PA: which experts these are.
-    gate_PA: their routing weights, float32.
+    expert_PA: index of the expert of each output.
+    gate_PA: routing weight of each output, float32.
     weights_P: 1 where a token counts.
     num_experts: E.
     form: "paper" or "released".
@@ -257,7 +257,7 @@ def _span_projection(y_PAM: jax.Array) -> jax.Array:
 
   def norm(x_PM: jax.Array) -> jax.Array:
     square_P1 = jnp.square(x_PM).sum(-1, keepdims=True)
-    # The root's derivative at 0 is infinite.
+    # The derivative of the root is infinite at 0.
     return jnp.where(square_P1 > 0, jnp.sqrt(jnp.maximum(square_P1, 1e-30)), 0)
 
   def inner(x_PM: jax.Array, y_PM: jax.Array) -> jax.Array:
@@ -265,7 +265,7 @@ def _span_projection(y_PAM: jax.Array) -> jax.Array:
 
   @jax.checkpoint
   def of_one(y_APM: jax.Array) -> jax.Array:
-    """The first output, projected on the span of the rest."""
+    """Projects the first output on the span of the rest; squared norm, (P,)."""
     basis: list[jax.Array] = []
     for x_PM in y_APM[1:]:
       for unit_PM in basis:
@@ -312,23 +312,23 @@ def collect(
   outputs: OutputStats | None = None,
   token_pairs_L22: jax.Array | None = None,
 ) -> RoutingStats:
-  """Sums rows into domains, for all layers at once.
+  """Sums rows by domain, for all layers at once.
 
-  Under a mesh the rows are spread over devices and this is the one place
-  where routing crosses them: the sums, and so every loss and metric, are those
-  of the global batch.
+  A mesh spreads the rows over devices, and this is the one place where routing
+  crosses devices. So the sums, and every loss and metric, are those of the
+  global batch.
 
   Args:
     rows: stacked over layers, (L, B, ...).
-    domain_B: fine domain label of each row, in [0, num_domains); -1 for none.
-      Rows without a domain count in the sums over all rows and tokens only.
+    domain_B: fine domain label of each row, in [0, num_domains), or -1. Rows
+      of label -1 have no domain and enter only the sums over all rows.
     num_domains: D.
     outputs: stacked over layers, if the experts' outputs were summed.
     token_pairs_L22: sums over pairs of tokens, if these were sampled.
   """
   member_BD = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.float32)
   counted_LB = (rows.tokens_B > 0).astype(jnp.float32)
-  # Means weigh sequences equally; a row without tokens is no sequence.
+  # Sequences count equally. A row without counted tokens is not a sequence.
   sequence_LBD = counted_LB[..., None] * member_BD
   probability_LBE = rows.probability_BE
 
@@ -361,7 +361,7 @@ def collect(
 
 
 def domain_probabilities(stats: RoutingStats) -> tuple[jax.Array, jax.Array]:
-  """Returns p_LDE, the mean of each domain's sequences, and present_LD."""
+  """Returns p_LDE, each domain's mean over sequences, and present_LD."""
   count_LD = stats.sequences_LD
   p_LDE = stats.probability_LDE / jnp.maximum(count_LD, 1)[..., None]
   return p_LDE, count_LD > 0

@@ -1,4 +1,4 @@
-"""Routing metrics, each a small pure function of `RoutingStats`.
+"""Routing metrics: small pure functions of `RoutingStats`.
 
 Entropies and divergences are in nats.
 """
@@ -41,7 +41,7 @@ def diversity_decomposition(
 
   Args:
     stats: routing sums.
-    unit: "sequence" or "token", what D_total is taken over.
+    unit: "sequence" or "token", the units of D_total.
 
   Returns:
     (D_total, D_inter) in nats, each (L,).
@@ -58,12 +58,12 @@ def diversity_decomposition(
   sequences_L = jnp.maximum(stats.sequences_LD.sum(-1), 1)
   share_LD = stats.sequences_LD / sequences_L[:, None]
   mean_LE = stats.probability_LDE.sum(1) / sequences_L[:, None]
-  # p log(p/m) - p + m >= 0 for every expert, and the added terms sum to 0.
+  # The terms p log(p/m) - p + m are non-negative, and m - p sums to 0.
   mean_L1E = mean_LE[:, None]
   safe_L1E = jnp.where(mean_L1E > 0, mean_L1E, 1)
   ratio_LDE = jnp.where(mean_L1E > 0, p_LDE / safe_L1E, 1)
   excess_LDE = ratio_LDE - 1
-  # entr(r) = -r log r; near r = 1 the three terms cancel, hence log1p.
+  # Near ratio 1 the three terms cancel; a Taylor series replaces them there.
   log_LDE = jnp.log1p(jnp.maximum(excess_LDE, -1 + 1e-7))
   terms_LDE = jnp.where(
     jnp.abs(excess_LDE) < 1e-2,
@@ -74,7 +74,7 @@ def diversity_decomposition(
   kl_LD = (mean_L1E * terms_LDE).sum(-1)
   inter_L = (share_LD * kl_LD).sum(-1)
   total_L = entr(mean_LE).sum(-1) - entropy_LD.sum(-1) / sequences_L
-  # Rounding of the entropies must not push the total below its part.
+  # Rounding of the entropies could make the total smaller than its part.
   return jnp.maximum(total_L, inter_L), inter_L
 
 
@@ -119,8 +119,9 @@ def normalized_mutual_information(stats: RoutingStats) -> jax.Array:
 def routing_variance(stats: RoutingStats) -> jax.Array:
   """Mean over tokens of the variance over experts of the routing weights, (L,).
 
-  Of the weights after top-k, 0 where an expert is not active, which sum to 1:
-  mean_i sum_e s_ie^2 / E - 1 / E^2. Guo et al., arXiv:2505.22323.
+  The weights s are those after top-k, 0 where an expert is not active. They
+  sum to 1, so the mean variance is mean_i sum_e s_ie^2 / E - 1 / E^2. Guo et
+  al., arXiv:2505.22323.
   """
   num_experts = stats.squared_gate_LE.shape[-1]
   tokens_L = jnp.maximum(stats.tokens_L, 1)
@@ -131,7 +132,7 @@ def routing_variance(stats: RoutingStats) -> jax.Array:
 
 
 def expert_overlap(stats: RoutingStats) -> jax.Array:
-  """Mean over pairs of experts of what their domain profiles share, (L,).
+  """Mean overlap of the domain profiles of two experts, (L,).
 
   An expert's profile is the share of its assignments that each domain sends;
   two profiles share sum_d min(a_d, b_d): 0 if the experts serve no common
@@ -144,7 +145,7 @@ def expert_overlap(stats: RoutingStats) -> jax.Array:
 
   def of_layer(arguments: tuple[jax.Array, jax.Array]) -> jax.Array:
     profile_DE, used_E = arguments
-    # One expert at a time: memory O(D E), not O(D E^2).
+    # One expert at a time takes memory O(D E) in place of O(D E^2).
     shared_EE = jax.lax.map(
       lambda own_D: jnp.minimum(own_D[:, None], profile_DE).sum(0),
       profile_DE.T,
@@ -160,8 +161,8 @@ def expert_overlap(stats: RoutingStats) -> jax.Array:
 def output_similarity(stats: RoutingStats) -> jax.Array:
   """Mean squared cosine between outputs of two experts of one token, (L,).
 
-  0 where active experts return orthogonal vectors, 1 where parallel ones:
-  what L_o of arXiv:2505.22323 lowers, whatever the outputs' length.
+  0 if active experts return orthogonal vectors, 1 if parallel ones. L_o of
+  arXiv:2505.22323 lowers it; the length of the outputs has no influence.
   """
   return stats.output_sums().squared_cosine / jnp.maximum(stats.tokens_L, 1)
 
@@ -169,10 +170,11 @@ def output_similarity(stats: RoutingStats) -> jax.Array:
 def silhouette(stats: RoutingStats) -> jax.Array:
   """How far apart experts' outputs lie, in [0, 1]; (L,).
 
-  The silhouette (b - a) / max(a, b) of Rousseeuw (1987) with the outputs of an
-  expert as a cluster and mean squared distances to centroids: a to its own, b
-  to the nearest other. For these b = a + squared distance of both centroids.
-  Mean over tokens and active experts; experts without a token do not count.
+  The silhouette (b - a) / max(a, b) of Rousseeuw (1987). The outputs of an
+  expert are a cluster; a is their mean squared distance to their own centroid,
+  and b that to the nearest other centroid. With these distances b is a plus
+  the squared distance of the two centroids. The result is a mean over tokens
+  and active experts; experts without a token do not count.
   Guo et al., arXiv:2505.22323, do not say which silhouette they report.
   """
   outputs = stats.output_sums()
