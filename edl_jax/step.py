@@ -143,10 +143,7 @@ def loss_and_gradient(
   if count == 1:
     gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, batch)
     return sums, terms, gradient
-  # Row i goes to micro-batch i % count, so that no row changes its device.
-  micro = jax.tree.map(
-    lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
-  )
+  micro = _micro_batches(batch, count)
   if experiment.train.accumulation == "per_micro_batch":
 
     def of_part(part: Batch):
@@ -165,6 +162,16 @@ def loss_and_gradient(
     return pull_back(by_sums)[0]
 
   return sums, terms, _sum_over_parts(gradient_of_part, micro)
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """Splits a batch into `count` micro-batches along a new leading axis.
+
+  Row i goes to micro-batch i % count, so that no row changes its device.
+  """
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch
+  )
 
 
 def _sum_over_parts(function: Callable[[Batch], Any], micro: Batch) -> Any:
