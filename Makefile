@@ -3,6 +3,7 @@
 # make types       types alone
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
 # make update-tpu  writes the collectives that these find to tests/golden
+# make test-interop  tests against PyTorch and Transformers, installed by it
 # make docs        builds the site from docs/ into site/
 # make clean       removes .venv and what the tests left; runs/ stays
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo types test test-all test-tpu update-tpu docs clean
+.PHONY: demo types test test-all test-tpu update-tpu test-interop docs clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -50,6 +51,17 @@ test-tpu: $(VENV)/tpu
 
 update-tpu: $(VENV)/tpu
 	UPDATE_GOLDEN=1 PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot
+
+# An environment of its own: it needs no JAX, and its packages are large.
+$(VENV)/interop/done: requirements-interop.txt
+	$(PYTHON) -m venv $(VENV)/interop
+	$(VENV)/interop/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-interop.txt
+	@touch $@
+
+test-interop: $(VENV)/test $(VENV)/interop/done
+	EDL_JAX_INTEROP_PYTHON=$(VENV)/interop/bin/python \
+	  $(RUN) -m pytest --quiet tests/interop
 
 # The pages of settings and losses import the code, and ruff wraps signatures.
 $(VENV)/docs: $(VENV)/test requirements-docs.txt

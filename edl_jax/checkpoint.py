@@ -316,6 +316,15 @@ def load(
   )
 
 
+def checkpoint_provenance(path: str, step: int | None = None) -> Provenance:
+  """Returns what a checkpoint was made from, without its parameters.
+
+  Args, errors: as `load`.
+  """
+  checkpoint, _ = _find(path, step)
+  return Provenance.from_dict(_read_provenance(checkpoint))
+
+
 def _find(path: str, step: int | None = None) -> tuple[str, int]:
   """Returns a checkpoint's folder and its step; see `load`."""
   storage.check_access(path)
@@ -359,10 +368,9 @@ def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
   if saved and checkpoint_steps(os.path.join(workdir, _FOLDER)):
     return Provenance.from_dict(saved).tokenizer
   try:
-    checkpoint, _ = _find(path)
+    provenance = checkpoint_provenance(path)
   except UserError as error:
     raise UserError(f"train.initial_checkpoint: {error}") from error
-  provenance = Provenance.from_dict(_read_provenance(checkpoint))
   same = {"dtype": "float32", "remat": "none"}
   theirs, wanted = (
     config.flatten(dataclasses.replace(Experiment(), model=model))

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from typing import IO, Any
@@ -83,6 +84,35 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   except BaseException:
     with contextlib.suppress(OSError):
       os.unlink(temporary)
+    raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: str) -> Iterator[str]:
+  """Makes a folder that becomes visible, complete, when the block ends.
+
+  If the block raises, nothing is left. Parents are made where they are missing.
+
+  Args:
+    path: of the folder, on this machine; it must not exist.
+
+  Yields:
+    The path of the folder while it is being filled.
+
+  Raises:
+    OSError: it exists, or cannot be written.
+  """
+  parent, name = os.path.split(os.path.abspath(path))
+  if os.path.lexists(path):
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+  os.makedirs(parent, exist_ok=True)
+  temporary = os.path.join(parent, f".{name}.{uuid.uuid4().hex}.tmp")
+  try:
+    os.mkdir(temporary)
+    yield temporary
+    os.rename(temporary, path)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
     raise
 
 

@@ -31,6 +31,9 @@ ARROWS = {
     *("tables", "text"),
   },
   "fields": set(),
+  "interop": {
+    *("checkpoint", "command", "config", "model", "storage", "tables", "text"),
+  },
   "losses": {"config", "fields", "sharding", "tables"},
   "main": {
     *("checkpoint", "command", "config", "describe", "evaluate", "runtime"),

@@ -117,6 +117,23 @@ def test_gzip_files_depend_on_their_content_alone(tmp_path):
   assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_folder_is_whole_or_not_there(tmp_path):
+  path = tmp_path / "parent" / "whole"
+  broken = pytest.raises(ZeroDivisionError)
+  with broken, storage.whole_folder(str(path)) as folder:
+    Path(folder, "a").write_text("half")
+    raise ZeroDivisionError
+  assert os.listdir(path.parent) == []
+  with storage.whole_folder(f"{path}/") as folder:
+    Path(folder, "a").write_text("whole")
+    assert not path.exists()
+  assert os.listdir(path.parent) == ["whole"]
+  assert (path / "a").read_text() == "whole"
+  with pytest.raises(FileExistsError), storage.whole_folder(str(path)):
+    raise AssertionError("not reached")
+  assert (path / "a").read_text() == "whole"
+
+
 def test_writers_of_one_file_do_not_mix(tmp_path):
   path = tmp_path / "a"
   with storage.whole_file(path) as one, storage.whole_file(path) as other:
