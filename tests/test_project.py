@@ -67,6 +67,12 @@ def test_workflow_can_only_read_and_pins_its_actions():
 # --- The wheel ---------------------------------------------------------------
 
 
+def package_files() -> list[pathlib.Path]:
+  """Returns the package's modules, and the parts of its page."""
+  kinds = ("py", "html", "css", "js")
+  return [path for k in kinds for path in ROOT.glob(f"edl_jax/**/*.{k}")]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
   """The folder of an installed wheel, and the wheel's files."""
@@ -77,7 +83,7 @@ def installed(tmp_path_factory):
   source.mkdir()
   for name in ("pyproject.toml", "README.md", "LICENSE"):
     (source / name).write_bytes((ROOT / name).read_bytes())
-  for path in [*ROOT.glob("requirements*.txt"), *ROOT.glob("edl_jax/**/*.py")]:
+  for path in [*ROOT.glob("requirements*.txt"), *package_files()]:
     copy = source / path.relative_to(ROOT)
     copy.parent.mkdir(parents=True, exist_ok=True)
     copy.write_bytes(path.read_bytes())
@@ -103,13 +109,11 @@ def run(installed, *arguments: str, folder: pathlib.Path):
 
 
 @pytest.mark.slow
-def test_wheel_has_every_module_and_nothing_else(installed):
+def test_wheel_has_every_file_of_the_package_and_nothing_else(installed):
   _, files = installed
-  modules = {
-    str(path.relative_to(ROOT)) for path in (ROOT / "edl_jax").rglob("*.py")
-  }
+  own = {str(path.relative_to(ROOT)) for path in package_files()}
   metadata = {name for name in files if ".dist-info/" in name}
-  assert files - metadata == modules
+  assert files - metadata == own
   assert any(name.endswith("licenses/LICENSE") for name in metadata)
 
 

@@ -1,6 +1,8 @@
 // Draws the figures in #data, by means of atlas_tables.js.
 
-const runs = JSON.parse(find("data").textContent).runs.map((run) => ({
+const data = JSON.parse(find("data").textContent);
+const texts = data.texts;
+const runs = data.runs.map((run) => ({
   ...run,
   share: unpack(run.share),
   together: unpack(run.together),
@@ -91,6 +93,41 @@ function domainButton(domain, index) {
 
 const number = (expert) => element("span", {}, String(expert));
 
+// What experts of a layer share with those of `other`, itself or the next.
+function drawPairs(run, layer, name, other, where) {
+  const [rows, columns] = [layer, other].map((l) => expertOrder(run, l));
+  const lift = state["pair-figure"] === "lift";
+  const share = run[name];
+  const usual = (f) => run.load[other][f] / run.total;
+  const figure = (e, f) =>
+    share(layer, e, f) / (lift ? Math.max(usual(f), 1e-9) : 1);
+  // One scale for both runs; an expert shares all tokens with itself.
+  const highest = Math.max(1e-9, ...runs.flatMap((each) =>
+    (other < each.layers.length ? range(numExperts(each) ** 2) : []).map((i) =>
+      [Math.floor(i / numExperts(each)), i % numExperts(each)]).map(([e, f]) =>
+      (layer === other && e === f ? 0 : each[name](layer, e, f)))));
+  const [top, format] = lift ? [4, (x) => x.toFixed(1)] : [highest, percent];
+  return element("div", {}, element("h4", {}, `Experts of ${where}`), grid({
+    label: `Shared tokens with ${where}, layer ${run.layers[layer]}, `
+      + run.name,
+    corner: "",
+    rows: rows.map(number),
+    columns: columns.map(number),
+    top,
+    cell(r, c) {
+      const [e, f] = [rows[r], columns[c]];
+      return layer === other && e === f ? null : {
+        value: figure(e, f),
+        text: format(figure(e, f)),
+        tip: () => `expert ${e} (${mainName(run, layer, e)})\n`
+          + `${exact(share(layer, e, f))} of its tokens use expert ${f} of `
+          + `${where} (${mainName(run, other, f)})\n`
+          + `of all tokens ${exact(usual(f))} do`,
+      };
+    },
+  }), legend(top, format, lift ? " or more" : ""));
+}
+
 // The sections: each a function of a run, its layer and its index.
 
 const sections = {
@@ -127,7 +164,7 @@ const sections = {
     const experts = expertOrder(run, layer);
     const chosen = state.expert;
     const text = (place) =>
-      element("span", { class: "token" }, run.texts[place]);
+      element("span", { class: "token" }, texts[place]);
     const pairs = (list) => range(list.length / 2).map((i) =>
       [text(list[2 * i]), list[2 * i + 1]]);
     const all = plainTable(`All experts of the layer, ${run.name}`,
@@ -136,8 +173,8 @@ const sections = {
         expertButton(run, e, `tokens ${run.name}`),
         mainName(run, layer, e),
         exact(loadShare(run, layer, e)),
-        element("span", {}, ...pairs(run.typical[layer][e]).slice(0, 6)
-          .flatMap(([token]) => [token, " "])),
+        element("span", { class: "list" }, ...pairs(run.typical[layer][e])
+          .slice(0, 6).flatMap(([token]) => [token, " "])),
       ]));
     if (chosen >= numExperts(run)) return [all];
     const lists = [["Typical tokens", run.typical], ["Frequent tokens",
@@ -149,7 +186,7 @@ const sections = {
       ...run.contexts[layer][chosen].map(([probability, d, own, tokens]) =>
         element("li", {}, element("span", { class: "token" },
           ...tokens.map((place, i) => (i === own
-            ? element("mark", {}, run.texts[place]) : run.texts[place]))),
+            ? element("mark", {}, texts[place]) : texts[place]))),
         ` ${domains[d]}, ${exact(probability)}`)));
     return [
       element("h4", {}, `Expert ${chosen}: load `
@@ -180,7 +217,7 @@ const sections = {
         const load = run.load[l][e];
         return {
           value: load / mean,
-          text: load ? (load / mean).toFixed(2) : "",
+          text: load ? (load / mean).toFixed(2) : "×",
           mark: !load && "dead",
           tip: () => `layer ${run.layers[l]}, expert ${e}\n`
             + (load ? `${(load / mean).toFixed(3)} times the mean, `
@@ -196,42 +233,11 @@ const sections = {
   },
 
   pairs(run, layer) {
-    const made = [[run.together, layer, "the same layer"]];
+    const made = [drawPairs(run, layer, "together", layer, "the same layer")];
     if (layer + 1 < run.layers.length) {
-      made.push([run.next, layer + 1, "the next layer"]);
+      made.push(drawPairs(run, layer, "next", layer + 1, "the next layer"));
     }
-    const lift = state["pair-figure"] === "lift";
-    const order = expertOrder(run, layer);
-    return made.flatMap(([share, other, where]) => {
-      const columns = expertOrder(run, other);
-      const own = other === layer;
-      const figure = (e, f) => {
-        const usual = run.load[other][f] / run.total;
-        return lift ? share(layer, e, f) / Math.max(usual, 1e-9)
-          : share(layer, e, f);
-      };
-      const top = lift ? 4 : Math.max(1e-9, ...order.flatMap((e) =>
-        columns.map((f) => (own && e === f ? 0 : figure(e, f)))));
-      const format = lift ? (x) => x.toFixed(1) : percent;
-      return [element("h4", {}, `Experts of ${where}`), grid({
-        label: `Shared tokens with ${where}, ${run.name}`,
-        corner: "",
-        rows: order.map(number),
-        columns: columns.map(number),
-        top,
-        cell(r, c) {
-          const [e, f] = [order[r], columns[c]];
-          return own && e === f ? null : {
-            value: figure(e, f),
-            text: format(figure(e, f)),
-            tip: () => `expert ${e} (${mainName(run, layer, e)})\n`
-              + `${exact(share(layer, e, f))} of its tokens use expert ${f} `
-              + `of ${where} (${mainName(run, other, f)})\n`
-              + `all tokens: ${exact(run.load[other][f] / run.total)}`,
-          };
-        },
-      }), legend(top, format, lift ? " or more" : "")];
-    });
+    return [element("div", { class: "row" }, ...made)];
   },
 
   distances(run, layer) {
@@ -242,12 +248,15 @@ const sections = {
       : (a, b) => run.divergence(layer, a, b);
     const of = mean ? "mean over layers" : `layer ${run.layers[layer]}`;
     const place = mean ? 0 : layer + 1;
-    const map = drawMap(run.map[place], distance, `Map of domains, ${of}, `
-      + `${run.name}; the matrix has its distances`);
+    const half = Math.max(1e-9, ...runs.flatMap((each) =>
+      each.map[place]?.flat().map(Math.abs) ?? []));
+    const map = drawMap(run.map[place], half, distance,
+      `Map of domains, ${of}, ${run.name}; the matrix has its distances`);
     const order = range(domains.length);
     return [element("div", { class: "row" },
-      element("figure", {}, map, element("figcaption", {}, `${of}: the two axes `
-        + `hold ${percent(run.mapShare[place])} of the squared distances`)),
+      element("figure", {}, map, element("figcaption", {},
+        `${of}: the two axes hold ${percent(run.mapShare[place])} of the `
+        + "squared distances")),
       element("div", {}, grid({
         label: `JSD of domains in nats, ${of}, ${run.name}`,
         corner: "",
@@ -279,7 +288,7 @@ const sections = {
         tabindex: -1,
         role: "listitem",
         "data-expert": first,
-      }, run.texts[place]);
+      }, texts[place]);
       described.set(span, () => range(run.active).map((a) => {
         const e = example.expert(layer, t, a);
         return `expert ${e}: ${exact(example.probability(layer, t, a))} `
@@ -302,20 +311,19 @@ const sections = {
 const space = (x, low, high, from, to) =>
   from + (to - from) * (high > low ? (x - low) / (high - low) : 0.5);
 
-function drawMap(points, distance, label) {
-  const [width, height] = [420, 320];
+// Places points whose coordinates are `half` at most, in one scale.
+function drawMap(points, half, distance, label) {
+  const [width, height] = [420, 340];
   const svg = element("svg:svg", { viewBox: `0 0 ${width} ${height}`, width,
-    height, role: "group", "aria-label": label });
-  const [xs, ys] = [0, 1].map((axis) => points.map((point) => point[axis]));
-  // One scale for both axes.
-  const half = Math.max(...xs.map(Math.abs), ...ys.map(Math.abs), 1e-9);
-  const at = points.map(([x, y]) => [space(x, -half, half, 60, width - 60),
-    height / 2 - y * (width - 120) / 2 / half * 0.75]);
+    height, class: "map", role: "group", "aria-label": label });
+  const scale = Math.min(width / 2 - 60, height / 2 - 24) / half;
+  const at = points.map(([x, y]) =>
+    [width / 2 + scale * x, height / 2 - scale * y]);
   const taken = at.map(([x, y]) => [x - 6, y - 6, x + 6, y + 6]);
   const free = (box) => box[0] >= 0 && box[2] <= width && taken.every((t) =>
     box[2] < t[0] || box[0] > t[2] || box[3] < t[1] || box[1] > t[3]);
   at.forEach(([x, y], d) => {
-    const long = 6.2 * domains[d].length;
+    const long = 6.2 * domains[d].length + 4;
     // The first free place of four; a crowded map leaves some names out.
     const found = [[x + 9, y], [x - 9 - long, y], [x - long / 2, y - 14],
       [x - long / 2, y + 14]].find(([left, middle]) =>
@@ -346,13 +354,14 @@ const CHARTS = {
 };
 
 function drawChart(key) {
-  const [width, height, left, bottom] = [270, 170, 42, 26];
+  const [width, height, left, bottom] = [215, 150, 34, 26];
   const count = Math.max(...runs.map((run) => run.layers.length));
   const top = Math.max(...runs.flatMap((run) => run.metrics[key]), 1e-9);
   const x = (l) => space(l, 0, count - 1, left + 8, width - 10);
   const y = (value) => space(value, 0, top, height - bottom, 10);
   const svg = element("svg:svg", { viewBox: `0 0 ${width} ${height}`, width,
-    height, role: "img", "aria-label": `${CHARTS[key]} by layer; table below` });
+    height, role: "img",
+    "aria-label": `${CHARTS[key]} by layer; the table below has its figures` });
   for (const value of [0, top / 2, top]) {
     svg.append(element("svg:line", { class: "axis", x1: left, x2: width,
       y1: y(value), y2: y(value) }), element("svg:text", { class: "soft",
@@ -360,7 +369,7 @@ function drawChart(key) {
   }
   svg.append(element("svg:line", { class: "now", x1: x(state.layer),
     x2: x(state.layer), y1: 10, y2: height - bottom }));
-  const every = Math.ceil(count / 12);
+  const every = Math.ceil(count / 8);
   range(count).filter((l) => l % every === 0).forEach((l) => svg.append(
     element("svg:text", { class: "soft", x: x(l), y: height - 8,
       "text-anchor": "middle" }, String(runs[0].layers[l] ?? l))));
@@ -413,6 +422,7 @@ function drawRuns() {
 function draw(id) {
   const key = document.activeElement?.dataset.key;
   const body = find(id).querySelector(".body");
+  body.classList.add("runs");
   body.replaceChildren(...runs.map((run, index) => element("div",
     { class: "run" }, element("h3", {}, run.name),
     ...(state.layer < run.layers.length ? sections[id](run, state.layer, index)
@@ -468,16 +478,7 @@ function start() {
   }
   find("layer").max = Math.max(...runs.map((run) => run.layers.length)) - 1;
   find("layer").addEventListener("input", changeLayer);
-  const theme = find("theme");
-  const setTheme = (dark) => {
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    theme.setAttribute("aria-pressed", String(dark));
-  };
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  setTheme(system.matches);
-  system.addEventListener("change", () => setTheme(system.matches));
-  theme.addEventListener("click", () =>
-    setTheme(theme.getAttribute("aria-pressed") !== "true"));
+  startTheme();
   drawRuns();
   changeLayer();
 }

@@ -34,11 +34,11 @@ _COUNTED_TOKENS = 8192
 # shows before and after its own.
 TOP_TOKENS = 8
 TOP_CONTEXTS = 3
-CONTEXT_TOKENS = 8
+CONTEXT_TOKENS = 6
 # A chunk offers more contexts than are kept, as text repeats itself.
 _CANDIDATES = 4 * TOP_CONTEXTS
 # Active experts (D L T A) that all examples together show.
-_EXAMPLE_ELEMENTS = 300_000
+_EXAMPLE_ELEMENTS = 240_000
 _EXAMPLE_TOKENS = (16, 160)
 
 _METRICS = (
@@ -250,9 +250,9 @@ class _Counter:
       [[] for _ in range(sizes[1])] for _ in range(sizes[0])
     ]
     self._tokens_D = np.zeros(num_domains, np.int64)
-    shown = num_domains * num_layers * model.num_active_experts
-    low, high = _EXAMPLE_TOKENS
-    self._example_tokens = min(max(_EXAMPLE_ELEMENTS // shown, low), high)
+    self._example_length = example_length(
+      num_domains * num_layers * model.num_active_experts
+    )
     self._examples: list[Example | None] = [None] * num_domains
 
   def add(self, rows: Batch, routed: _ChunkRouting) -> None:
@@ -299,7 +299,7 @@ class _Counter:
     for row, domain in enumerate(rows.domain_B.tolist()):
       tokens = int(rows.weights_BT[row].sum())
       if tokens and self._examples[domain] is None:
-        end = min(tokens, self._example_tokens)
+        end = min(tokens, self._example_length)
         self._examples[domain] = Example(
           rows.tokens_BT[row, :end],
           routed.expert_LBTA[:, row, :end],
@@ -346,6 +346,16 @@ class _Counter:
       examples=self._examples,
       token_texts={i: loaded.tokenizer.token_text(i) for i in sorted(used)},
     )
+
+
+def example_length(elements: int) -> int:
+  """Returns the tokens of an example, which the page's size bounds.
+
+  Args:
+    elements: what one token of every example takes, D L A.
+  """
+  low, high = _EXAMPLE_TOKENS
+  return min(max(_EXAMPLE_ELEMENTS // elements, low), high)
 
 
 def _ids(

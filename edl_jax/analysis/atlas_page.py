@@ -29,7 +29,6 @@ from edl_jax.analysis.atlas_data import (
 
 # The frame, the style, and both parts of the program in their order.
 FILES = ("atlas.html", "atlas.css", "atlas_tables.js", "atlas.js")
-_LARGEST = 2**16 - 1
 
 
 def build_page(runs: Sequence[RunRouting]) -> bytes:
@@ -37,12 +36,15 @@ def build_page(runs: Sequence[RunRouting]) -> bytes:
 
   The runs must have the same domains.
   """
+  # Texts are listed once, and tokens are places in that list.
+  texts = dict.fromkeys(t for run in runs for t in run.token_texts.values())
+  place_of = {text: place for place, text in enumerate(texts)}
   target_D2, content = None, []
   for run in runs:
     map_LD2, shares = domain_maps(run.divergence_LDD, target_D2)
     # The maps of the second run are turned to the first run's.
     target_D2 = map_LD2[0] if target_D2 is None else target_D2
-    content.append(run_content(run) | _map_content(map_LD2, shares))
+    content.append(run_content(run, place_of) | _map_content(map_LD2, shares))
   files = importlib.resources.files("edl_jax.analysis")
   frame, style, tables, figures = (
     files.joinpath(name).read_text(encoding="utf-8") for name in FILES
@@ -53,7 +55,7 @@ def build_page(runs: Sequence[RunRouting]) -> bytes:
     "program": program,
     "policy": f"default-src 'none'; style-src {_source(style)}; "
     f"script-src {_source(program)}; base-uri 'none'; form-action 'none'",
-    "data": script_json({"runs": content}),
+    "data": script_json({"texts": list(texts), "runs": content}),
   }
   # In one pass, so that no text of a part can name another part.
   page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], frame)
@@ -74,45 +76,43 @@ def _source(text: str) -> str:
   return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def packed(values: np.ndarray) -> dict[str, Any]:
-  """Packs figures of at least 0 as 16-bit numbers in base64, little-endian.
+def packed(values: np.ndarray, bits: int = 16) -> dict[str, Any]:
+  """Packs figures of at least 0 as integers in base64, little-endian.
 
-  A figure is its number times `scale`; it is off by half the scale at most. A
-  figure above 0 stays above 0.
+  A figure is its integer times `scale`. It is off by half of that at most; a
+  figure above 0 stays above 0, and integers that fit stay exact.
+
+  Args:
+    values: the figures, of any shape.
+    bits: of an integer, 8 or 16.
   """
   largest = float(values.max(initial=0))
-  scale = largest / _LARGEST if largest > 0 else 1.0
-  numbers = np.rint(values / scale).astype("<u2")
-  numbers[(values > 0) & (numbers == 0)] = 1
+  whole = np.issubdtype(values.dtype, np.integer) and largest < 2**bits
+  scale = 1.0 if whole or largest == 0 else largest / (2**bits - 1)
+  integers = np.rint(values / scale).astype(f"<u{bits // 8}")
+  integers[(values > 0) & (integers == 0)] = 1
   return {
+    "bits": bits,
     "shape": list(values.shape),
     "scale": scale,
-    "data": base64.b64encode(numbers.tobytes()).decode(),
+    "data": base64.b64encode(integers.tobytes()).decode(),
   }
 
 
-def _integers(values: Sequence[int] | np.ndarray) -> dict[str, Any]:
-  """Packs integers from 0 to 65,535 exactly; see `packed`."""
-  numbers = np.asarray(values, np.int64)
-  if numbers.size and not 0 <= numbers.min() <= numbers.max() <= _LARGEST:
-    raise ValueError("integers do not fit into 16 bits")
-  return {
-    "shape": list(numbers.shape),
-    "scale": 1,
-    "data": base64.b64encode(numbers.astype("<u2").tobytes()).decode(),
-  }
+def run_content(run: RunRouting, place_of: dict[str, int]) -> dict[str, Any]:
+  """Returns what the page's program reads of a run, as a JSON object.
 
-
-def run_content(run: RunRouting) -> dict[str, Any]:
-  """Returns what the page's program reads of a run, as a JSON object."""
+  Args:
+    run: the run.
+    place_of: each token text's place in the page's list of them.
+  """
   experiment, assignments_LDE = run.experiment, run.assignments_LDE
   load_LE = assignments_LDE.sum(1)
   # The domain that sends an expert the most; -1 for an expert without tokens.
   main_LE = np.where(load_LE > 0, assignments_LDE.argmax(1), -1)
   of_domain_LDE = _share(assignments_LDE, assignments_LDE.sum(2)[..., None])
   itself_LE1 = np.diagonal(run.together_LEE, axis1=1, axis2=2)[..., None]
-  # Texts are listed once, and tokens are places in this list.
-  place_of = {token: i for i, token in enumerate(run.token_texts)}
+  places = {token: place_of[text] for token, text in run.token_texts.items()}
   return {
     "name": run.name,
     "step": run.step,
@@ -139,14 +139,13 @@ def run_content(run: RunRouting) -> dict[str, Any]:
     "together": packed(_share(run.together_LEE, itself_LE1)),
     "next": packed(_share(run.next_LEE, itself_LE1[:-1])),
     "divergence": packed(run.divergence_LDD),
-    "texts": list(run.token_texts.values()),
-    "frequent": [_pairs(layer, place_of) for layer in run.frequent],
-    "typical": [_pairs(layer, place_of) for layer in run.typical],
+    "frequent": [_pairs(layer, places) for layer in run.frequent],
+    "typical": [_pairs(layer, places) for layer in run.typical],
     "contexts": [
-      [[_context(c, place_of) for c in expert] for expert in layer]
+      [[_context(c, places) for c in expert] for expert in layer]
       for layer in run.contexts
     ],
-    "examples": [_example(example, place_of) for example in run.examples],
+    "examples": [_example(example, places) for example in run.examples],
   }
 
 
@@ -165,31 +164,32 @@ def _map_content(map_LD2: np.ndarray, shares: Sequence[float]) -> Any:
 
 
 def _pairs(
-  experts: Sequence[Sequence[tuple[int, int]]], place_of: dict[int, int]
+  experts: Sequence[Sequence[tuple[int, int]]], places: dict[int, int]
 ) -> list[list[int]]:
   """Flattens each expert's (token, count) pairs: place, count, place, ..."""
   return [
-    [x for token, count in expert for x in (place_of[token], count)]
+    [x for token, count in expert for x in (places[token], count)]
     for expert in experts
   ]
 
 
-def _context(context: Context, place_of: dict[int, int]) -> list[Any]:
+def _context(context: Context, places: dict[int, int]) -> list[Any]:
   return [
     round(context.probability, 3),
     context.domain,
     context.position,
-    [place_of[token] for token in context.tokens],
+    [places[token] for token in context.tokens],
   ]
 
 
 def _example(
-  example: Example | None, place_of: dict[int, int]
+  example: Example | None, places: dict[int, int]
 ) -> dict[str, Any] | None:
   if example is None:
     return None
+  experts = example.expert_LTA
   return {
-    "tokens": [place_of[token] for token in example.tokens_T.tolist()],
-    "experts": _integers(example.expert_LTA),
-    "probabilities": packed(example.probability_LTA),
+    "tokens": [places[token] for token in example.tokens_T.tolist()],
+    "experts": packed(experts, 8 if experts.max() < 2**8 else 16),
+    "probabilities": packed(example.probability_LTA, 8),
   }

@@ -1,6 +1,7 @@
 "use strict";
 
-// Elements, tips and tables. Text becomes text nodes, never markup.
+// Elements, tips, tables and the switch of colours. Text becomes
+// text nodes, never markup.
 
 const find = (id) => document.getElementById(id);
 
@@ -18,13 +19,13 @@ function element(tag, attributes = {}, ...children) {
 }
 
 // Returns a function of the indices into an array that `packed` wrote.
-function unpack({ shape, scale, data }) {
+function unpack({ bits, shape, scale, data }) {
   const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
   const view = new DataView(bytes.buffer);
-  return (...index) => {
-    const place = index.reduce((at, i, axis) => at * shape[axis] + i, 0);
-    return view.getUint16(2 * place, true) * scale;
-  };
+  const read = bits === 8 ? (place) => view.getUint8(place)
+    : (place) => view.getUint16(2 * place, true);
+  return (...index) =>
+    scale * read(index.reduce((at, i, axis) => at * shape[axis] + i, 0));
 }
 
 const range = (count) => [...Array(count).keys()];
@@ -88,7 +89,8 @@ function walk(container, rows) {
 
 // Colour by the square root, which keeps small shares visible.
 const level = (x, top) => Math.round(100 * Math.sqrt(Math.min(x / top, 1)));
-const strong = (v) => (v > 55 ? " strong" : "");
+// The style has the colour of the cell's text.
+const heat = (v) => `heat${v > 62 ? " high" : v > 48 ? " middle" : ""}`;
 
 // A table of coloured cells. `rows` and `columns` are header cells' content;
 // `cell(r, c)` returns {value, text, tip, mark}, or null for an empty cell.
@@ -109,7 +111,7 @@ function grid({ label, corner, rows, columns, cell, top, upright }) {
       }
       const v = level(value, top);
       const shown = element("td", {
-        class: `heat${strong(v)}${mark ? ` ${mark}` : ""}`,
+        class: mark ? `${heat(v)} ${mark}` : heat(v),
         tabindex: -1,
         "--v": v,
       }, text);
@@ -132,7 +134,7 @@ function legend(top, format, above = "") {
   for (const v of [0, 25, 50, 75, 100]) {
     const value = format(top * (v / 100) ** 2) + (v === 100 ? above : "");
     made.append(
-      element("span", { class: `heat${strong(v)}`, "--v": v }, value));
+      element("span", { class: heat(v), "--v": v }, value));
   }
   return made;
 }
@@ -151,3 +153,18 @@ function plainTable(caption, headings, rows) {
         ...rows.map((row) => element("tr", {}, ...cells(row, "td"))))));
 }
 
+// The style follows the system until the switch is used.
+function startTheme() {
+  const theme = find("theme");
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const chosen = () => document.documentElement.dataset.theme;
+  const show = () => theme.setAttribute("aria-pressed",
+    String(chosen() ? chosen() === "dark" : system.matches));
+  show();
+  system.addEventListener("change", show);
+  theme.addEventListener("click", () => {
+    const dark = theme.getAttribute("aria-pressed") !== "true";
+    document.documentElement.dataset.theme = dark ? "dark" : "light";
+    show();
+  });
+}

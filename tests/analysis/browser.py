@@ -71,7 +71,9 @@ class Browser:
     end = time.monotonic() + _SECONDS
     while time.monotonic() < end and self._process.poll() is None:
       if file.exists() and (lines := file.read_text().split()):
-        with urllib.request.urlopen(f"http://127.0.0.1:{lines[0]}/json") as page:
+        with urllib.request.urlopen(
+          f"http://127.0.0.1:{lines[0]}/json"
+        ) as page:
           for target in json.load(page):
             if target["type"] == "page":
               return target["webSocketDebuggerUrl"]
