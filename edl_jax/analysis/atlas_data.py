@@ -138,18 +138,18 @@ def load_text(loaded: Loaded, where: str) -> Corpus | PreparedCorpus:
 
 
 class _ChunkRouting(NamedTuple):
-  """The routing of some rows, on the device."""
+  """The routing of some rows: `jax.Array`s, NumPy's once on the host."""
 
   stats: routing.RoutingStats
-  together_LEE: jax.Array
-  next_LEE: jax.Array
-  expert_LBTA: jax.Array
+  together_LEE: Any
+  next_LEE: Any
+  expert_LBTA: Any
   # Probabilities of every token's active experts.
-  probability_LBTA: jax.Array
+  probability_LBTA: Any
   # The highest probabilities of each expert among tokens that it takes, with
   # the tokens' places in the flattened rows, (L, E, I); negative: no token.
-  best_LEI: jax.Array
-  place_LEI: jax.Array
+  best_LEI: Any
+  place_LEI: Any
 
 
 @functools.partial(jax.jit, static_argnames="num_domains")
@@ -292,8 +292,8 @@ class _Counter:
           full = len(kept) == TOP_CONTEXTS
           if best < 0 or (full and best <= kept[-1].probability):
             break
-          context = _context(rows, *divmod(place, self._length), best)
-          _insert(kept, context)
+          row, place = divmod(place, self._length)
+          _insert(kept, _context(rows, row, place, best))
 
   def _keep_examples(self, rows: Batch, routed: _ChunkRouting) -> None:
     for row, domain in enumerate(rows.domain_B.tolist()):
@@ -476,8 +476,8 @@ def domain_maps(
   """
   every_LDD = np.concatenate([divergence_LDD.mean(0)[None], divergence_LDD])
   points, shares = zip(*map(classical_scaling, np.sqrt(every_LDD)))
-  target_D2 = points[0] if target_D2 is None else target_D2
-  return np.stack([turned_to(p, target_D2) for p in points]), list(shares)
+  target = points[0] if target_D2 is None else target_D2
+  return np.stack([turned_to(p, target) for p in points]), list(shares)
 
 
 def effective_share(load_E: np.ndarray) -> float:
