@@ -13,8 +13,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 # checkout. Modules of one room may import each other, but not in a cycle.
 ARROWS = {
   "analysis": {
-    *("checkpoint", "command", "config", "losses", "metrics", "model"),
-    *("runtime", "storage", "tables", "text"),
+    *("checkpoint", "command", "config", "fields", "losses", "metrics"),
+    *("model", "optim", "runtime", "sharding", "step", "storage", "tables"),
+    "text",
   },
   "aot": {
     *("command", "config", "config_files", "model", "optim", "progress"),

@@ -35,6 +35,24 @@ def stack(rows: Sequence[Batch]) -> Batch:
   return Batch(*map(np.array, zip(*rows)))
 
 
+def padding_row(length: int) -> Batch:
+  """Returns a row of T = `length` tokens, none of which counts."""
+  return Batch(
+    *(np.zeros(length, np.int32) for _ in range(4)),
+    weights_BT=np.zeros(length, np.float32),
+    domain_B=np.int32(0),
+  )
+
+
+def padded_batches(rows: Sequence[Batch], size: int) -> list[Batch]:
+  """Stacks rows into batches of `size` rows; padding fills the last one up."""
+  padding = [padding_row(len(row.tokens_BT)) for row in rows[:1]]
+  rows = [*rows, *padding * (-len(rows) % size)]
+  return [
+    stack(rows[start : start + size]) for start in range(0, len(rows), size)
+  ]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
   """Random access to the rows of one domain's stream of tokens.

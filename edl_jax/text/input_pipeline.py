@@ -16,7 +16,7 @@ import numpy as np
 
 from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment, UserError
-from edl_jax.text.batch import Batch, PackedRows, stack
+from edl_jax.text.batch import Batch, PackedRows, padding_row, stack
 from edl_jax.text.documents import Document
 from edl_jax.text.mixture import (
   Corpus,
@@ -148,25 +148,9 @@ def eval_batches(
   """
   local_rows = _local_batch_size(experiment, process_count)
   places: list[tuple[PackedRows, int] | None] = []
-  held_out = _tokenize(corpus, "held_out", tokenizer)
-  for domain, documents in enumerate(held_out[: len(corpus.taxonomy.fine)]):
-    packed = PackedRows(
-      stream=TokenStream(documents, tokenizer.document_start_id),
-      sequence_length=experiment.train.sequence_length,
-      document_start_id=tokenizer.document_start_id,
-      domain=domain,
-      keep_partial=True,
-    )
-    count = len(packed)
-    if experiment.train.eval_rows != -1:
-      count = min(count, experiment.train.eval_rows)
-    places += [(packed, i * len(packed) // count) for i in range(count)]
-  length = experiment.train.sequence_length
-  padding = Batch(
-    *(np.zeros(length, np.int32) for _ in range(4)),
-    weights_BT=np.zeros(length, np.float32),
-    domain_B=np.int32(0),
-  )
+  for packed in _packed_domains(corpus, "held_out", tokenizer, experiment):
+    places += [(packed, row) for row in _spread(packed, experiment)]
+  padding = padding_row(experiment.train.sequence_length)
   places += [None] * (-len(places) % experiment.train.batch_size)
   rows = [
     padding if place is None else place[0][place[1]]
@@ -176,6 +160,69 @@ def eval_batches(
     stack(rows[start : start + local_rows])
     for start in range(0, len(rows), local_rows)
   ]
+
+
+def held_out_rows(
+  corpus: Corpus | PreparedCorpus, tokenizer: Tokenizer, experiment: Experiment
+) -> list[list[Batch]]:
+  """Returns the rows of `eval_batches` by fine domain, without padding rows.
+
+  Rows are Batches that lack the axis B.
+  """
+  return [
+    [packed[row] for row in _spread(packed, experiment)]
+    for packed in _packed_domains(corpus, "held_out", tokenizer, experiment)
+  ]
+
+
+def calibration_rows(
+  corpus: Corpus | PreparedCorpus,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+  count: int,
+) -> list[list[Batch]]:
+  """Returns up to `count` rows of training text of every fine domain.
+
+  They are drawn at random, the same for every seed of the experiment. The
+  first rows are those of a smaller `count`. Rows are Batches that lack the
+  axis B.
+  """
+  domains = _packed_domains(corpus, "train", tokenizer, experiment)
+  return [
+    [
+      packed[int(row)]
+      for row in np.random.default_rng(domain).permutation(len(packed))[:count]
+    ]
+    for domain, packed in enumerate(domains)
+  ]
+
+
+def _packed_domains(
+  corpus: Corpus | PreparedCorpus,
+  split: str,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+) -> list[PackedRows]:
+  """Returns all rows of a split by fine domain, in the order of the text."""
+  documents = _tokenize(corpus, split, tokenizer)
+  return [
+    PackedRows(
+      stream=TokenStream(own, tokenizer.document_start_id),
+      sequence_length=experiment.train.sequence_length,
+      document_start_id=tokenizer.document_start_id,
+      domain=domain,
+      keep_partial=True,
+    )
+    for domain, own in enumerate(documents[: len(corpus.taxonomy.fine)])
+  ]
+
+
+def _spread(packed: PackedRows, experiment: Experiment) -> list[int]:
+  """Returns at most `train.eval_rows` rows, spread evenly over the text."""
+  count = len(packed)
+  if experiment.train.eval_rows != -1:
+    count = min(count, experiment.train.eval_rows)
+  return [i * len(packed) // count for i in range(count)]
 
 
 def _local_batch_size(experiment: Experiment, process_count: int) -> int:
