@@ -218,10 +218,11 @@ def test_two_processes_leave_what_one_leaves(runs, alone, pair):
   assert data == wanted_data
   for leaf, other in zip(leaves, wanted, strict=True):
     np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-5)
-  # Only the first process reports; Gloo may print a greeting in the other.
+  # Only the first process reports. Gloo may greet in the other, from several
+  # threads at once, whose lines then run into each other.
   assert "step 20" in (runs.folder / "pair.output0").read_text()
   said = (runs.folder / "pair.output1").read_text().splitlines()
-  assert [line for line in said if not line.startswith("[Gloo]")] == []
+  assert [line for line in said if line and "peer ranks" not in line] == []
 
 
 def test_each_process_reads_only_its_rows(runs, alone, pair):
