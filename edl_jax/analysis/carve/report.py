@@ -139,13 +139,13 @@ def tables_of(results: Sequence[Result]) -> str:
   groups = group(results)
   first = results[0]
   how = ", layer by layer" if first["greedy"] else ""
-  used = [each["calibration_tokens"] for each in first["whole"].values()]
+  used = sorted({e["calibration_tokens"] for e in first["whole"].values()})
+  tokens = " to ".join(f"{n:,}" for n in dict.fromkeys([used[0], used[-1]]))
   parts = [
     f"# Carved: {len(results)} run(s), {len(first['whole'])} domain(s)",
-    f"Experts are chosen by {first['score']}{how} on {min(used):,} to"
-    f" {max(used):,} tokens of each domain's training text. Losses are of"
-    " held-out text, in nats per token. Columns are the experts kept in each"
-    " layer.",
+    f"Experts are chosen by {first['score']}{how} on {tokens} tokens of each"
+    " domain's training text. Losses are of held-out text, in nats per token."
+    " Columns are the experts kept in each layer.",
     "Loss with all experts, and its rise with fewer: mean over domains",
     _main_table(results, groups),
   ]

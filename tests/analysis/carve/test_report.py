@@ -74,6 +74,7 @@ def table(text, heading):
 
 def test_tables_of_one_run():
   text = report.tables_of([result_of(0, 0.0, 0.5)])
+  assert "chosen by assignments on 100 tokens of each" in text
   heading, *rows = table(text, "its rise with fewer")
   assert heading == ["run", "experts", "all", "4", "2", "mean rise"]
   # Rises of 0.5 and 1.5, then 1 and 2; the area by hand.
