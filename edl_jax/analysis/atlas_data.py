@@ -130,9 +130,11 @@ def load_text(loaded: Loaded, where: str) -> Corpus | PreparedCorpus:
   except UserError as error:
     raise UserError(f"the text of {where} cannot be read: {error}") from error
   if corpus.content_hash != loaded.content_hash:
+    data = experiment.data
+    source = data.prepared or data.files or "of installed packages"
     raise UserError(
-      f"the text of {where} has changed since its training (content hash"
-      " differs); restore it"
+      f"the text of {where} ({source}) has changed since its training (content"
+      " hash differs); restore it, or train again"
     )
   return corpus
 
