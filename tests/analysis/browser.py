@@ -17,7 +17,10 @@ from tornado.websocket import websocket_connect
 
 # Names of the program on Debian and elsewhere; None if there is none.
 EXECUTABLE = next(
-  filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))),
+  filter(
+    None,
+    map(shutil.which, ("chromium", "chromium-browser", "google-chrome")),
+  ),
   None,
 )
 _SECONDS = 60

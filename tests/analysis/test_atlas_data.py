@@ -256,7 +256,9 @@ def test_text_must_be_that_of_the_training(run):
   loaded, corpus = run
   same = atlas_data.load_text(loaded, "--workdir=x")
   assert same.content_hash == corpus.content_hash
-  with pytest.raises(UserError, match=r"=x \(of installed packages\) has changed"):
+  with pytest.raises(
+    UserError, match=r"=x \(of installed packages\) has changed"
+  ):
     atlas_data.load_text(loaded._replace(content_hash="other"), "--workdir=x")
   data = dataclasses.replace(EXPERIMENT.data, files="/nowhere/*.jsonl")
   gone = dataclasses.replace(EXPERIMENT, data=data)

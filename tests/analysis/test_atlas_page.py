@@ -146,7 +146,7 @@ def test_text_that_names_a_part_of_the_frame_is_left_alone():
   )
 
 
-def test_a_domain_without_text_and_layers_without_experts_of_it():
+def test_a_domain_without_text_has_no_example():
   run = synthetic_run(2, 4, ["a", "b"])
   run = dataclasses.replace(run, examples=[None, run.examples[1]])
   content = data_of(atlas_page.build_page([run]))["runs"][0]
