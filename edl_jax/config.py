@@ -50,6 +50,21 @@ class ModelConfig:
   num_active_experts: int = field(
     2, at_least=1, help="Experts that the router chooses for each token, A."
   )
+  router: str = field(
+    "learned",
+    choices=("learned", "domain"),
+    help="Experts that a token's router may choose: all (learned), or the fixed"
+    " ones of its row's fine domain (domain), as a reference.",
+  )
+  pool_min: int = field(
+    0,
+    at_least=0,
+    help="Fewest experts in the pool that a document's tokens choose from in"
+    " training. 0 for both bounds: no pools.",
+  )
+  pool_max: int = field(
+    0, at_least=0, help="Most experts in the pool of a document."
+  )
   expert_width: int = field(
     128, at_least=1, help="Hidden width of an expert, F."
   )
@@ -225,9 +240,7 @@ class OptimizerConfig:
     0.95, at_least=0, below=1, help="Decay of Adam's second moment, per step."
   )
   clip_norm: float = field(
-    1.0,
-    above=0,
-    help="Largest global norm of the gradient; above, it is scaled.",
+    1.0, above=0, help="Largest global norm of the gradient; it is scaled."
   )
   offload: bool = field(
     False,
@@ -303,9 +316,7 @@ class MeshConfig:
     1, "Devices that share out attention heads, hidden widths and vocabulary."
   )
   sequence: int = _axis(
-    1,
-    "Devices that share out the tokens of each row, for sequences that are too"
-    " long for one device.",
+    1, "Devices that share out the tokens of each row, where rows are long."
   )
 
 

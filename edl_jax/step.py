@@ -18,6 +18,7 @@ from edl_jax.losses.objective import (
   objective,
   summaries,
 )
+from edl_jax.model.choice import draw_pool_sizes
 from edl_jax.model.transformer import Model
 from edl_jax.optim import make_schedule
 from edl_jax.text.batch import Batch
@@ -52,8 +53,21 @@ def _coarse_weight(experiment: Experiment) -> float:
   return by_granularity.get(experiment.data.granularity, 0.0)
 
 
-# Selects random numbers for token pairs that initialisation does not use.
+# The streams of random numbers of steps, apart from that of initialisation.
 _PAIRS_STREAM = 1 << 31
+_POOLS_STREAM = _PAIRS_STREAM + 1
+
+
+def _key(
+  experiment: Experiment, stream: int, step: jax.Array | int
+) -> jax.Array:
+  """Returns the key of one step in a stream of random numbers.
+
+  It depends on the experiment's seed and the step alone, so that a run that
+  was interrupted draws the same numbers.
+  """
+  key = jax.random.fold_in(jax.random.key(experiment.seed), stream)
+  return jax.random.fold_in(key, step)
 
 
 def _token_pairs(
@@ -62,25 +76,28 @@ def _token_pairs(
   taxonomy: Taxonomy,
   step: jax.Array | int,
 ) -> token_pairs.TokenPairs | None:
-  """Samples the token pairs of a step; None if the loss compares domains.
-
-  The pairs depend on the experiment's seed, the step and the batch alone, so an
-  interrupted run draws the same pairs.
-  """
+  """Samples the token pairs of a step; None if the loss compares domains."""
   if experiment.losses.divergence_pairs != "tokens":
     return None
   domain_B = batch.domain_B
   if experiment.data.granularity == "coarse":
     # The label -1, of rows without a domain, reads the last element.
     domain_B = jnp.array([*taxonomy.parent, -1])[domain_B]
-  key = jax.random.fold_in(jax.random.key(experiment.seed), _PAIRS_STREAM)
   return token_pairs.sample(
     batch.tokens_BT,
     batch.weights_BT,
     domain_B,
-    jax.random.fold_in(key, step),
+    _key(experiment, _PAIRS_STREAM, step),
     experiment.losses.num_token_pairs,
   )
+
+
+def _pool_sizes(
+  batch: Batch, experiment: Experiment, step: jax.Array | int
+) -> jax.Array | None:
+  """Draws the sizes of a step's pools, if documents have pools."""
+  key = _key(experiment, _POOLS_STREAM, step)
+  return draw_pool_sizes(experiment.model, batch, key)
 
 
 def loss_and_gradient(
@@ -108,7 +125,7 @@ def loss_and_gradient(
     experiment: losses, accumulation and granularity.
     taxonomy: fine domains and their parents.
     kept_weights: see `objective`.
-    step: optimizer steps taken; decides which pairs of tokens are sampled.
+    step: optimizer steps taken; decides which random numbers are drawn.
 
   Returns:
     The sums, the terms by name, and the gradient as a model-shaped pytree.
@@ -131,6 +148,7 @@ def loss_and_gradient(
       summaries(experiment.losses),
       experiment.moe,
       _token_pairs(batch, experiment, taxonomy, step),
+      pool_size_LBI=_pool_sizes(batch, experiment, step),
     )
     return sums
 

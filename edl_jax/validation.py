@@ -32,6 +32,7 @@ def validate(experiment: Experiment) -> Experiment:
     if required := fields.requirement(value, config.FIELDS[key]):
       raise UserError(f"{key}={value!r}: must be {required}")
   _check_model(experiment.model)
+  _check_router(experiment)
   _check_specialization(experiment)
   _check_token_pairs(experiment)
   _check_train(experiment)
@@ -63,6 +64,41 @@ def _check_model(model: ModelConfig) -> None:
     raise UserError(
       f"model.num_dense_layers={model.num_dense_layers} leaves no"
       f" mixture-of-experts layer in model.num_layers={model.num_layers}"
+    )
+
+
+def _check_router(experiment: Experiment) -> None:
+  model = experiment.model
+  least, most = model.pool_min, model.pool_max
+  shown = f"model.pool_min={least}, model.pool_max={most}"
+  if bool(least) != bool(most):
+    raise UserError(f"{shown}: set both, or leave both 0")
+  if least and not (
+    model.num_active_experts <= least <= most <= model.num_experts
+  ):
+    raise UserError(
+      f"{shown}: must rise from at least model.num_active_experts="
+      f"{model.num_active_experts} to at most model.num_experts="
+      f"{model.num_experts}"
+    )
+  if model.router != "domain":
+    return
+  name = "model.router='domain'"
+  if least:
+    raise UserError(
+      f"{name} with {shown}: domains have fixed experts already; set"
+      " model.pool_min and model.pool_max to 0, or model.router to learned"
+    )
+  if experiment.losses.divergence_weight:
+    raise UserError(
+      f"{name} with losses.divergence_weight="
+      f"{experiment.losses.divergence_weight}: labels decide how far domains"
+      " diverge, so the loss has nothing to teach; set it to 0"
+    )
+  if experiment.data.granularity == "shuffled":
+    raise UserError(
+      f"{name}: training would choose experts by random labels and evaluation"
+      " by true ones; choose another data.granularity than shuffled"
     )
 
 

@@ -77,7 +77,7 @@ LOSSES = LossesConfig(
 
 
 @functools.cache
-def random_model():
+def random_model(config=MODEL):
   """Random parameters of about the scale that training gives them."""
   random = np.random.default_rng(1)
 
@@ -86,7 +86,7 @@ def random_model():
     is_norm = sharding.last_name(path) == "scale"
     return 1 + 0.1 * value if is_norm else 0.3 * value
 
-  return jax.tree_util.tree_map_with_path(draw, abstract_model(MODEL))
+  return jax.tree_util.tree_map_with_path(draw, abstract_model(config))
 
 
 def random_batch():
@@ -152,6 +152,7 @@ def compute(
   losses=LOSSES,
   moe=MoEConfig(),  # noqa: B008
   granularity="hierarchical",
+  config=MODEL,
 ):
   """Returns every number of a step on the mesh of these sizes, by name.
 
@@ -162,7 +163,7 @@ def compute(
     MeshConfig(*mesh_sizes), jax.devices()[: np.prod(mesh_sizes)]
   )
   experiment = Experiment(
-    model=MODEL,
+    model=config,
     losses=losses,
     moe=moe,
     train=TrainConfig(
@@ -175,7 +176,7 @@ def compute(
   )
   sharding.check_divisible(experiment, mesh)
   with jax.set_mesh(mesh):
-    model = random_model()
+    model = random_model(config)
     model = jax.device_put(model, sharding.parameter_shardings(model, mesh))
     made = step(model, sharding.put_batch(batch, mesh), experiment)
     made = multihost_utils.process_allgather(made, tiled=True)

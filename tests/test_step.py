@@ -180,3 +180,16 @@ def test_steps_are_those_of_the_optimizer_on_the_gradient():
       )
     for ours, theirs in zip(*map(jax.tree.leaves, (state.model, want))):
       np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_pools_depend_on_seed_and_step_alone():
+  pools = replaced(model={"pool_min": 2, "pool_max": 4})
+
+  def sizes(experiment, number):
+    return np.asarray(step._pool_sizes(batch(), experiment, number)).tolist()
+
+  first = sizes(pools, 5)
+  assert sizes(pools, jnp.int32(5)) == first
+  assert sizes(pools, 6) != first
+  assert sizes(dataclasses.replace(pools, seed=4), 5) != first
+  assert step._pool_sizes(batch(), EXPERIMENT, 5) is None

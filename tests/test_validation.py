@@ -96,6 +96,28 @@ INVALID = [
     {"losses.orthogonality_weight": 0.1, "model.num_active_experts": 1},
     ("0.1", "model.num_active_experts=1"),
   ),
+  ({"model.router": "hash"}, ("hash", "learned", "domain")),
+  ({"model.pool_min": 2}, ("model.pool_max=0", "both")),
+  ({"model.pool_max": 2}, ("model.pool_min=0", "both")),
+  *(
+    ({"model.pool_min": least, "model.pool_max": most}, named)
+    for least, most, named in (
+      (1, 3, ("model.pool_max=3", "model.num_active_experts=2")),
+      (2, 5, ("model.pool_max=5", "model.num_experts=4")),
+      (4, 3, ("model.pool_max=3", "rise")),
+    )
+  ),
+  *(
+    ({"model.router": "domain"} | others, named)
+    for others, named in (
+      ({"model.pool_min": 2, "model.pool_max": 3}, ("pool_min=2", "learned")),
+      ({"losses.divergence_weight": 0.1}, ("divergence_weight=0.1",)),
+      (
+        {"losses.divergence_weight": 0, "data.granularity": "shuffled"},
+        ("shuffled", "random labels"),
+      ),
+    )
+  ),
   ({"losses.divergence_pairs": "experts"}, ("experts", "tokens")),
   ({"losses.num_token_pairs": 0}, ("0",)),
   *(
@@ -133,6 +155,18 @@ def test_token_pairs_are_accepted_where_they_have_a_meaning():
   ):
     overrides = {"losses.divergence_pairs": "tokens"} | others
     assert config_files.load(TINY, overrides).losses.num_token_pairs == 4096
+
+
+def test_pools_and_reference_router_are_accepted_where_they_have_a_meaning():
+  for overrides in (
+    {
+      **{"model.pool_min": 2, "model.pool_max": 4},
+      **{"losses.divergence_weight": 0.1, "data.granularity": "shuffled"},
+    },
+    {"model.pool_min": 3, "model.pool_max": 3},
+    {"model.router": "domain", "losses.divergence_weight": 0.0},
+  ):
+    config_files.load(TINY, overrides)
 
 
 def test_message_has_path_value_and_what_is_allowed():

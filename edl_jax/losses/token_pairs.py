@@ -47,17 +47,26 @@ def sample(
     num_pairs: I.
   """
   hash_key, key = jax.random.split(key)
-  factor_T = jax.random.bits(hash_key, tokens_BT.shape[1:], jnp.uint32)
-  counted_BT = weights_BT > 0
-  term_BT = jnp.where(counted_BT, tokens_BT + 1, 0).astype(jnp.uint32)
-  order_B = jnp.argsort((term_BT * factor_T).sum(1, dtype=jnp.uint32))
-  in_domain_BT = counted_BT & (domain_B >= 0)[:, None]
+  order_B = jnp.argsort(row_hashes(tokens_BT, weights_BT, hash_key))
+  in_domain_BT = (weights_BT > 0) & (domain_B >= 0)[:, None]
   index_I2, counted_I = divergence.sample_token_pairs(
     in_domain_BT[order_B].reshape(-1), key, num_pairs
   )
   row_I2, position_I2 = jnp.divmod(index_I2, tokens_BT.shape[1])
   row_I2 = order_B[row_I2]
   return TokenPairs(row_I2, position_I2, domain_B[row_I2], counted_I)
+
+
+def row_hashes(
+  tokens_BT: jax.Array, weights_BT: jax.Array, key: jax.Array
+) -> jax.Array:
+  """Returns a random hash of the counted tokens of every row, uint32 (B,).
+
+  It identifies a row of the global batch in any order of rows.
+  """
+  factor_T = jax.random.bits(key, tokens_BT.shape[1:], jnp.uint32)
+  term_BT = jnp.where(weights_BT > 0, tokens_BT + 1, 0).astype(jnp.uint32)
+  return (term_BT * factor_T).sum(1, dtype=jnp.uint32)
 
 
 def local_probabilities(probs_BTE: jax.Array, pairs: TokenPairs) -> jax.Array:

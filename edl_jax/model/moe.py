@@ -9,6 +9,7 @@ from flax import nnx
 from edl_jax import sharding
 from edl_jax.config import ModelConfig, MoEConfig
 from edl_jax.losses.routing import ROUTING_ONLY, OutputStats, Summaries
+from edl_jax.model.choice import EVERY_EXPERT, Choice, document_pools, masked
 from edl_jax.model.expert_parallel import (
   combine,
   expert_outputs,
@@ -43,15 +44,25 @@ class MoE(nnx.Module):
 
   @jax.named_scope("router")
   def route(
-    self, x_BTM: jax.Array, kept_E: jax.Array | None = None
+    self,
+    x_BTM: jax.Array,
+    weights_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    choice: Choice = EVERY_EXPERT,
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Chooses the active experts of each token.
 
+    A pool restricts the choice alone. The logits and probabilities returned,
+    which statistics and losses see, are those without it, as in evaluation.
+    Otherwise two domains would differ because their pools were drawn so, and
+    the divergence loss, the balance and the z-loss would have no gradient for
+    experts outside the pool.
+
     Args:
       x_BTM: normalised residual stream.
-      kept_E: bool, the experts to choose from, A or more; None for all. Then
-        logits of the others are minus infinity and their probabilities zero,
-        as if the layer did not have them.
+      weights_BT, segments_BT: which tokens count, and their documents; only
+        pools need them.
+      choice: the experts that may be chosen in this layer.
 
     Returns:
       logits_BTE and probs_BTE, float32; expert_BTA, int32, by falling
@@ -65,12 +76,21 @@ class MoE(nnx.Module):
       sharding.gather("router_ME", self.router_ME[...]),
       precision=jax.lax.Precision.HIGHEST,
     )
-    if kept_E is not None:
-      logits_BTE = jnp.where(kept_E, logits_BTE, -jnp.inf)
-    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    if choice.kept_LE is not None:
+      logits_BTE = masked(logits_BTE, choice.kept_LE)
+    if choice.kept_LBE is not None:
+      logits_BTE = masked(logits_BTE, choice.kept_LBE[:, None])
+    probs_BTE = chosen_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    if choice.pool_size_LBI is not None:
+      if weights_BT is None or segments_BT is None:
+        raise ValueError("pools need weights_BT and segments_BT")
+      pool_BTE = document_pools(
+        probs_BTE, weights_BT, segments_BT, choice.pool_size_LBI
+      )
+      chosen_BTE = jax.nn.softmax(masked(logits_BTE, pool_BTE), axis=-1)
     # top_k takes a matrix: with more axes XLA makes a full sort on CPUs.
     top = jax.lax.top_k(
-      probs_BTE.reshape(-1, self.config.num_experts),
+      chosen_BTE.reshape(-1, self.config.num_experts),
       self.config.num_active_experts,
     )
     top_BTA, expert_BTA = (x.reshape(*probs_BTE.shape[:-1], -1) for x in top)
@@ -83,7 +103,8 @@ class MoE(nnx.Module):
     weights_BT: jax.Array,
     summaries: Summaries = ROUTING_ONLY,
     moe: MoEConfig = GATHER,
-    kept_E: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    choice: Choice = EVERY_EXPERT,
   ) -> tuple[jax.Array, Any, OutputStats | None]:
     """Runs the layer.
 
@@ -92,13 +113,15 @@ class MoE(nnx.Module):
       weights_BT: 1 where a token counts.
       summaries: what else to return.
       moe: how tokens and experts meet.
-      kept_E: the experts to choose from, see `route`.
+      segments_BT, choice: see `route`.
 
     Returns:
       The layer's output (B, T, M), and the results of `summaries.routing` and
       of `summaries.outputs`, None without the latter.
     """
-    logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(x_BTM, kept_E)
+    logits_BTE, probs_BTE, expert_BTA, gate_BTA = self.route(
+      x_BTM, weights_BT, segments_BT, choice
+    )
     y_BTM, outputs = self._dispatch(
       x_BTM, expert_BTA, gate_BTA, weights_BT, summaries, moe
     )

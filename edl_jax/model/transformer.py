@@ -15,6 +15,7 @@ from edl_jax.losses.cross_entropy import chunked_cross_entropy
 from edl_jax.losses.divergence import token_pair_sums
 from edl_jax.losses.token_pairs import TokenPairs, local_probabilities
 from edl_jax.model.attention import Attention
+from edl_jax.model.choice import CHOICE_SPECS, EVERY_EXPERT, Choice, make_choice
 from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal
 from edl_jax.model.moe import GATHER, MoE
 from edl_jax.text.batch import Batch
@@ -51,7 +52,7 @@ class Block(nnx.Module):
     weights_BT: jax.Array,
     summaries: routing.Summaries,
     moe: MoEConfig,
-    kept_E: jax.Array | None,
+    choice: Choice = EVERY_EXPERT,
   ) -> tuple[jax.Array, Any]:
     """Returns the residual stream, and both results of `summaries`.
 
@@ -65,7 +66,9 @@ class Block(nnx.Module):
     if hasattr(self, "mlp"):
       with jax.named_scope("experts"):
         return x_BTM + self.mlp(h_BTM), None
-    y_BTM, *results = self.moe(h_BTM, weights_BT, summaries, moe, kept_E)
+    y_BTM, *results = self.moe(
+      h_BTM, weights_BT, summaries, moe, segments_BT, choice
+    )
     return x_BTM + y_BTM, tuple(results)
 
 
@@ -104,7 +107,7 @@ class Model(nnx.Module):
     weights_BT: jax.Array,
     summaries: routing.Summaries = routing.ROUTING_ONLY,
     moe: MoEConfig = GATHER,
-    kept_LE: jax.Array | None = None,
+    choice: Choice = EVERY_EXPERT,
   ) -> tuple[jax.Array, Any, routing.OutputStats | None]:
     """Runs all but the head, on a device's rows inside `per_shard`.
 
@@ -112,8 +115,8 @@ class Model(nnx.Module):
       tokens_BT, segments_BT, positions_BT, weights_BT: as in `Batch`.
       summaries: what every mixture-of-experts layer sums up.
       moe: how tokens and experts meet.
-      kept_LE: bool, the experts that each mixture-of-experts layer chooses
-        from, A or more; None for all. See `MoE.route`.
+      choice: the experts that routers may choose. Of rows, it must come from
+        `make_choice` under `model.router=domain`.
 
     Returns:
       x_BTM after the final norm, in the compute dtype; and of every
@@ -124,8 +127,8 @@ class Model(nnx.Module):
     dtype = jnp.dtype(self.config.dtype)
     x_BTM = _embed(self.embedding_VM[...], tokens_BT, dtype)
 
-    def layer(x_BTM, block_and_kept):
-      block, kept_E = block_and_kept
+    def layer(x_BTM, inputs):
+      block, choice = inputs
       return block(
         x_BTM,
         segments_BT,
@@ -133,7 +136,7 @@ class Model(nnx.Module):
         weights_BT,
         summaries,
         moe,
-        kept_E,
+        choice,
       )
 
     if self.config.remat != "none":
@@ -146,18 +149,43 @@ class Model(nnx.Module):
       )
     scan = functools.partial(jax.lax.scan, unroll=self.config.scan_unroll)
     if self.config.num_dense_layers:
-      x_BTM, _ = scan(layer, x_BTM, (self.dense_blocks, None))
-    x_BTM, (rows, outputs) = scan(layer, x_BTM, (self.blocks, kept_LE))
+      x_BTM, _ = scan(layer, x_BTM, (self.dense_blocks, EVERY_EXPERT))
+    x_BTM, (rows, outputs) = scan(layer, x_BTM, (self.blocks, choice))
     return self.final_norm(x_BTM), rows, outputs
 
-  def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-    """Returns the logits of whole documents, float32 (B, T, V)."""
-    x_BTM, _, _ = self.hidden(tokens_BT, *_whole_documents(tokens_BT.shape))
+  def __call__(
+    self,
+    tokens_BT: jax.Array,
+    domain_B: jax.Array | None = None,
+    num_domains: int = 0,
+  ) -> jax.Array:
+    """Returns the logits of whole documents, float32 (B, T, V).
+
+    Args:
+      tokens_BT: one document a row.
+      domain_B, num_domains: fine domain label of each row, and D; only
+        `model.router=domain` needs them.
+
+    Raises:
+      ValueError: labels are needed and missing.
+    """
+    x_BTM, _, _ = self.hidden(
+      tokens_BT,
+      *_whole_documents(tokens_BT.shape),
+      choice=make_choice(self.config, domain_B, num_domains),
+    )
     head_MV = self.head_MV[...].astype(x_BTM.dtype)
     return jnp.dot(x_BTM, head_MV, preferred_element_type=jnp.float32)
 
-  def token_routing(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def token_routing(
+    self,
+    tokens_BT: jax.Array,
+    domain_B: jax.Array | None = None,
+    num_domains: int = 0,
+  ) -> tuple[jax.Array, jax.Array]:
     """Routes whole documents, for analysis token by token.
+
+    Takes and raises what `__call__` does.
 
     Returns:
       probs_LBTE, the float32 router probabilities of every mixture-of-experts
@@ -172,6 +200,7 @@ class Model(nnx.Module):
       tokens_BT,
       *_whole_documents(tokens_BT.shape),
       routing.Summaries(routing=keep_tokens),
+      choice=make_choice(self.config, domain_B, num_domains),
     )
     return tokens
 
@@ -181,7 +210,7 @@ class Model(nnx.Module):
     summaries: routing.Summaries,
     moe: MoEConfig,
     pairs: TokenPairs | None,
-    kept_LE: jax.Array | None,
+    choice: Choice,
   ) -> tuple[Any, ...]:
     """Runs a device's share of `batch_sums`.
 
@@ -204,7 +233,7 @@ class Model(nnx.Module):
       batch.weights_BT,
       summaries._replace(routing=routing_and_pairs),
       moe,
-      kept_LE,
+      choice,
     )
     with jax.named_scope("head"):
       nats, nats_BT = chunked_cross_entropy(
@@ -225,6 +254,7 @@ class Model(nnx.Module):
     moe: MoEConfig = GATHER,
     pairs: TokenPairs | None = None,
     kept_LE: jax.Array | None = None,
+    pool_size_LBI: jax.Array | None = None,
   ) -> tuple[routing.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
 
@@ -235,7 +265,7 @@ class Model(nnx.Module):
         return a `RowRouting`.
       moe: how tokens and experts meet.
       pairs: sampled pairs of tokens, whose divergence is summed too.
-      kept_LE: the experts to choose from, see `hidden`.
+      kept_LE, pool_size_LBI: what restricts the choice, see `choice.Choice`.
 
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
@@ -247,13 +277,8 @@ class Model(nnx.Module):
     # Each device that has tokens of its own contributes one sum.
     by_shard = (*sharding.ROW_AXES, "sequence")
 
-    def of_shard(
-      model: Model,
-      batch: Batch,
-      pairs: TokenPairs | None,
-      kept_LE: jax.Array | None,
-    ):
-      return model._shard_sums(batch, summaries, moe, pairs, kept_LE)
+    def of_shard(model: Model, batch: Batch, *rest: Any):
+      return model._shard_sums(batch, summaries, moe, *rest)
 
     nats_Z, nats_BT, routing_LB, outputs_LZ, probs_LZI2E = sharding.per_shard(
       of_shard,
@@ -261,7 +286,7 @@ class Model(nnx.Module):
         sharding.parameter_specs(self),
         batch_specs,
         PartitionSpec(),
-        PartitionSpec(),
+        CHOICE_SPECS,
       ),
       (
         PartitionSpec(by_shard),
@@ -271,7 +296,14 @@ class Model(nnx.Module):
         PartitionSpec(None, by_shard),
         PartitionSpec(None, by_shard),
       ),
-    )(self, batch, pairs, kept_LE)
+    )(
+      self,
+      batch,
+      pairs,
+      make_choice(
+        self.config, batch.domain_B, num_domains, kept_LE, pool_size_LBI
+      ),
+    )
     # Rows of different devices are added here and nowhere else, so every sum is
     # that of the global batch.
     if pairs is None:
