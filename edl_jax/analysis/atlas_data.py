@@ -19,6 +19,7 @@ import numpy as np
 from edl_jax.checkpoint import Loaded
 from edl_jax.config import Experiment, UserError
 from edl_jax.losses import routing, routing_metrics
+from edl_jax.model.choice import make_choice
 from edl_jax.model.transformer import Model
 from edl_jax.text.batch import Batch
 from edl_jax.text.input_pipeline import eval_batches
@@ -170,6 +171,7 @@ def _route(model: Model, batch: Batch, num_domains: int) -> _ChunkRouting:
     batch.positions_BT,
     batch.weights_BT,
     routing.Summaries(routing=keep),
+    choice=make_choice(model.config, batch.domain_B, num_domains),
   )
   num_layers, *_, num_experts = probs_LBTE.shape
   active_LBTE = jax.nn.one_hot(expert_LBTA, num_experts).sum(-2)

@@ -23,10 +23,13 @@ _WRITTEN = frozenset(
     *("num_dense_layers", "dense_width", "rope_theta", "norm_epsilon"),
   )
 )
-# Settings of how the model is computed, not of what it computes.
+# Settings of how the model is computed or trained, not of what it computes.
 _IMMATERIAL = frozenset(
   f"model.{name}"
-  for name in ("dtype", "remat", "logits_elements", "scan_unroll")
+  for name in (
+    *("dtype", "remat", "logits_elements", "scan_unroll"),
+    *("pool_min", "pool_max"),
+  )
 )
 
 

@@ -115,15 +115,19 @@ class Model(nnx.Module):
       tokens_BT, segments_BT, positions_BT, weights_BT: as in `Batch`.
       summaries: what every mixture-of-experts layer sums up.
       moe: how tokens and experts meet.
-      choice: the experts that routers may choose. Of rows, it must come from
-        `make_choice` under `model.router=domain`.
+      choice: the experts that routers may choose, from `make_choice`.
 
     Returns:
       x_BTM after the final norm, in the compute dtype; and of every
       mixture-of-experts layer, stacked on a leading L axis, the results of
       `summaries`: those of routing, by default `RowRouting`, (L, B, ...), and
       those of outputs, by default None.
+
+    Raises:
+      ValueError: `choice` lacks what `model.router=domain` fixes.
     """
+    if self.config.router == "domain" and choice.kept_LBE is None:
+      raise ValueError("model.router='domain' needs a choice of make_choice")
     dtype = jnp.dtype(self.config.dtype)
     x_BTM = _embed(self.embedding_VM[...], tokens_BT, dtype)
 

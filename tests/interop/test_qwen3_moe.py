@@ -177,6 +177,12 @@ def test_shared_experts_are_refused():
     qwen3_moe.check_exportable(ModelConfig(num_shared_experts=1))
 
 
+def test_pools_leave_no_trace_in_a_model_and_fixed_experts_do():
+  qwen3_moe.check_exportable(ModelConfig(pool_min=2, pool_max=4))
+  with pytest.raises(UserError, match=r"model\.router=domain: Qwen3-MoE has"):
+    qwen3_moe.check_exportable(ModelConfig(router="domain"))
+
+
 def test_a_setting_that_qwen3_moe_lacks_is_refused(monkeypatch):
   """A setting that a later version adds counts as one, until it is written."""
   monkeypatch.setattr(

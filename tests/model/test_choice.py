@@ -243,6 +243,8 @@ def test_reference_router_needs_labels_and_uses_them():
       assert used <= set(np.flatnonzero(kept_DE[domain]))
     else:
       assert len(used) > 3
+  with pytest.raises(ValueError, match="needs a choice"):
+    model.hidden(tokens_BT, *batch[2:5])
   with pytest.raises(ValueError, match="kept_LE cannot leave out"):
     model.batch_sums(batch, 3, kept_LE=jnp.ones((3, 7), bool))
   # Each expert has one domain, and statistics say so.
