@@ -131,7 +131,7 @@ def test_a_cycle_is_found():
 
 
 def test_package_imports_nothing_of_the_checkout():
-  outside = {"benchmarks", "data", "experiments", "tests"}
+  outside = {"benchmarks", "data", "examples", "experiments", "tests"}
   for name, path in modules("edl_jax").items():
     assert not {each.split(".")[0] for each in imports(path)} & outside, name
 

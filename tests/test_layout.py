@@ -43,7 +43,8 @@ def test_every_module_has_a_test_file_of_its_name():
 
 
 @pytest.mark.parametrize(
-  "folder", ["benchmarks", "data", "edl_jax", "experiments", "tests"]
+  "folder",
+  ["benchmarks", "data", "edl_jax", "examples", "experiments", "tests"],
 )
 def test_files_are_short(folder):
   lines = {
