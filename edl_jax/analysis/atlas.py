@@ -85,15 +85,13 @@ def main() -> None:
   workdirs = _WORKDIR.value
   # Imports JAX, which --help and errors in flags do without.
   from edl_jax import runtime
-  from edl_jax.analysis.atlas_data import collect, load_text
+  from edl_jax.analysis.atlas_data import collect
   from edl_jax.analysis.atlas_page import build_page
+  from edl_jax.analysis.run_text import read_corpus
 
   runtime.configure()
   runs = _load(workdirs)
-  texts = [
-    load_text(run, f"--workdir={workdir}")
-    for run, workdir in zip(runs, workdirs)
-  ]
+  texts = list(map(read_corpus, runs, workdirs))
   out = _OUT.value or os.path.join(workdirs[0], "report", "atlas.html")
   _check_out(out)
   page = build_page(

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from edl_jax.checkpoint import Loaded
-from edl_jax.config import Experiment, UserError
+from edl_jax.config import Experiment
 from edl_jax.losses import routing, routing_metrics
 from edl_jax.model.choice import make_choice
 from edl_jax.model.transformer import Model
 from edl_jax.text.batch import Batch
 from edl_jax.text.input_pipeline import eval_batches
-from edl_jax.text.mixture import Corpus, load_corpus
-from edl_jax.text.prepared import PreparedCorpus, load_prepared
+from edl_jax.text.mixture import Corpus
+from edl_jax.text.prepared import PreparedCorpus
 from edl_jax.text.taxonomy import Taxonomy
 
 # Router probabilities (L P E) of the rows that run at once, 32 MiB.
@@ -110,34 +110,6 @@ class RunRouting:
     """Numbers of the mixture-of-experts layers in the model, from 0."""
     first = self.experiment.model.num_dense_layers
     return list(range(first, first + len(self.assignments_LDE)))
-
-
-def load_text(loaded: Loaded, where: str) -> Corpus | PreparedCorpus:
-  """Reads the text that a run was trained and evaluated on.
-
-  Args:
-    loaded: the run's checkpoint.
-    where: the run's folder, for messages.
-
-  Raises:
-    UserError: the text is gone, or has changed since.
-  """
-  experiment = loaded.experiment
-  prepared = bool(experiment.data.prepared)
-  try:
-    corpus = (
-      load_prepared(experiment) if prepared else load_corpus(experiment.data)
-    )
-  except UserError as error:
-    raise UserError(f"the text of {where} cannot be read: {error}") from error
-  if corpus.content_hash != loaded.content_hash:
-    data = experiment.data
-    source = data.prepared or data.files or "of installed packages"
-    raise UserError(
-      f"the text of {where} ({source}) has changed since its training (content"
-      " hash differs); restore it, or train again"
-    )
-  return corpus
 
 
 class _ChunkRouting(NamedTuple):

@@ -1,7 +1,6 @@
 """What the atlas collects equals naive counts over tokens, one by one."""
 
 import collections
-import dataclasses
 import math
 
 import jax
@@ -11,7 +10,6 @@ import pytest
 from edl_jax import config
 from edl_jax.analysis import atlas_data
 from edl_jax.checkpoint import Loaded
-from edl_jax.config import UserError
 from edl_jax.evaluate import make_eval_step, summarize
 from edl_jax.model.transformer import Model
 from edl_jax.text.input_pipeline import eval_batches
@@ -250,20 +248,6 @@ def test_only_the_most_frequent_tokens_are_listed(run, tokens, monkeypatch):
       want = sorted(own.values())[::-1][: atlas_data.TOP_TOKENS]
       assert [n for _, n in few.frequent[layer][e]] == want
       assert all(own[token] == n for token, n in few.frequent[layer][e])
-
-
-def test_text_must_be_that_of_the_training(run):
-  loaded, corpus = run
-  same = atlas_data.load_text(loaded, "--workdir=x")
-  assert same.content_hash == corpus.content_hash
-  with pytest.raises(
-    UserError, match=r"=x \(of installed packages\) has changed"
-  ):
-    atlas_data.load_text(loaded._replace(content_hash="other"), "--workdir=x")
-  data = dataclasses.replace(EXPERIMENT.data, files="/nowhere/*.jsonl")
-  gone = dataclasses.replace(EXPERIMENT, data=data)
-  with pytest.raises(UserError, match="text of --workdir=x cannot be read"):
-    atlas_data.load_text(loaded._replace(experiment=gone), "--workdir=x")
 
 
 def test_classical_scaling_recovers_points_of_a_plane():

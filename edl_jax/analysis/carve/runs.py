@@ -1,6 +1,5 @@
 """The runs to carve: their checkpoints, their text, what they must share."""
 
-import functools
 import math
 import os
 from collections.abc import Sequence
@@ -9,19 +8,20 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from edl_jax import sharding
+from edl_jax.analysis import run_text
 from edl_jax.checkpoint import (
   Provenance,
   checkpoint_steps,
   load,
   saved_provenance,
 )
-from edl_jax.config import DataConfig, Experiment, MeshConfig, UserError
+from edl_jax.config import Experiment, MeshConfig, UserError
 from edl_jax.fields import nearest
 from edl_jax.model.transformer import Model
 from edl_jax.text.batch import Batch, padded_batches
 from edl_jax.text.input_pipeline import calibration_rows, held_out_rows
-from edl_jax.text.mixture import Corpus, load_corpus
-from edl_jax.text.prepared import PreparedCorpus, load_prepared
+from edl_jax.text.mixture import Corpus
+from edl_jax.text.prepared import PreparedCorpus
 from edl_jax.text.taxonomy import fine_name
 
 
@@ -135,28 +135,9 @@ def parse_keep(texts: Sequence[str], runs: Sequence[Run]) -> list[int]:
   return sorted(set(map(int, texts)))
 
 
-# Runs of one sweep share their text.
-@functools.lru_cache(maxsize=1)
-def _load_corpus(data: DataConfig) -> Corpus:
-  return load_corpus(data)
-
-
 def read_corpus(run: Run) -> Corpus | PreparedCorpus:
-  """Reads the text of a run.
-
-  Raises:
-    UserError: it cannot be read, or has changed since training.
-  """
-  data = run.experiment.data
-  corpus = (
-    load_prepared(run.experiment) if data.prepared else _load_corpus(data)
-  )
-  if corpus.content_hash != run.provenance.content_hash:
-    raise UserError(
-      f"--workdir={run.workdir} was trained on other text than its settings"
-      " now name (content hash differs); restore that text"
-    )
-  return corpus
+  """Reads the text of a run; see `run_text.read_corpus`."""
+  return run_text.read_corpus(run.provenance, run.workdir)
 
 
 def choose_rows(
