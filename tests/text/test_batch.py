@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from edl_jax.text.batch import Batch, PackedRows, stack
+from edl_jax.text.batch import (
+  Batch,
+  PackedRows,
+  padded_batches,
+  padding_row,
+  stack,
+)
 
 START = 256
 
@@ -65,3 +71,16 @@ def test_batch_has_a_row_of_each():
   assert batch.targets_BT.tolist() == [[1, 2, START], [3, 4, START]]
   assert batch.domain_B.tolist() == [0, 1]
   assert batch.domain_B.dtype == np.int32
+
+
+def test_padding_fills_the_last_batch_and_counts_nothing():
+  rows = [padding_row(3)._replace(domain_B=np.int32(n)) for n in range(5)]
+  rows = [row._replace(weights_BT=np.ones(3, np.float32)) for row in rows]
+  batches = padded_batches(rows, 2)
+  assert [b.tokens_BT.shape for b in batches] == [(2, 3)] * 3
+  domains = np.concatenate([b.domain_B for b in batches])
+  counted = np.concatenate([b.weights_BT.sum(1) for b in batches])
+  np.testing.assert_array_equal(domains, [0, 1, 2, 3, 4, 0])
+  np.testing.assert_array_equal(counted, [3, 3, 3, 3, 3, 0])
+  assert not batches[-1].segments_BT[-1].any()
+  assert padded_batches([], 2) == []

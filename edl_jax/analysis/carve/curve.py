@@ -153,9 +153,8 @@ class _Carver:
       tokens: self._make_selector(tokens)
       for tokens in settings.calibration_sizes
     }
-    self._held_out = HeldOut(
-      make_loss_step(), self._model, self._held_out_batches()
-    )
+    self._batches = self._held_out_batches()
+    self._held_out = HeldOut(make_loss_step(), self._model, self._batches)
 
   def _held_out_batches(self) -> dict[Any, list[Batch]]:
     """Returns batches by label; and of other domains, by ("others", label)."""
@@ -163,7 +162,8 @@ class _Carver:
     sets: dict[Any, list[Batch]] = {}
     for domain in self._settings.domains:
       sets[domain] = rows[domain]
-      sets["others", domain] = other_rows(rows, domain)
+      if others := other_rows(rows, domain):
+        sets["others", domain] = others
     longest = max(map(len, sets.values()))
     return {
       name: to_batches(own, longest, self._run.experiment, self._mesh)
@@ -191,9 +191,10 @@ class _Carver:
     return [d for d, own in enumerate(self._rows.calibration) if own]
 
   def _others_loss(self, domain: int, kept_LE: np.ndarray) -> float | None:
-    if len(self._fine) == 1:
+    name = ("others", domain)
+    if name not in self._batches:
       return None
-    return self._held_out.loss(("others", domain), kept_LE)
+    return self._held_out.loss(name, kept_LE)
 
   def measure(self, say: Callable[[str], None]) -> dict[str, Any]:
     settings, model = self._settings, self._run.experiment.model
