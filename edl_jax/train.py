@@ -24,7 +24,7 @@ from edl_jax.checkpoint import (
 )
 from edl_jax.config import Experiment
 from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
-from edl_jax.losses import routing, routing_metrics
+from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.metrics import MetricsWriter, read_metrics
 from edl_jax.model.transformer import parameter_counts
@@ -63,13 +63,9 @@ class _Pending(NamedTuple):
   routing: dict[str, jax.Array] | None
 
 
-@jax.jit
-def _mean_routing(stats: routing.RoutingStats) -> dict[str, jax.Array]:
-  """Returns the training metrics of routing, means over layers."""
-  by_layer = routing_metrics.metrics_by_layer(
-    stats, routing_metrics.TRAINING_METRICS
-  )
-  return {name: values_L.mean() for name, values_L in by_layer.items()}
+_training_figures = jax.jit(
+  routing_metrics.training_figures, static_argnames="first_layer"
+)
 
 
 class _Clock:
@@ -193,7 +189,10 @@ class _Loop:
     self.state, output = self._compiled_step(self.state, batch)
     # Devices run programs in order: dispatched after the next step, the metrics
     # would be ready one step later.
-    logged = _mean_routing(output.routing) if self._is_logged(step) else None
+    logged = None
+    if self._is_logged(step):
+      first_layer = self._experiment.model.num_dense_layers
+      logged = _training_figures(output.routing, first_layer=first_layer)
     self.read_pending()
     self._pending = _Pending(step, output.scalars, logged)
 
@@ -209,11 +208,11 @@ class _Loop:
     """
     if self._pending is None:
       return
-    step, scalars, mean_routing = jax.device_get(self._pending)
+    step, scalars, figures = jax.device_get(self._pending)
     self._pending = None
     self._check_finite(step, scalars)
-    if mean_routing is not None:
-      self._log(step, scalars, mean_routing)
+    if figures is not None:
+      self._log(step, scalars, figures)
 
   def _check_finite(self, step: int, scalars: Mapping[str, np.ndarray]) -> None:
     bad = [
@@ -238,12 +237,12 @@ class _Loop:
     self,
     step: int,
     scalars: Mapping[str, np.ndarray],
-    mean_routing: Mapping[str, np.ndarray],
+    figures: Mapping[str, np.ndarray],
   ) -> None:
     """Writes the metrics of a step and shows some in the progress line."""
     values = {f"train/{name}": float(x) for name, x in scalars.items()}
     values |= self._clock.read(step)
-    values |= {f"routing/{name}": float(x) for name, x in mean_routing.items()}
+    values |= {f"routing/{name}": float(x) for name, x in figures.items()}
     self.write(step, values)
     shown = (
       "train/lm_loss",

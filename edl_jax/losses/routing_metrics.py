@@ -91,6 +91,22 @@ def max_violation(stats: RoutingStats) -> jax.Array:
   return load_LE.max(-1) / jnp.where(mean_L > 0, mean_L, 1) - (mean_L > 0)
 
 
+def dead_experts(stats: RoutingStats) -> jax.Array:
+  """Share of experts that no counted token was sent to, in [0, 1]; (L,)."""
+  return (stats.assignments_LE == 0).mean(-1, dtype=jnp.float32)
+
+
+def load_evenness(stats: RoutingStats) -> jax.Array:
+  """exp(H(load)) / E, the share of experts that are effectively used; (L,).
+
+  H is the entropy of the experts' shares of assignments: 1 if all experts have
+  the same load, 1/E if one has everything.
+  """
+  load_LE = stats.assignments_LE
+  share_LE = load_LE / jnp.maximum(load_LE.sum(-1, keepdims=True), 1)
+  return jnp.exp(entr(share_LE).sum(-1)) / load_LE.shape[-1]
+
+
 def clustering_purity(stats: RoutingStats) -> jax.Array:
   """Share of assignments from the domain that each expert sees most, (L,).
 
@@ -210,6 +226,8 @@ _METRICS: dict[str, Callable[[RoutingStats], jax.Array]] = {
   "diversity": routing_diversity,
   "inter_fraction": inter_fraction,
   "max_violation": max_violation,
+  "dead_experts": dead_experts,
+  "load_evenness": load_evenness,
   "purity": clustering_purity,
   "normalized_mutual_information": normalized_mutual_information,
   "routing_variance": routing_variance,
@@ -225,8 +243,17 @@ TRAINING_METRICS = (
   "diversity",
   "inter_fraction",
   "max_violation",
+  "dead_experts",
+  "load_evenness",
   "routing_variance",
 )
+# What a mean over layers hides: of the training metrics that have them, further
+# figures over layers.
+_OVER_LAYERS: dict[str, dict[str, Callable[[jax.Array], jax.Array]]] = {
+  "max_violation": {"median": jnp.median, "max": jnp.max},
+  "dead_experts": {"max": jnp.max},
+  "load_evenness": {"min": jnp.min},
+}
 
 
 def metrics_by_layer(
@@ -242,3 +269,27 @@ def metrics_by_layer(
   metrics = _METRICS | (_OUTPUT_METRICS if stats.outputs is not None else {})
   names = metrics.keys() if names is None else names
   return {name: metrics[name](stats) for name in names}
+
+
+def training_figures(
+  stats: RoutingStats, first_layer: int = 0
+) -> dict[str, jax.Array]:
+  """Computes what a logged training step reports of routing.
+
+  Args:
+    stats: routing sums of the step.
+    first_layer: number of the first mixture-of-experts layer.
+
+  Returns:
+    Float32 scalars: the mean over layers of each training metric, by its name;
+    further figures over layers, as "max_violation/max"; and MaxVio of every
+    layer, as "max_violation/layer_3".
+  """
+  by_layer = metrics_by_layer(stats, TRAINING_METRICS)
+  figures = {name: values_L.mean() for name, values_L in by_layer.items()}
+  for name, functions in _OVER_LAYERS.items():
+    for over, function in functions.items():
+      figures[f"{name}/{over}"] = function(by_layer[name])
+  for layer, value in enumerate(by_layer["max_violation"], start=first_layer):
+    figures[f"max_violation/layer_{layer}"] = value
+  return figures

@@ -144,6 +144,63 @@ def test_assignment_metrics_against_definitions():
     ) == pytest.approx(want, rel=1e-4)
 
 
+def with_dead_experts():
+  """The batch, but its first layer sends all tokens to three of six experts."""
+  logits, probs, expert, gate, weights, domain = BATCH
+  expert = expert.copy()
+  expert[0] %= 3
+  return logits, probs, expert, gate, weights, domain
+
+
+def test_load_metrics_against_definitions():
+  stats = stats_of(with_dead_experts())
+  dead_L, even_L = (
+    routing_metrics.dead_experts(stats),
+    routing_metrics.load_evenness(stats),
+  )
+  for layer in range(2):
+    load = assignments(with_dead_experts(), layer).sum(0)
+    assert float(dead_L[layer]) == pytest.approx(sum(load == 0) / 6)
+    assert float(even_L[layer]) == pytest.approx(
+      math.exp(entropy(load / load.sum())) / 6, rel=1e-5
+    )
+  assert dead_L[0] == 0.5 and dead_L[1] == 0 and even_L[0] <= 0.5 < even_L[1]
+
+
+def test_extremes_of_load_metrics():
+  even = stats_of_domains(np.full((2, 4), 0.25))
+  assert float(routing_metrics.dead_experts(even)[0]) == 0
+  assert float(routing_metrics.load_evenness(even)[0]) == pytest.approx(1)
+  one = stats_of_domains(np.eye(4)[[0, 0]])
+  assert float(routing_metrics.dead_experts(one)[0]) == 0.75
+  assert float(routing_metrics.load_evenness(one)[0]) == pytest.approx(0.25)
+
+
+def test_training_figures_are_of_all_layers():
+  stats = stats_of(with_dead_experts())
+  by_layer = routing_metrics.metrics_by_layer(stats)
+  figures = routing_metrics.training_figures(stats, first_layer=2)
+  violation, dead, even = (
+    np.asarray(by_layer[name], np.float64)
+    for name in ("max_violation", "dead_experts", "load_evenness")
+  )
+  want = {
+    name: np.mean(np.asarray(by_layer[name], np.float64))
+    for name in routing_metrics.TRAINING_METRICS
+  } | {
+    "max_violation/median": sorted(violation)[0] / 2 + sorted(violation)[1] / 2,
+    "max_violation/max": max(violation),
+    "dead_experts/max": max(dead),
+    "load_evenness/min": min(even),
+    "max_violation/layer_2": violation[0],
+    "max_violation/layer_3": violation[1],
+  }
+  assert figures.keys() == want.keys()
+  for name, value in want.items():
+    assert float(figures[name]) == pytest.approx(value, rel=1e-6), name
+  assert len(set(map(float, violation))) == 2
+
+
 def test_specialisation_metrics_against_definitions():
   stats = stats_of(BATCH)
   for layer in range(2):

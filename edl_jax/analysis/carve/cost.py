@@ -7,8 +7,11 @@ from edl_jax.model.transformer import parameter_counts
 
 
 def cut_config(config: ModelConfig, keep: int) -> ModelConfig:
-  """Returns the configuration of a model with `keep` experts a layer."""
-  return dataclasses.replace(config, num_experts=keep)
+  """Returns the configuration of a model with `keep` experts a layer.
+
+  It has no pools: the model is a pool itself.
+  """
+  return dataclasses.replace(config, num_experts=keep, pool_min=0, pool_max=0)
 
 
 def cost(config: ModelConfig, keep: int) -> dict[str, float]:

@@ -50,7 +50,8 @@ def find_runs(workdirs: Sequence[str]) -> list[Run]:
   """Finds the newest checkpoint of every run; loads no parameters.
 
   Raises:
-    UserError: a folder has no checkpoint, or two runs cannot be compared.
+    UserError: a folder has no checkpoint, its model has fixed experts, or two
+      runs cannot be compared.
   """
   runs = [_find_run(workdir) for workdir in workdirs]
   first, *others = runs
@@ -77,7 +78,18 @@ def _find_run(workdir: str) -> Run:
     raise UserError(
       f"--workdir={workdir} has no checkpoint to carve; train first"
     )
-  return Run(workdir, steps[-1], Provenance.from_dict(saved))
+  run = Run(workdir, steps[-1], Provenance.from_dict(saved))
+  _check_router(run)
+  return run
+
+
+def _check_router(run: Run) -> None:
+  """Raises UserError if the model fixes the experts of each domain."""
+  if run.experiment.model.router == "domain":
+    raise UserError(
+      f"--workdir={run.workdir} was trained with model.router=domain, which"
+      " fixes the experts of each domain: there is nothing to choose"
+    )
 
 
 def domain_indices(run: Run, names: Sequence[str], flag: str) -> list[int]:

@@ -1,5 +1,7 @@
 """Costs against counts by hand."""
 
+import dataclasses
+
 from edl_jax.analysis.carve.cost import cost, cut_config
 from edl_jax.config import ModelConfig
 
@@ -21,6 +23,7 @@ def test_a_cut_model_lacks_weights_and_router_columns():
 
 def test_a_cut_configuration_changes_nothing_else():
   assert cut_config(CONFIG, 12) == CONFIG
-  assert cut_config(CONFIG, 3) == ModelConfig(
-    num_layers=5, num_dense_layers=2, num_experts=3
-  )
+  want = ModelConfig(num_layers=5, num_dense_layers=2, num_experts=3)
+  assert cut_config(CONFIG, 3) == want
+  pools = dataclasses.replace(CONFIG, pool_min=2, pool_max=8)
+  assert cut_config(pools, 3) == want

@@ -60,6 +60,14 @@ def test_a_run_needs_a_checkpoint(tmp_path):
   )
 
 
+def test_fixed_experts_leave_no_choice():
+  run = run_of()
+  runs._check_router(run)
+  run.experiment.model.router = "domain"
+  message = refused(runs._check_router, run)
+  assert message.startswith("--workdir=runs/a was trained with model.router=")
+
+
 def test_calibration_is_on_training_text(carve_workdir):
   (run,) = runs.find_runs([carve_workdir])
   corpus = runs.read_corpus(run)
