@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.arithmetic import worked_problems
 from edl_jax.text.documents import DomainNames, Gatherer
@@ -138,9 +140,11 @@ def _find_in_packages(pattern: re.Pattern[str]) -> dict[str, Path]:
       inner = _SKIPPED_FOLDERS.intersection(path.parts)
       if pattern.search(path.name) and not inner:
         found[f"packages/{path.as_posix()}"] = Path(path.locate())
-    for requirement in distribution.requires or ():
-      needed = re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower()
-      if "extra ==" not in requirement and needed not in known:
+    for requirement in map(Requirement, distribution.requires or ()):
+      needed, marker = requirement.name.lower(), requirement.marker
+      # Markers leave out extras, and what other platforms require.
+      applies = marker is None or marker.evaluate({"extra": ""})
+      if applies and needed not in known:
         known.add(needed)
         waiting.append(needed)
   return found

@@ -107,6 +107,35 @@ def test_headers_of_packages_replace_those_of_the_interpreter(
   assert any("numpy" in document.origin for document in documents)
 
 
+def test_packages_that_other_platforms_require_add_no_text(
+  tmp_path, monkeypatch
+):
+  packages = {
+    "top": [
+      "needed>=1",
+      'foreign; sys_platform == "none"',
+      'more; extra == "x"',
+    ],
+    "needed": [],
+    "foreign": [],
+    "more": [],
+    "unrelated": [],
+  }
+  for name, requires in packages.items():
+    info = tmp_path / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "LICENSE").write_text(f"The licence of {name}.\n")
+    (info / "RECORD").write_text(f"{info.name}/LICENSE,,\n")
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requires]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(embedded_lib, "_REQUIRED", ("top",))
+  _, documents = read_documents(DataConfig(domains=("legal",)))
+  texts = {d.text for d in documents if d.text.startswith("The licence of")}
+  assert texts == {"The licence of top.\n", "The licence of needed.\n"}
+
+
 def test_copies_of_a_licence_share_an_origin():
   data = DataConfig(domains=("legal",))
   _, documents = read_documents(data)
