@@ -2,7 +2,7 @@
 # make test        lint, types and the test suite (slow tests: make test-all)
 # make types       types alone
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
-# make update-tpu  writes the collectives that these find to tests/golden
+# make update-tpu  writes the collectives that these find to tests/aot/golden
 # make test-interop  tests against PyTorch and Transformers, installed by it
 # make docs        builds the site from docs/ into site/
 # make clean       removes .venv and what the tests left; runs/ stays

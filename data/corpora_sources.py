@@ -22,8 +22,8 @@ class Source:
   extractor: str
   # Limit on the text in 10^6 bytes; documents are chosen by hash.
   megabytes: float = 1e6
-  # What is dropped where it occurs again: "lines", "paragraphs" (for text whose
-  # lines were wrapped), or "none" (for code and proofs).
+  # The unit that is dropped where it occurs again: "lines", "paragraphs" (for
+  # text whose lines were wrapped), or "none" (for code and proofs).
   repeats: str = "lines"
 
   @property

@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(_ROOT))
 
 _MARKER = re.compile(r"^<!-- insert (.+) -->$", re.MULTILINE)
-# What `pymdownx.arithmatex` makes of $...$ and of $$...$$.
+# `pymdownx.arithmatex` turns $...$ and $$...$$ into these elements.
 _FORMULA = re.compile(
   r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )

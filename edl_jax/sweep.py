@@ -274,7 +274,7 @@ def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
           print_error(f"{point.name} {reason}; going on with the others")
   except _StoppedError as stopped:
     name = signal.Signals(stopped.number).name
-    print_error(f"stopped by {name}; the same command goes on from here")
+    print_error(f"stopped by {name}; the same command resumes from here")
     return 128 + stopped.number
   if len(failed) < len(made):
     print_report(workdir)

@@ -396,7 +396,7 @@ def train(
           name = signal.Signals(number).name
           raise Preempted(
             f"ended by {name}; the checkpoint of step {step} is written and"
-            " the same command goes on from it",
+            " the same command resumes from it",
             number,
           )
       if loop.evaluation is None:

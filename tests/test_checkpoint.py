@@ -223,7 +223,7 @@ def test_tokenizer_of_the_checkpoint_to_start_from(workdir, tmp_path):
     initial_tokenizer(starting_from(tmp_path), new)
   with pytest.raises(UserError, match=r"num_experts: 4 -> 8; set"):
     initial_tokenizer(starting_from(workdir, num_experts=8), new)
-  # What a run with a checkpoint of its own once started from may be gone.
+  # A run with a checkpoint of its own no longer needs the initial one.
   found = initial_tokenizer(starting_from(tmp_path), workdir)
   assert found.to_json() == PROVENANCE.tokenizer.to_json()
 
@@ -238,7 +238,7 @@ def test_keeps_the_newest(tmp_path):
   checkpointer.wait()
   assert checkpoint_steps(str(folder)) == [10, 11]
   checkpointer.close()
-  # What a killed run was writing is no checkpoint.
+  # A killed run leaves an incomplete folder, which is no checkpoint.
   (folder / "12.orbax-checkpoint-tmp-0").mkdir()
   assert checkpoint_steps(str(folder)) == [10, 11]
   assert edl_jax.load(str(tmp_path)).step == 11

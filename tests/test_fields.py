@@ -205,8 +205,8 @@ def test_code_distinguishes_every_choice(key, file):
 
 # --- Every field is read ----------------------------------------------------
 
-# What an object is called that holds the fields of a group. An attribute of
-# some other object, such as `mesh.shape` or `batch.data`, does not count.
+# The names under which code holds the fields of each group. An attribute of any
+# other object, such as `mesh.shape` or `batch.data`, does not count.
 HOLDERS = {
   "": {"experiment"},
   "model": {"model", "config"},

@@ -326,7 +326,7 @@ def test_prepared_text_is_copied_once(bucket, prepared, capsys, tmp_path):
   assert "MiB of gs://test/corpus to " in capsys.readouterr().out
   assert tokens_of("gs://test/corpus") == local
   assert capsys.readouterr().out == ""
-  # What a killed process left is no copy.
+  # A killed process leaves an incomplete copy, which does not count.
   (copy,) = (p for p in (tmp_path / "cache/prepared").iterdir() if p.is_dir())
   copy.rename(f"{copy}.partial")
   Path(f"{copy}.partial", "tokens-00000.bin").write_bytes(b"torn")

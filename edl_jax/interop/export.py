@@ -4,7 +4,7 @@
 
 The folder is a Qwen3-MoE checkpoint: config.json, generation_config.json,
 tensors in safetensors files with their index, the tokenizer, and a README with
-the run's figures. Transformers, vLLM and SGLang need no code of ours for it:
+the run's figures. Transformers needs no code of ours for it:
 
   AutoModelForCausalLM.from_pretrained("hub/demo")
 

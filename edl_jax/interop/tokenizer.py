@@ -30,7 +30,7 @@ def hub_tokenizer(
     special_tokens=[(start, start_id)],
   )
   if library.decoder is None:
-    # Of a SentencePiece model, whose "▁" is a space.
+    # A SentencePiece model writes a space as "▁".
     library.decoder = decoders.Sequence(
       [
         decoders.Replace("▁", " "),

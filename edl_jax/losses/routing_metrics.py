@@ -247,8 +247,8 @@ TRAINING_METRICS = (
   "load_evenness",
   "routing_variance",
 )
-# What a mean over layers hides: of the training metrics that have them, further
-# figures over layers.
+# A mean over layers hides a single bad layer. These training metrics are
+# reported by further figures over layers too.
 _OVER_LAYERS: dict[str, dict[str, Callable[[jax.Array], jax.Array]]] = {
   "max_violation": {"median": jnp.median, "max": jnp.max},
   "dead_experts": {"max": jnp.max},

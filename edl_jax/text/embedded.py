@@ -198,7 +198,7 @@ def _reference_topics() -> Mapping[str, str]:
   return topics
 
 
-# What may have a docstring.
+# The nodes of a syntax tree that may have a docstring.
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -255,7 +255,7 @@ def mixture_phases(
   phases = {0: mixture_weights(data, taxonomy, sizes)}
   for number, (fraction, *weights) in enumerate(data.weight_phases, start=1):
     name = f"data.weight_phases: phase {number}"
-    # Of two phases that begin at the same step, the later one applies.
+    # If two phases begin at the same step, the later one applies.
     start = round(fraction * train.num_steps) * train.batch_size
     phases[start] = _shares(name, weights, data, taxonomy, sizes)
   return Phases(tuple(phases), tuple(phases.values()))

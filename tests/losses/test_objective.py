@@ -35,7 +35,7 @@ def inputs():
     "logits": random.standard_normal((LAYERS, BATCH, LENGTH, EXPERTS)),
     "x": random.standard_normal((BATCH, LENGTH, WIDTH)),
     "head": random.standard_normal((WIDTH, VOCABULARY)),
-    # What active experts return.
+    # The outputs of the active experts.
     "y": random.standard_normal((LAYERS, BATCH * LENGTH, ACTIVE, WIDTH)),
   }, {
     "targets": random.integers(0, VOCABULARY, (BATCH, LENGTH)),
@@ -133,7 +133,7 @@ def naive_terms(variables, constants, config=WEIGHTS):
           projected = one @ other / (other @ other + 1e-8) * other
           pairs.append(projected @ projected)
       else:
-        # Of two, each spans what the other is projected on.
+        # With two experts, each is projected on the span of the other.
         for one, other in ((first, second), (second, first)):
           pairs.append((one @ other) ** 2 / (other @ other))
     orthogonality.append(np.mean(pairs))

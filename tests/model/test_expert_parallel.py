@@ -304,7 +304,7 @@ for dispatch, collective in (
 @pytest.mark.slow
 def test_compiles_for_tpu():
   pytest.importorskip("libtpu", reason="needs the compiler of TPUs: libtpu")
-  # Of its own, since JAX here is set up for CPUs.
+  # A process of its own compiles, since JAX is set up for CPUs here.
   settings = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "",

@@ -29,7 +29,7 @@ class Run(NamedTuple):
   """A run with checkpoints, before any of them is loaded."""
 
   workdir: str
-  # Of the newest checkpoint.
+  # The step of the newest checkpoint.
   step: int
   provenance: Provenance
 

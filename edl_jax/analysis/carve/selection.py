@@ -9,8 +9,8 @@ from edl_jax.losses import routing
 from edl_jax.model.transformer import Model
 from edl_jax.text.batch import Batch
 
-# What an expert is scored by: tokens sent to it, its mean router probability,
-# or the norms of its outputs, each times its routing weight.
+# The score of an expert is the number of tokens sent to it, its mean router
+# probability, or the norms of its outputs, each times its routing weight.
 SCORES = ("assignments", "probability", "output_norm")
 
 ScoreStep = Callable[[Model, Batch, np.ndarray], jax.Array]

@@ -13,7 +13,7 @@ def test_a_cut_model_lacks_weights_and_router_columns():
   whole, kept = cost(c, 12), cost(c, 3)
   per_expert = 3 * c.width * c.expert_width + c.width
   assert whole["parameters"] - kept["parameters"] == 3 * 9 * per_expert
-  # Of the active parameters it lacks columns of the router alone.
+  # A cut model lacks no active parameters but columns of the router.
   lost = whole["active_parameters"] - kept["active_parameters"]
   assert lost == 3 * 9 * c.width
   assert whole["share"] == 1
