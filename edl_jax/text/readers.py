@@ -30,7 +30,6 @@ Found = tuple[str, Record | UserError]
 # rather than a text, and would fill the memory.
 LONGEST_RECORD = 1 << 26
 
-_COMPRESSED = (".gz", ".zst")
 _JSON_LINES = (".jsonl", ".json", ".ndjson")
 _ROWS_AT_ONCE = 1024
 
