@@ -225,7 +225,10 @@ TABLES = {
 }
 
 # They define the configuration rather than use it.
-DEFINING = {"config.py", "fields.py", "validation.py", "describe.py"}
+DEFINING = {
+  *("config/flat.py", "config/groups.py", "config/model.py"),
+  *("fields.py", "validation.py", "describe.py"),
+}
 
 
 def sources() -> dict[str, str]:
@@ -234,7 +237,7 @@ def sources() -> dict[str, str]:
     str(path.relative_to(ROOT)): path.read_text()
     for folder in ("edl_jax", "data")
     for path in (ROOT / folder).rglob("*.py")
-    if path.name not in DEFINING
+    if str(path.relative_to(ROOT / folder)) not in DEFINING
   }
 
 

@@ -78,7 +78,9 @@ def imports(path: pathlib.Path) -> set[str]:
 def modules(*folders: str) -> dict[str, pathlib.Path]:
   """Returns the files in these folders by dotted name."""
   return {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(
+      ".__init__"
+    ): path
     for folder in folders
     for path in sorted((ROOT / folder).rglob("*.py"))
   }
@@ -87,21 +89,21 @@ def modules(*folders: str) -> dict[str, pathlib.Path]:
 def graph() -> dict[str, set[str]]:
   """Returns the modules that each module of the package and of data imports."""
   known = modules("edl_jax", "data")
+  # The package's own __init__ only says what users import.
+  del known["edl_jax"]
   edges = {}
   for name, path in known.items():
     found = imports(path)
-    # A name may be that of a module, or of something in a module.
+    # A name may be that of a module, or of something in a module or package.
     found |= {each.rpartition(".")[0] for each in found}
     edges[name] = found & set(known)
-  # The package's own __init__ only says what users import.
-  del edges["edl_jax.__init__"]
   return edges
 
 
 def room(module: str) -> str:
   """Returns the room of a module, such as "text" of "edl_jax.text.batch"."""
-  package, name = module.split(".")[:2]
-  return package if package == "data" else name
+  package, *names = module.split(".")
+  return package if package == "data" else names[0]
 
 
 def test_rooms_import_along_the_arrows_alone():

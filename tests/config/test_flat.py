@@ -1,14 +1,14 @@
-"""The flat form of experiments, their keys, and where new fields belong."""
+"""The flat form of experiments, and their keys."""
 
 import json
 import pathlib
 
 import pytest
 
-from edl_jax import config, config_files, fields
+from edl_jax import config, config_files
 from edl_jax.config import Experiment, UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
 
 
@@ -81,45 +81,6 @@ def test_differing_keys_ignores_what_may_change():
   assert config.differing_keys(saved | {"model.gone": 2}, saved) == [
     "model.gone: 2 -> None"
   ]
-
-
-# --- Fields ------------------------------------------------------------------
-
-
-def test_moe_config_holds_only_how_tokens_and_experts_meet():
-  assert [key for key in config.FIELDS if key.startswith("moe.")] == [
-    "moe.dispatch",
-    "moe.capacity_factor",
-  ], (
-    "Options that change how tokens are routed change the function that the"
-    " model computes: put them into ModelConfig, where evaluation and"
-    " inspection of a checkpoint see them. MoEConfig is for speed and memory."
-  )
-
-
-def test_groups_hold_every_field_but_name_and_seed():
-  outside = [key for key in config.FIELDS if "." not in key]
-  assert outside == ["name", "seed"]
-  assert {key.partition(".")[0] for key in config.FIELDS} == {
-    *config.GROUPS,
-    *outside,
-  }
-
-
-def test_only_these_fields_may_change_on_resume():
-  resumable = {
-    key
-    for key, declared in config.FIELDS.items()
-    if fields.rule_of(declared).resumable
-  }
-  assert resumable == {
-    *("name", "optimizer.offload"),
-    *(f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "tensor")),
-    "mesh.sequence",
-    *("model.remat", "model.scan_unroll", "model.logits_elements"),
-    *("train.log_every", "train.eval_every", "train.eval_rows"),
-    *("train.checkpoint_every", "train.keep_checkpoints"),
-  }
 
 
 def test_choose_variant():

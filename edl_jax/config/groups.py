@@ -1,17 +1,14 @@
-"""An experiment as typed dataclasses: fields, defaults, flat form.
+"""The parts of an experiment as typed dataclasses.
 
-Experiment files (`experiments/*.py`) import only this module and define
-`get_config(variant: str = "") -> Experiment`. Every field carries its help and
-the values that it allows (see `fields`); `validation` checks them. Nothing here
-touches a device.
+Every field carries its help and the values that it allows (see `fields`);
+`validation` checks them.
 """
 
 import dataclasses
-import operator
-from collections.abc import Mapping
 from typing import Any
 
-from edl_jax.fields import Weight, field, nearest, rule_of
+from edl_jax.config.model import ModelConfig, MoEConfig
+from edl_jax.fields import Weight, field
 
 
 class UserError(Exception):
@@ -20,124 +17,6 @@ class UserError(Exception):
 
 # The classes compare and hash by value, so that JAX can take a configuration as
 # static metadata. Treat it as immutable once `validation.validate` has run.
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class ModelConfig:
-  """Sizes of the transformer (Qwen3-MoE shape), and how it is computed.
-
-  Every option that changes the function that the model computes belongs here:
-  training, evaluation and inspection of a checkpoint all see these fields.
-  """
-
-  vocabulary_size: int = field(
-    4096, at_least=1, help="Vocabulary, V; a tokenizer may have fewer tokens."
-  )
-  num_layers: int = field(
-    4, at_least=1, help="Layers of the transformer, dense ones included, L."
-  )
-  width: int = field(128, at_least=1, help="Width of the residual stream, M.")
-  num_heads: int = field(
-    4, at_least=1, help="Query heads, N, a multiple of num_kv_heads."
-  )
-  num_kv_heads: int = field(2, at_least=1, help="Key and value heads, K.")
-  head_width: int = field(
-    32, at_least=1, help="Width of an attention head, H. It must be even."
-  )
-  num_experts: int = field(
-    16, at_least=1, help="Routed experts of a mixture-of-experts layer, E."
-  )
-  num_active_experts: int = field(
-    2, at_least=1, help="Experts that the router chooses for each token, A."
-  )
-  router: str = field(
-    "learned",
-    choices=("learned", "domain"),
-    help="Experts that a token's router may choose: all (learned), or the fixed"
-    " ones of its row's fine domain (domain), as a reference.",
-  )
-  pool_min: int = field(
-    0,
-    at_least=0,
-    help="Fewest experts in the pool that a document's tokens choose from in"
-    " training. 0 for both bounds: no pools.",
-  )
-  pool_max: int = field(
-    0, at_least=0, help="Most experts in the pool of a document."
-  )
-  expert_width: int = field(
-    128, at_least=1, help="Hidden width of an expert, F."
-  )
-  num_shared_experts: int = field(
-    0, at_least=0, help="Further experts, which every token passes through."
-  )
-  num_dense_layers: int = field(
-    0, at_least=0, help="First layers, which have a SwiGLU in place of experts."
-  )
-  dense_width: int = field(
-    512, at_least=1, help="Hidden width of the SwiGLU of a dense layer."
-  )
-  rope_theta: float = field(
-    10_000.0, above=0, help="Base of the rotary position embedding."
-  )
-  norm_epsilon: float = field(
-    1e-6, above=0, help="Added to the mean square inside RMSNorm."
-  )
-  dtype: str = field(
-    "float32",
-    choices=("float32", "bfloat16"),
-    help="Type of activations and matrix products. Parameters, router and"
-    " statistics are always float32.",
-  )
-  remat: str = field(
-    "none",
-    choices=("none", "full", "attention", "experts"),
-    resumable=True,
-    help="What the backward pass computes again. It keeps everything (none),"
-    " the input of each layer (full), that and the output of attention"
-    " (attention), or these and the first product of the experts (experts).",
-  )
-  logits_elements: int = field(
-    1 << 22,
-    at_least=1,
-    resumable=True,
-    help="Elements of the largest array of logits that a device holds at a"
-    " time. With a large vocabulary, TPUs want 2**27 or more.",
-  )
-  scan_unroll: int = field(
-    1,
-    at_least=1,
-    resumable=True,
-    help="Layers in each iteration of the loop over layers. More layers take"
-    " longer to compile and speed up small models on a CPU.",
-  )
-
-
-@dataclasses.dataclass(unsafe_hash=True)
-class MoEConfig:
-  """How devices bring tokens and experts together.
-
-  These fields decide speed and memory. Options that change how tokens are
-  routed change the function of the model and belong in `ModelConfig`:
-  evaluation uses the defaults of this group whatever the experiment says.
-  """
-
-  dispatch: str = field(
-    "gather",
-    choices=("gather", "ragged_all_to_all", "ring", "capacity"),
-    help="How tokens reach their experts. All experts come to the tokens"
-    " (gather), or tokens travel to the devices of their experts, which"
-    " mesh.expert spreads (ragged_all_to_all on TPU v5p and v6e, ring). These"
-    " three compute the same function. In blocks of fixed size (capacity),"
-    " training drops the tokens beyond an expert's capacity. Evaluation always"
-    " gathers and drops none.",
-  )
-  capacity_factor: float = field(
-    1.25,
-    above=0,
-    help="Places of an expert on each device under capacity dispatch, as a"
-    " multiple of the tokens that it would get under perfect balance.",
-  )
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -407,93 +286,3 @@ class Experiment:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
-
-
-# The parts of an experiment, such as `losses`, by name.
-GROUPS = {
-  declared.name: declared.type
-  for declared in dataclasses.fields(Experiment)
-  if isinstance(declared.type, type) and dataclasses.is_dataclass(declared.type)
-}
-
-# Every field that can be set, by its dotted path.
-FIELDS = {
-  f"{group}.{declared.name}".lstrip("."): declared
-  for group, holder in {"": Experiment, **GROUPS}.items()
-  for declared in dataclasses.fields(holder)
-  if group or declared.name not in GROUPS
-}
-
-
-def choose_variant(variant: str, known: tuple[str, ...] = ()) -> str:
-  """Returns the variant of an experiment file; the first of `known` if empty.
-
-  Raises:
-    UserError: no such variant, or the file has none.
-  """
-  if variant and variant not in known:
-    allowed = f"must be one of {', '.join(known)}" if known else "leave it out"
-    raise UserError(f"variant {variant!r}: {allowed}")
-  return variant or next(iter(known), "")
-
-
-def choices(key: str) -> tuple[str, ...]:
-  """Returns the values that the field `key` may take, such as "model.remat"."""
-  return rule_of(FIELDS[key]).choices
-
-
-def flatten(experiment: Experiment) -> dict[str, Any]:
-  """Returns every leaf of `experiment` by its dotted path, in field order."""
-  return {key: operator.attrgetter(key)(experiment) for key in FIELDS}
-
-
-def unflatten(flat: Mapping[str, Any]) -> Experiment:
-  """Inverse of `flatten`; lists (as JSON gives them) become tuples.
-
-  Keys that are missing keep their defaults, so that a newer version reads the
-  checkpoints of an older one.
-
-  Raises:
-    UserError: a key does not exist in this version.
-  """
-  experiment = Experiment()
-  for key, value in flat.items():
-    check_key(key)
-    group, _, name = key.rpartition(".")
-    holder = getattr(experiment, group) if group else experiment
-    setattr(holder, name, _as_tuples(value))
-  return experiment
-
-
-def _as_tuples(value: Any) -> Any:
-  """Turns lists into tuples, at any depth."""
-  if isinstance(value, (list, tuple)):
-    return tuple(map(_as_tuples, value))
-  return value
-
-
-def check_key(key: str) -> None:
-  """Raises UserError, naming the nearest right key, unless `key` exists."""
-  if key in GROUPS:
-    raise UserError(
-      f"experiment.{key} is a group: set one of its fields, which"
-      f" --describe={key} lists"
-    )
-  if key not in FIELDS:
-    raise UserError(f"unknown key experiment.{key}; {nearest(key, FIELDS)}")
-
-
-def differing_keys(
-  saved: Mapping[str, Any], current: Mapping[str, Any]
-) -> list[str]:
-  """Lists `key: saved -> current` for keys that forbid resuming."""
-
-  # Fields that an older version did not have take their defaults.
-  saved = {**flatten(Experiment()), **saved}
-  differing = []
-  for key in dict.fromkeys([*current, *saved]):
-    before, now = (_as_tuples(flat.get(key)) for flat in (saved, current))
-    may_change = key in FIELDS and rule_of(FIELDS[key]).resumable
-    if before != now and not may_change:
-      differing.append(f"{key}: {before!r} -> {now!r}")
-  return differing
