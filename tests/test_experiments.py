@@ -18,6 +18,10 @@ VARIANTS = {
   "edl": ["", ":15b", *(f":{size},coarse" for size in ("3b", "4b", "8b"))],
   "small": ["", ":tpu"],
   "small_web3": ["", ":fine", ":coarse", ":shuffled", ":baseline"],
+  "study": [
+    *("", ":fine", ":coarse", ":hierarchical", ":shuffled"),
+    *(":pools", ":router", ":micro_batches"),
+  ],
   "tiny": [""],
 }
 

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The runs of the study, in the order in which they matter. Started again, it
+# skips what is done and resumes what was stopped.
+#
+#   python -m data.corpora --mixture=web3 --out=corpora
+#   docs/study/run.sh runs/study
+set -euo pipefail
+out=${1:?usage: run.sh FOLDER}
+python=${PYTHON:-python}
+
+sweep() {  # QUESTION VARIANT GRIDS...
+  local question=$1 variant=$2
+  shift 2
+  "$python" -m edl_jax.sweep --experiment="experiments/study.py:$variant" \
+    --workdir="$out/$question" "${@/#/--grid=}"
+}
+
+for seed in 0 1 2 3 4; do
+  # Where the load is balanced, against the weight of the divergence loss.
+  weights=0,0.001
+  if ((seed < 3)); then weights=0,0.001,0.003,0.01; fi
+  sweep balance fine losses.balance_scope=sequence,global \
+    losses.divergence_weight=$weights seed=$seed
+done
+for seed in 0 1 2; do
+  sweep micro_batches micro_batches losses.balance_scope=sequence,global \
+    losses.divergence_weight=0,0.001,0.01 seed=$seed
+  # What the labels say.
+  sweep labels_coarse coarse losses.divergence_weight=0.01 seed=$seed
+  sweep labels_hierarchical hierarchical losses.divergence_weight=0.01 \
+    seed=$seed
+  sweep labels_shuffled shuffled losses.divergence_weight=0.01 seed=$seed
+  sweep labels_pools pools losses.divergence_weight=0 seed=$seed
+  sweep labels_router router losses.divergence_weight=0 seed=$seed
+done

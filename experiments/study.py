@@ -1,0 +1,76 @@
+"""The runs of the study: when does expert divergence make better models?
+
+The model of demo.py on the 39 sources of `data.corpora --mixture=web3`, 3.7M
+tokens a run, about six minutes on two CPU cores. docs/study/run.sh has the
+commands. What a run compares is set by the variant, and the rest by the grid of
+a sweep, such as the weight of the loss, the scope of the balance loss and the
+seed.
+
+- `study.py:fine`: L_ED compares the 39 sources.
+- `:coarse`: their four coarse domains; `:hierarchical`: both levels.
+- `:shuffled`: random labels, as a control.
+- `:pools`: no labels; each document draws a pool of 2 to 16 experts.
+- `:router`: each source has fixed experts, as a reference.
+- `:micro_batches`: the losses of micro-batches of 8 rows, averaged, as trainers
+  compute them that do not sum statistics over the global batch.
+"""
+
+from edl_jax.config import (
+  DataConfig,
+  Experiment,
+  LossesConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainConfig,
+  choices,
+  choose_variant,
+)
+
+LABELS = choices("data.granularity")
+VARIANTS = (*LABELS, "pools", "router", "micro_batches")
+
+
+def get_config(variant: str = "") -> Experiment:
+  variant = choose_variant(variant, VARIANTS)
+  pools, micro = variant == "pools", variant == "micro_batches"
+  return Experiment(
+    name=f"study_{variant}",
+    model=ModelConfig(
+      vocabulary_size=4096,
+      num_layers=4,
+      width=128,
+      num_heads=4,
+      num_kv_heads=2,
+      head_width=32,
+      num_experts=16,
+      num_active_experts=2,
+      expert_width=128,
+      pool_min=2 if pools else 0,
+      pool_max=16 if pools else 0,
+      router="domain" if variant == "router" else "learned",
+    ),
+    losses=LossesConfig(
+      divergence_weight=0.0 if variant in ("pools", "router") else 0.01
+    ),
+    optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
+    train=TrainConfig(
+      num_steps=600,
+      batch_size=48,
+      sequence_length=128,
+      accumulation_steps=6 if micro else 1,
+      accumulation="per_micro_batch" if micro else "exact",
+      log_every=20,
+      eval_every=600,
+      eval_rows=32,
+      checkpoint_every=300,
+      keep_checkpoints=1,
+    ),
+    data=DataConfig(
+      files="corpora/text/*.jsonl.gz",
+      taxonomy="corpora/taxonomy.yaml",
+      granularity=variant if variant in LABELS else "fine",
+      mixing="bytes",
+      temperature=2.0,
+      max_characters_per_domain=1_500_000,
+    ),
+  )
