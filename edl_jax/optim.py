@@ -1,13 +1,15 @@
-"""AdamW, its learning-rate schedule and gradient clipping."""
+"""AdamW, its learning-rate schedule, gradient clipping, frozen parts."""
 
+import fnmatch
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from edl_jax.config import OptimizerConfig
-from edl_jax.sharding import last_name
+from edl_jax.config import OptimizerConfig, UserError
+from edl_jax.fields import nearest
+from edl_jax.sharding import last_name, path_name
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -46,6 +48,47 @@ def decays(parameters: Any) -> Any:
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, _: last_name(path) != "scale", parameters
+  )
+
+
+def trained(config: OptimizerConfig, parameters: Any) -> Any:
+  """Returns the parameters that `config.trainable` names.
+
+  Args:
+    config: for its patterns.
+    parameters: a pytree of parameters, or of one value for each of them.
+
+  Returns:
+    The same pytree with None, which is no leaf, in place of all others.
+
+  Raises:
+    UserError: a pattern matches no parameter.
+  """
+  flat, structure = jax.tree_util.tree_flatten_with_path(parameters)
+  names = [path_name(path) for path, _ in flat]
+  patterns = [pattern.strip() for pattern in config.trainable.split(",")]
+  for pattern in patterns:
+    if not fnmatch.filter(names, pattern):
+      raise UserError(
+        f"optimizer.trainable={config.trainable}: {pattern!r} matches no"
+        f" parameter; {nearest(pattern, names)}"
+      )
+  chosen = [
+    leaf
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    else None
+    for name, (_, leaf) in zip(names, flat)
+  ]
+  return jax.tree.unflatten(structure, chosen)
+
+
+def merged(trained: Any, parameters: Any) -> Any:
+  """Returns `parameters` with the leaves of `trained` where it has some."""
+  leaves, structure = jax.tree.flatten(parameters)
+  own = jax.tree.leaves(trained, is_leaf=lambda leaf: leaf is None)
+  return jax.tree.unflatten(
+    structure,
+    [old if new is None else new for new, old in zip(own, leaves, strict=True)],
   )
 
 

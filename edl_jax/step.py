@@ -20,7 +20,7 @@ from edl_jax.losses.objective import (
 )
 from edl_jax.model.choice import draw_pool_sizes
 from edl_jax.model.transformer import Model
-from edl_jax.optim import make_schedule
+from edl_jax.optim import make_schedule, merged, trained
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
 
@@ -128,7 +128,8 @@ def loss_and_gradient(
     step: optimizer steps taken; decides which random numbers are drawn.
 
   Returns:
-    The sums, the terms by name, and the gradient as a model-shaped pytree.
+    The sums, the terms by name, and the gradient as a model-shaped pytree, with
+    None in place of frozen parameters (see `optim.trained`).
   """
   context = LossContext(
     experiment.losses,
@@ -141,8 +142,10 @@ def loss_and_gradient(
   def of_sums(sums: routing.BatchSums):
     return objective(sums, context, kept_weights)
 
-  def forward(model: Model, batch: Batch) -> routing.BatchSums:
-    sums, _ = model.batch_sums(
+  part = trained(experiment.optimizer, model)
+
+  def forward(part: Model, batch: Batch) -> routing.BatchSums:
+    sums, _ = merged(part, model).batch_sums(
       batch,
       len(taxonomy.fine),
       summaries(experiment.losses),
@@ -152,34 +155,34 @@ def loss_and_gradient(
     )
     return sums
 
-  def whole(model: Model, batch: Batch):
-    sums = forward(model, batch)
+  def whole(part: Model, batch: Batch):
+    sums = forward(part, batch)
     loss, terms = of_sums(sums)
     return loss, (sums, terms)
 
   count = experiment.train.accumulation_steps
   if count == 1:
-    gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, batch)
+    gradient, (sums, terms) = jax.grad(whole, has_aux=True)(part, batch)
     return sums, terms, gradient
   micro = _micro_batches(batch, count)
   if experiment.train.accumulation == "per_micro_batch":
 
-    def of_part(part: Batch):
-      gradient, (sums, terms) = jax.grad(whole, has_aux=True)(model, part)
+    def of_rows(rows: Batch):
+      gradient, (sums, terms) = jax.grad(whole, has_aux=True)(part, rows)
       return sums, terms, gradient
 
-    sums, terms, gradient = _sum_over_parts(of_part, micro)
+    sums, terms, gradient = _sum_over_parts(of_rows, micro)
     mean = functools.partial(jax.tree.map, lambda x: x / count)
     return sums, mean(terms), mean(gradient)
 
-  sums = _sum_over_parts(functools.partial(forward, model), micro)
+  sums = _sum_over_parts(functools.partial(forward, part), micro)
   by_sums, terms = jax.grad(of_sums, has_aux=True)(sums)
 
-  def gradient_of_part(part: Batch) -> Model:
-    _, pull_back = jax.vjp(lambda model: forward(model, part), model)
+  def gradient_of_rows(rows: Batch) -> Model:
+    _, pull_back = jax.vjp(lambda part: forward(part, rows), part)
     return pull_back(by_sums)[0]
 
-  return sums, terms, _sum_over_parts(gradient_of_part, micro)
+  return sums, terms, _sum_over_parts(gradient_of_rows, micro)
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -227,7 +230,7 @@ def make_train_step(
   )
   def train_step(state: TrainState, batch: Batch):
     # Any: Optax's types know trees of dicts and lists, not Flax modules.
-    parameters: Any = state.model
+    part: Any = trained(experiment.optimizer, state.model)
     gradient: Any
     sums, terms, gradient = loss_and_gradient(
       state.model,
@@ -241,17 +244,15 @@ def make_train_step(
       moments = state.optimizer
       if experiment.optimizer.offload:
         moments = jax.device_put(moments, on_device.optimizer)
-      updates, optimizer_state = optimizer.update(gradient, moments, parameters)
-      parameters = optax.apply_updates(parameters, updates)
+      updates, optimizer_state = optimizer.update(gradient, moments, part)
+      model = merged(optax.apply_updates(part, updates), state.model)
     scalars = {
       **terms,
       "grad_norm": optax.tree.norm(gradient),
       "learning_rate": schedule(state.step),
     }
     auto_weights = {key: terms[key] for key in state.auto_weights}
-    state = TrainState(
-      state.step + 1, parameters, optimizer_state, auto_weights
-    )
+    state = TrainState(state.step + 1, model, optimizer_state, auto_weights)
     return state, StepOutput(scalars, sums.routing)
 
   return train_step
@@ -265,7 +266,7 @@ def _new_state(
   return TrainState(
     jnp.int32(0),
     model,
-    optimizer.init(model),
+    optimizer.init(trained(experiment.optimizer, model)),
     auto_weights(experiment.losses),
   )
 
@@ -292,7 +293,7 @@ def state_shardings(
         else placed
       ),
       abstract.optimizer,
-      by_parameter,
+      trained(experiment.optimizer, by_parameter),
       transform_non_params=lambda _: everywhere,
     ),
     auto_weights={key: everywhere for key in abstract.auto_weights},

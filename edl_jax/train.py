@@ -27,8 +27,8 @@ from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
 from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.metrics import MetricsWriter, read_metrics
-from edl_jax.model.transformer import parameter_counts
-from edl_jax.optim import make_optimizer
+from edl_jax.model.transformer import abstract_model, parameter_counts
+from edl_jax.optim import make_optimizer, trained
 from edl_jax.progress import Progress
 from edl_jax.runtime import compiler_options
 from edl_jax.step import abstract_state, init_state, make_train_step
@@ -446,9 +446,15 @@ def _requests_to_end() -> Iterator[Callable[[int], int | None]]:
 
 
 def state_bytes(experiment: Experiment) -> int:
-  """Returns the bytes of one checkpoint: parameters and two moments."""
-  total, _ = parameter_counts(experiment.model)
-  return 3 * 4 * total
+  """Returns the bytes of a checkpoint: parameters and moments.
+
+  Raises:
+    UserError: `optimizer.trainable` has a pattern that matches no parameter.
+  """
+  model = abstract_model(experiment.model)
+  part = trained(experiment.optimizer, model)
+  leaves = [*jax.tree.leaves(model), *2 * jax.tree.leaves(part)]
+  return 4 * sum(leaf.size for leaf in leaves)
 
 
 def describe(

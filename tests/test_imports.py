@@ -45,7 +45,7 @@ ARROWS = {
   },
   "metrics": {"config", "storage"},
   "model": {"config", "losses", "sharding", "text"},
-  "optim": {"config", "sharding"},
+  "optim": {"config", "fields", "sharding"},
   "progress": set(),
   "runtime": {"cache"},
   "sharding": {"config"},

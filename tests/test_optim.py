@@ -8,9 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from edl_jax.config import ModelConfig, OptimizerConfig
+from edl_jax.config import ModelConfig, OptimizerConfig, UserError
 from edl_jax.model.transformer import abstract_model
-from edl_jax.optim import decays, make_optimizer, make_schedule
+from edl_jax.optim import (
+  decays,
+  make_optimizer,
+  make_schedule,
+  merged,
+  trained,
+)
 from edl_jax.sharding import path_name
 
 STEPS = 100
@@ -78,6 +84,52 @@ def test_decay_leaves_out_norms_only():
     "final_norm/scale",
   ]
   assert len(leaves) > 2 * len(excluded)
+
+
+def names(tree):
+  return {
+    path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+@pytest.mark.parametrize(
+  ("patterns", "wanted"),
+  [
+    ("*", lambda name: True),
+    ("blocks/moe/*", lambda name: name.startswith("blocks/moe/")),
+    ("*router_ME, head_MV", lambda name: name.endswith(("router_ME", "d_MV"))),
+  ],
+)
+def test_patterns_choose_parameters_by_name(patterns, wanted):
+  model = abstract_model(ModelConfig(num_dense_layers=1))
+  part = trained(OptimizerConfig(trainable=patterns), model)
+  assert names(part) == set(filter(wanted, names(model))) != set()
+  double = lambda tree: jax.tree.map(  # noqa: E731
+    lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), tree
+  )
+  both = jax.tree_util.tree_leaves_with_path(merged(double(part), model))
+  for (path, got), old in zip(both, jax.tree.leaves(model), strict=True):
+    is_new = path_name(path) in names(part)
+    assert got.shape == ((2, *old.shape) if is_new else old.shape)
+
+
+@pytest.mark.parametrize(
+  ("patterns", "message"),
+  [
+    (
+      "blocks/moe/router",
+      "optimizer.trainable=blocks/moe/router: 'blocks/moe/router' matches no"
+      " parameter; did you mean blocks/moe/router_ME?",
+    ),
+    ("*,", "'' matches no parameter; known: "),
+    ("head_MV,x*", "'x*' matches no parameter; known: "),
+  ],
+)
+def test_pattern_without_a_match_names_the_nearest(patterns, message):
+  model = abstract_model(ModelConfig())
+  with pytest.raises(UserError) as caught:
+    trained(OptimizerConfig(trainable=patterns), model)
+  assert message in str(caught.value)
 
 
 def test_steps_against_numpy_float64():

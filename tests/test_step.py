@@ -182,6 +182,68 @@ def test_steps_are_those_of_the_optimizer_on_the_gradient():
       np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_frozen_parameters_stay_and_others_follow_optax(count):
+  experiment = replaced(
+    optimizer={"trainable": "blocks/moe/*,final_norm/*", "clip_norm": 0.1},
+    losses={"divergence_pairs": "domains"},
+    train={"accumulation_steps": count},
+  )
+  whole = dataclasses.replace(experiment, optimizer=EXPERIMENT.optimizer)
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  settings = experiment.optimizer
+  reference = optax.chain(
+    optax.clip_by_global_norm(settings.clip_norm),
+    optax.adamw(
+      make_schedule(settings, 4),
+      settings.beta1,
+      settings.beta2,
+      weight_decay=settings.weight_decay,
+      mask=lambda tree: {name: not name.endswith("scale") for name in tree},
+    ),
+  )
+
+  def by_name(tree):
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): leaf for path, leaf in found}
+
+  def chosen(tree):
+    return {
+      name: leaf
+      for name, leaf in by_name(tree).items()
+      if name.startswith(("blocks/moe/", "final_norm/"))
+    }
+
+  with jax.set_mesh(mesh):
+    state = step.init_state(experiment, optimizer, mesh)
+    start = jax.tree.map(np.array, state.model)
+    want, model = chosen(start), start
+    moments = reference.init(want)
+    train_step = step.make_train_step(experiment, optimizer, TAXONOMY, mesh)
+    rows = sharding.put_batch(batch(), mesh)
+    for number in range(3):
+      state, output = train_step(state, rows)
+      # The gradient of all parameters, of which the chosen ones are read.
+      _, _, gradient = gradient_of(model, batch(), whole, step=number)
+      updates, moments = reference.update(chosen(gradient), moments, want)
+      want = optax.apply_updates(want, updates)
+      model = jax.tree_util.tree_map_with_path(
+        lambda path, x, new=want: new.get(sharding.path_name(path), x), model
+      )
+      norm = float(optax.tree.norm(chosen(gradient)))
+      assert output.scalars["grad_norm"] == pytest.approx(norm, rel=1e-5)
+  for name, got in by_name(state.model).items():
+    if name in want:
+      np.testing.assert_allclose(got, want[name], rtol=1e-4, atol=1e-6)
+      assert not np.array_equal(got, by_name(start)[name])
+    else:
+      np.testing.assert_array_equal(got, by_name(start)[name])
+  # Two moments of each trained element, and two counters.
+  size = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer))
+  assert size == 2 * sum(leaf.size for leaf in want.values()) + 2
+
+
 def test_pools_depend_on_seed_and_step_alone():
   pools = replaced(model={"pool_min": 2, "pool_max": 4})
 

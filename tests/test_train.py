@@ -386,6 +386,7 @@ def test_post_training_starts_from_a_checkpoint_and_survives(
     f"--experiment.train.initial_checkpoint={start}",
     "--experiment.losses.orthogonality_weight=auto:1e-4",
     "--experiment.losses.variance_weight=auto:1e-3",
+    "--experiment.optimizer.trainable=blocks/*",
   )
   whole = runs.finish("special", *arguments)
   first, before = (read_metrics(str(run))[0] for run in (whole, uninterrupted))

@@ -121,6 +121,12 @@ class OptimizerConfig:
   clip_norm: float = field(
     1.0, above=0, help="Largest global norm of the gradient; it is scaled."
   )
+  trainable: str = field(
+    "*",
+    help="The parameters to train, as patterns of their names that commas"
+    " separate, such as blocks/moe/*,head_MV; * stands for any characters. All"
+    " others stay as they are and have no moments.",
+  )
   offload: bool = field(
     False,
     resumable=True,
