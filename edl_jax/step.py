@@ -113,8 +113,7 @@ def loss_and_gradient(
   Micro-batches (`train.accumulation_steps` > 1) do not change the result, as
   the objective is a function of sums over rows. A first pass adds up the sums
   of all micro-batches. A second pass back-propagates each micro-batch, starting
-  from the objective's gradient with respect to the sums. This costs one more
-  forward pass.
+  from the objective's gradient by the sums. This costs one more forward pass.
 
   `train.accumulation` = "per_micro_batch" saves that pass: terms and gradient
   are means over the micro-batches' own objectives. That is another loss, as a
@@ -128,8 +127,7 @@ def loss_and_gradient(
     step: optimizer steps taken; decides which random numbers are drawn.
 
   Returns:
-    The sums, the terms by name, and the gradient as a model-shaped pytree, with
-    None in place of frozen parameters (see `optim.trained`).
+    The sums, the terms by name, and the gradient as `optim.trained` of a model.
   """
   context = LossContext(
     experiment.losses,
@@ -179,8 +177,7 @@ def loss_and_gradient(
   by_sums, terms = jax.grad(of_sums, has_aux=True)(sums)
 
   def gradient_of_rows(rows: Batch) -> Model:
-    _, pull_back = jax.vjp(lambda part: forward(part, rows), part)
-    return pull_back(by_sums)[0]
+    return jax.vjp(lambda part: forward(part, rows), part)[1](by_sums)[0]
 
   return sums, terms, _sum_over_parts(gradient_of_rows, micro)
 
