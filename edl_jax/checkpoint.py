@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -22,6 +22,8 @@ from jax.sharding import Mesh
 
 from edl_jax import config, storage
 from edl_jax.config import Experiment, UserError
+from edl_jax.generation.generator import Generated, generate
+from edl_jax.generation.settings import Settings
 from edl_jax.model.transformer import Model, abstract_model
 from edl_jax.sharding import parameter_shardings, path_name
 from edl_jax.step import TrainState
@@ -270,6 +272,31 @@ class Loaded(NamedTuple):
   experiment: Experiment
   step: int
   content_hash: str
+
+  def generate(
+    self,
+    prompts: Sequence[str],
+    on_text: Callable[[int, str], None] | None = None,
+    **settings: Any,
+  ) -> list[Generated]:
+    """Continues prompts.
+
+    Args:
+      prompts, on_text: see `edl_jax.generation.generator.generate`.
+      **settings: fields of `edl_jax.generation.settings.Settings`.
+
+    Raises:
+      UserError: see there.
+    """
+    return generate(
+      self.model,
+      self.tokenizer,
+      self.taxonomy,
+      prompts,
+      Settings(**settings),
+      self.experiment.train.sequence_length,
+      on_text,
+    )
 
 
 def load(

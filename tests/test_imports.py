@@ -22,7 +22,15 @@ ARROWS = {
     *("runtime", "sharding", "step", "storage", "tables", "text"),
   },
   "cache": {"storage"},
-  "checkpoint": {"config", "model", "sharding", "step", "storage", "text"},
+  "checkpoint": {
+    "config",
+    "generation",
+    "model",
+    "sharding",
+    "step",
+    "storage",
+    "text",
+  },
   "command": {"config", "config_files", "tables"},
   "config": {"fields"},
   "config_files": {"config", "fields", "validation"},
@@ -35,6 +43,11 @@ ARROWS = {
     *("tables", "text"),
   },
   "fields": set(),
+  "generate": {
+    *("checkpoint", "command", "config", "generation", "runtime", "sharding"),
+    "tables",
+  },
+  "generation": {"config", "model", "sharding", "text"},
   "interop": {
     *("checkpoint", "command", "config", "model", "storage", "tables", "text"),
   },

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions and QK normalisation."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,52 @@ def causal_attention(
   return attend.get(device.platform, attend["default"])(*arrays)
 
 
+class KVCache(NamedTuple):
+  """Keys and values of layers of a kind, at the slots of their positions."""
+
+  k_LBSKH: jax.Array
+  v_LBSKH: jax.Array
+
+
+def cached_attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  positions_BT: jax.Array,
+) -> jax.Array:
+  """Computes what `causal_attention` does, over keys that a cache holds.
+
+  Args:
+    q_BTNH: queries.
+    k_BSKH, v_BSKH: keys and values; that of position s is in slot s.
+    positions_BT: position of each query, which sees slots up to its own.
+
+  Returns:
+    y_BTNH, in the dtype of `q_BTNH`.
+  """
+  rows, length, _, width = q_BTNH.shape
+  q_BTKQH = q_BTNH.reshape(rows, length, k_BSKH.shape[2], -1, width)
+  logits_BKQTS = jnp.einsum(
+    "BTKQH,BSKH->BKQTS",
+    q_BTKQH * width**-0.5,
+    k_BSKH,
+    preferred_element_type=jnp.float32,
+  )
+  mask_BTS = jnp.arange(k_BSKH.shape[1]) <= positions_BT[..., None]
+  logits_BKQTS = jnp.where(mask_BTS[:, None, None], logits_BKQTS, -1e30)
+  exp_BKQTS = jnp.exp(logits_BKQTS - logits_BKQTS.max(-1, keepdims=True))
+  exp_BKQTS = exp_BKQTS.astype(q_BTNH.dtype)
+  sum_BKQT1 = exp_BKQTS.sum(-1, keepdims=True, dtype=jnp.float32)
+  y_BKQTH = jnp.einsum(
+    "BKQTS,BSKH->BKQTH",
+    exp_BKQTS,
+    v_BSKH,
+    preferred_element_type=jnp.float32,
+  )
+  y_BKQTH = (y_BKQTH / sum_BKQT1).astype(q_BTNH.dtype)
+  return y_BKQTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
 class Attention(nnx.Module):
   """Causal attention within documents."""
 
@@ -252,23 +299,66 @@ class Attention(nnx.Module):
     self, x_BTM: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
   ) -> jax.Array:
     """Returns the attention branch's output, (B, T, M), dtype of `x_BTM`."""
-    dtype = x_BTM.dtype
+    is_spread = sharding.spread_axes(("sequence",))
+    y_BTNH = causal_attention(
+      *(*self._projections(x_BTM, positions_BT), segments_BT),
+      sequence_axis="sequence" if is_spread else None,
+    )
+    return self._output(y_BTNH)
 
-    def gathered(name):
-      return sharding.gather(name, getattr(self, name)[...].astype(dtype))
+  def cached(
+    self,
+    x_BTM: jax.Array,
+    positions_BT: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+  ) -> tuple[jax.Array, KVCache]:
+    """Attends as `__call__` does, and keeps keys and values in the cache.
+
+    Every device along `sequence` computes the same.
+
+    Args:
+      x_BTM: one token of each row; or its first T, which see only each other.
+      positions_BT: positions of the tokens within their documents.
+      cache: keys and values of the tokens before.
+      layer: index of this layer in the cache.
+
+    Returns:
+      The branch's output, and the cache with these tokens.
+    """
+    q_BTNH, k_BTKH, v_BTKH = self._projections(x_BTM, positions_BT)
+    rows_B1 = jnp.arange(len(x_BTM))[:, None]
+    cache = KVCache(
+      cache.k_LBSKH.at[layer, rows_B1, positions_BT].set(k_BTKH),
+      cache.v_LBSKH.at[layer, rows_B1, positions_BT].set(v_BTKH),
+    )
+    if x_BTM.shape[1] > 1:
+      ones_BT = jnp.ones(positions_BT.shape, jnp.int32)
+      y_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, ones_BT)
+    else:
+      y_BTNH = cached_attention(
+        q_BTNH, cache.k_LBSKH[layer], cache.v_LBSKH[layer], positions_BT
+      )
+    return self._output(y_BTNH), cache
+
+  def _gathered(self, name: str, dtype: jnp.dtype) -> jax.Array:
+    return sharding.gather(name, getattr(self, name)[...].astype(dtype))
+
+  def _projections(self, x_BTM, positions_BT):
+    """Returns q_BTNH, k_BSKH and v_BSKH, the first two rotated."""
 
     def project(name):
-      return jnp.einsum("BTM,MNH->BTNH", x_BTM, gathered(name))
+      weights = self._gathered(name, x_BTM.dtype)
+      return jnp.einsum("BTM,MNH->BTNH", x_BTM, weights)
 
     q_BTNH = self.query_norm(project("query_MNH"))
     k_BSKH = self.key_norm(project("key_MKH"))
     v_BSKH = project("value_MKH")
     q_BTNH = rotary_embedding(q_BTNH, positions_BT, self._theta)
     k_BSKH = rotary_embedding(k_BSKH, positions_BT, self._theta)
-    is_spread = sharding.spread_axes(("sequence",))
-    y_BTNH = causal_attention(
-      *(q_BTNH, k_BSKH, v_BSKH, segments_BT),
-      sequence_axis="sequence" if is_spread else None,
-    )
-    y_BTM = jnp.einsum("BTNH,NHM->BTM", y_BTNH, gathered("out_NHM"))
+    return q_BTNH, k_BSKH, v_BSKH
+
+  def _output(self, y_BTNH):
+    out_NHM = self._gathered("out_NHM", y_BTNH.dtype)
+    y_BTM = jnp.einsum("BTNH,NHM->BTM", y_BTNH, out_NHM)
     return sharding.sum_over(y_BTM, ("tensor",))

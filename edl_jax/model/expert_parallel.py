@@ -1,6 +1,6 @@
 """Dispatch, experts, combine: how tokens and experts come together.
 
-Experts are spread over the mesh axis `expert`, in order. There are four ways of
+Experts are spread over the mesh axis `expert`, in order. There are five ways of
 dispatch, named by `MoEConfig.dispatch`. All compute the same sums, except for
 the tokens that "capacity" drops:
 
@@ -8,6 +8,8 @@ the tokens that "capacity" drops:
   ragged_all_to_all  each token travels to its active experts' devices and back
   ring               tokens pass all devices in turn, and outputs add up
   capacity           an all-to-all of blocks of fixed size; drops what exceeds
+  few                all tokens come to every device, and take the matrices of
+                     their experts there; only generation uses it
 
 The functions here run where every mesh axis is manual. Outside a mesh they run
 as on an `expert` axis of size 1. The experts' hidden width may be spread over
@@ -317,6 +319,40 @@ def _capacity_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, capacity_factor):
   return y_RM.reshape(*expert_PA.shape, width)
 
 
+def _few_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
+  """Returns sums of outputs, y_PM, and reads no more experts than are active.
+
+  With as many routed tokens as experts, most experts are active, and a grouped
+  product reads each of them once.
+  """
+  devices, num_local = _num_devices(), gate_up_EM2F.shape[0]
+  if devices > 1:
+    x_PM, expert_PA, gate_PA = (
+      jax.lax.all_gather(x, _AXIS, tiled=True)
+      for x in (x_PM, expert_PA, gate_PA)
+    )
+    expert_PA -= jax.lax.axis_index(_AXIS) * num_local
+  if expert_PA.size < num_local:
+    here_PA = (expert_PA >= 0) & (expert_PA < num_local)
+    gate_PA = jnp.where(here_PA, gate_PA, 0)
+    expert_PA = jnp.clip(expert_PA, 0, num_local - 1)
+    with jax.named_scope("experts"):
+      both_PA2F = jnp.einsum(
+        "PM,PAMOF->PAOF", x_PM, _rows(gate_up_EM2F, expert_PA, False)
+      )
+      y_PAM = jnp.einsum(
+        "PAF,PAFM->PAM", swiglu(both_PA2F), _rows(down_EFM, expert_PA, False)
+      )
+  else:
+    y_PAM = _local_outputs(
+      x_PM, expert_PA, gate_up_EM2F, down_EFM, others=devices > 1
+    )
+  y_PM = combine(y_PAM, gate_PA)
+  if devices > 1:
+    y_PM = jax.lax.psum_scatter(y_PM, _AXIS, tiled=True)
+  return y_PM
+
+
 @jax.named_scope("dispatch")
 def expert_outputs(
   x_PM: jax.Array,
@@ -332,7 +368,7 @@ def expert_outputs(
     expert_PA: int32 active experts of each token, distinct.
     gate_up_EM2F, down_EFM: weights of this device's share of the experts (for
       "gather", of all experts), in the dtype of `x_PM`.
-    config: the dispatch; not "ring", which returns no token's outputs.
+    config: the dispatch; not "ring" or "few", which return only their sums.
 
   Returns:
     y_PAM, what each active expert returns, in the dtype of `x_PM`; zeros where
@@ -372,7 +408,8 @@ def mixed_outputs(
   Returns:
     y_PM, in the dtype of `x_PM`.
   """
-  if config.dispatch == "ring":
-    return _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
+  if config.dispatch in ("ring", "few"):
+    sums = _ring_sums if config.dispatch == "ring" else _few_sums
+    return sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
   y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, config)
   return combine(y_PAM, gate_PA)

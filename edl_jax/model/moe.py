@@ -19,6 +19,9 @@ from edl_jax.model.layers import SwiGLU, fan_in_normal
 
 # The dispatch that computes the model's function anywhere, without drops.
 GATHER = MoEConfig(dispatch="gather")
+# That of generation, where a step has a few tokens. It is no choice of the
+# field: training would have no use for it.
+FEW = MoEConfig(dispatch="few")
 
 
 class MoE(nnx.Module):

@@ -62,6 +62,20 @@ class Block(nnx.Module):
       x_BTM += self.attention(
         self.attention_norm(x_BTM), segments_BT, positions_BT
       )
+    return self.feed_forward(
+      x_BTM, segments_BT, weights_BT, summaries, moe, choice
+    )
+
+  def feed_forward(
+    self,
+    x_BTM: jax.Array,
+    segments_BT: jax.Array,
+    weights_BT: jax.Array,
+    summaries: routing.Summaries,
+    moe: MoEConfig,
+    choice: Choice,
+  ) -> tuple[jax.Array, Any]:
+    """Runs what follows attention; returns what the block does."""
     h_BTM = self.feed_forward_norm(x_BTM)
     if hasattr(self, "mlp"):
       with jax.named_scope("experts"):
@@ -129,7 +143,7 @@ class Model(nnx.Module):
     if self.config.router == "domain" and choice.kept_LBE is None:
       raise ValueError("model.router='domain' needs a choice of make_choice")
     dtype = jnp.dtype(self.config.dtype)
-    x_BTM = _embed(self.embedding_VM[...], tokens_BT, dtype)
+    x_BTM = embed(self.embedding_VM[...], tokens_BT, dtype)
 
     def layer(x_BTM, inputs):
       block, choice = inputs
@@ -331,7 +345,7 @@ class Model(nnx.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _embed(embedding_VM, tokens_BT, dtype):
+def embed(embedding_VM, tokens_BT, dtype) -> jax.Array:
   """Looks tokens up; the gradients of a token's places add up in float32."""
   return _embedding(embedding_VM, dtype)[tokens_BT]
 
@@ -353,7 +367,7 @@ def _embed_backward(dtype, residuals, dx_BTM):
   return dembedding_VM.astype(jnp.float32), None
 
 
-_embed.defvjp(_embed_forward, _embed_backward)
+embed.defvjp(_embed_forward, _embed_backward)
 
 
 def _whole_documents(

@@ -1,0 +1,1 @@
+"""Continue prompts: sampling, stop strings, the loop over tokens."""
