@@ -11,7 +11,7 @@ from edl_jax.config import ModelConfig
 from edl_jax.losses.routing import Summaries
 from edl_jax.model.attention import KVCache
 from edl_jax.model.choice import CHOICE_SPECS, EVERY_EXPERT, Choice
-from edl_jax.model.moe import FEW, GATHER
+from edl_jax.model.moe import GATHER
 from edl_jax.model.transformer import Model, embed
 
 
@@ -56,9 +56,19 @@ def in_compute_dtype(model: Model) -> Model:
   return jax.tree_util.tree_map_with_path(cast, model)
 
 
-def _scan(x_BTM, cache, blocks, choice, positions_BT, summaries, moe):
-  """Runs the layers of a kind; the cache is updated in place."""
+def _active(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT):
+  del logits_BTE, probs_BTE, gate_BTA, weights_BT
+  return expert_BTA
+
+
+def _scan(x_BTM, cache, blocks, choice, positions_BT):
+  """Runs the layers of a kind, and updates the cache in place.
+
+  Returns:
+    x_BTM and the cache; and expert_LBTA, None for dense layers.
+  """
   ones_BT = jnp.ones(positions_BT.shape, jnp.int32)
+  is_moe, is_step = hasattr(blocks, "moe"), positions_BT.shape[1] == 1
 
   def layer(carry, inputs):
     x_BTM, cache = carry
@@ -67,10 +77,19 @@ def _scan(x_BTM, cache, blocks, choice, positions_BT, summaries, moe):
       y_BTM, cache = block.attention.cached(
         block.attention_norm(x_BTM), positions_BT, cache, index
       )
+      x_BTM += y_BTM
+    if is_moe and is_step:
+      y_BTM, expert_BTA = block.moe.few(
+        block.feed_forward_norm(x_BTM),
+        choice,
+        (blocks.moe.gate_up_EM2F[...], blocks.moe.down_EFM[...]),
+        index,
+      )
+      return (x_BTM + y_BTM, cache), expert_BTA
     x_BTM, results = block.feed_forward(
-      x_BTM + y_BTM, ones_BT, ones_BT, summaries, moe, choice
+      x_BTM, ones_BT, ones_BT, Summaries(routing=_active), GATHER, choice
     )
-    return (x_BTM, cache), results
+    return (x_BTM, cache), results[0] if is_moe else None
 
   layers = jnp.arange(len(cache.k_LBSKH))
   return jax.lax.scan(layer, (x_BTM, cache), (blocks, choice, layers))
@@ -81,22 +100,13 @@ def _shard_advance(model, tokens_BT, positions_BT, last_B, cache, choice):
     model.embedding_VM[...], tokens_BT, jnp.dtype(model.config.dtype)
   )
 
-  def active(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT):
-    del logits_BTE, probs_BTE, gate_BTA, weights_BT
-    return expert_BTA
-
-  rest = (
-    positions_BT,
-    Summaries(routing=active),
-    GATHER if tokens_BT.shape[1] > 1 else FEW,
-  )
   dense = cache.dense
   if dense is not None:
     (x_BTM, dense), _ = _scan(
-      x_BTM, dense, model.dense_blocks, EVERY_EXPERT, *rest
+      x_BTM, dense, model.dense_blocks, EVERY_EXPERT, positions_BT
     )
-  (x_BTM, moe), (expert_LBTA, _) = _scan(
-    x_BTM, cache.moe, model.blocks, choice, *rest
+  (x_BTM, moe), expert_LBTA = _scan(
+    x_BTM, cache.moe, model.blocks, choice, positions_BT
   )
   x_BM = jnp.take_along_axis(x_BTM, last_B[:, None, None], axis=1)[:, 0]
   return model.final_norm(x_BM), Cache(dense, moe), expert_LBTA

@@ -1,6 +1,6 @@
 """Dispatch, experts, combine: how tokens and experts come together.
 
-Experts are spread over the mesh axis `expert`, in order. There are five ways of
+Experts are spread over the mesh axis `expert`, in order. There are four ways of
 dispatch, named by `MoEConfig.dispatch`. All compute the same sums, except for
 the tokens that "capacity" drops:
 
@@ -8,8 +8,8 @@ the tokens that "capacity" drops:
   ragged_all_to_all  each token travels to its active experts' devices and back
   ring               tokens pass all devices in turn, and outputs add up
   capacity           an all-to-all of blocks of fixed size; drops what exceeds
-  few                all tokens come to every device, and take the matrices of
-                     their experts there; only generation uses it
+
+Generation has few tokens at a time and a way of its own, `few_mixed_outputs`.
 
 The functions here run where every mesh axis is manual. Outside a mesh they run
 as on an `expert` axis of size 1. The experts' hidden width may be spread over
@@ -319,40 +319,6 @@ def _capacity_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, capacity_factor):
   return y_RM.reshape(*expert_PA.shape, width)
 
 
-def _few_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
-  """Returns sums of outputs, y_PM, and reads no more experts than are active.
-
-  With as many routed tokens as experts, most experts are active, and a grouped
-  product reads each of them once.
-  """
-  devices, num_local = _num_devices(), gate_up_EM2F.shape[0]
-  if devices > 1:
-    x_PM, expert_PA, gate_PA = (
-      jax.lax.all_gather(x, _AXIS, tiled=True)
-      for x in (x_PM, expert_PA, gate_PA)
-    )
-    expert_PA -= jax.lax.axis_index(_AXIS) * num_local
-  if expert_PA.size < num_local:
-    here_PA = (expert_PA >= 0) & (expert_PA < num_local)
-    gate_PA = jnp.where(here_PA, gate_PA, 0)
-    expert_PA = jnp.clip(expert_PA, 0, num_local - 1)
-    with jax.named_scope("experts"):
-      both_PA2F = jnp.einsum(
-        "PM,PAMOF->PAOF", x_PM, _rows(gate_up_EM2F, expert_PA, False)
-      )
-      y_PAM = jnp.einsum(
-        "PAF,PAFM->PAM", swiglu(both_PA2F), _rows(down_EFM, expert_PA, False)
-      )
-  else:
-    y_PAM = _local_outputs(
-      x_PM, expert_PA, gate_up_EM2F, down_EFM, others=devices > 1
-    )
-  y_PM = combine(y_PAM, gate_PA)
-  if devices > 1:
-    y_PM = jax.lax.psum_scatter(y_PM, _AXIS, tiled=True)
-  return y_PM
-
-
 @jax.named_scope("dispatch")
 def expert_outputs(
   x_PM: jax.Array,
@@ -368,7 +334,7 @@ def expert_outputs(
     expert_PA: int32 active experts of each token, distinct.
     gate_up_EM2F, down_EFM: weights of this device's share of the experts (for
       "gather", of all experts), in the dtype of `x_PM`.
-    config: the dispatch; not "ring" or "few", which return only their sums.
+    config: the dispatch; not "ring", which returns no token's outputs.
 
   Returns:
     y_PAM, what each active expert returns, in the dtype of `x_PM`; zeros where
@@ -408,8 +374,72 @@ def mixed_outputs(
   Returns:
     y_PM, in the dtype of `x_PM`.
   """
-  if config.dispatch in ("ring", "few"):
-    sums = _ring_sums if config.dispatch == "ring" else _few_sums
-    return sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
+  if config.dispatch == "ring":
+    return _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
   y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, config)
   return combine(y_PAM, gate_PA)
+
+
+def _matrix(w, layer, expert):
+  """Returns the parameter of one expert, of those of all layers."""
+  start = (layer, expert, *(0 for _ in w.shape[2:]))
+  return jax.lax.dynamic_slice(w, start, (1, 1, *w.shape[2:]))[0, 0]
+
+
+@jax.named_scope("dispatch")
+def few_mixed_outputs(
+  x_PM: jax.Array,
+  expert_PA: jax.Array,
+  gate_PA: jax.Array,
+  gate_up_LEM2F: jax.Array,
+  down_LEFM: jax.Array,
+  layer: jax.Array | int,
+) -> jax.Array:
+  """Does what `mixed_outputs` does, for a few tokens.
+
+  It reads the matrices of active experts out of those of all layers: a slice of
+  one layer would be a copy of all its experts. With as many routed tokens as
+  experts it uses a grouped product, and makes that copy. Along `expert`, all
+  devices see all tokens and add up what their own experts return.
+
+  Args:
+    x_PM, expert_PA, gate_PA: as in `mixed_outputs`.
+    gate_up_LEM2F, down_LEFM: weights of this device's share of the experts.
+    layer: index of this layer in them.
+  """
+  devices, num_local = _num_devices(), gate_up_LEM2F.shape[1]
+  if devices > 1:
+    x_PM, expert_PA, gate_PA = (
+      jax.lax.all_gather(x, _AXIS, tiled=True)
+      for x in (x_PM, expert_PA, gate_PA)
+    )
+    expert_PA -= jax.lax.axis_index(_AXIS) * num_local
+  if expert_PA.size < num_local:
+    here_PA = (expert_PA >= 0) & (expert_PA < num_local)
+    gate_PA = jnp.where(here_PA, gate_PA, 0)
+    expert_R = jnp.clip(expert_PA, 0, num_local - 1).reshape(-1)
+    active = expert_PA.shape[1]
+
+    # A loop reads a matrix where it lies. XLA would gather them all into a new
+    # array, and on TPUs lay all experts' parameters out anew for that.
+    @jax.named_scope("experts")
+    def one(row, y_RM):
+      gate_up_M2F, down_FM = (
+        _matrix(w, layer, expert_R[row]) for w in (gate_up_LEM2F, down_LEFM)
+      )
+      both_2F = jnp.einsum("M,MOF->OF", x_PM[row // active], gate_up_M2F)
+      y_M = jnp.einsum("F,FM->M", swiglu(both_2F[None])[0], down_FM)
+      return y_RM.at[row].set(y_M)
+
+    y_RM = jnp.zeros((len(expert_R), x_PM.shape[1]), x_PM.dtype)
+    y_RM = jax.lax.fori_loop(0, len(expert_R), one, y_RM)
+    y_PAM = y_RM.reshape(*expert_PA.shape, -1)
+  else:
+    y_PAM = _local_outputs(
+      *(x_PM, expert_PA, gate_up_LEM2F[layer], down_LEFM[layer]),
+      others=devices > 1,
+    )
+  y_PM = combine(y_PAM, gate_PA)
+  if devices > 1:
+    y_PM = jax.lax.psum_scatter(y_PM, _AXIS, tiled=True)
+  return y_PM

@@ -13,15 +13,13 @@ from edl_jax.model.choice import EVERY_EXPERT, Choice, document_pools, masked
 from edl_jax.model.expert_parallel import (
   combine,
   expert_outputs,
+  few_mixed_outputs,
   mixed_outputs,
 )
 from edl_jax.model.layers import SwiGLU, fan_in_normal
 
 # The dispatch that computes the model's function anywhere, without drops.
 GATHER = MoEConfig(dispatch="gather")
-# That of generation, where a step has a few tokens. It is no choice of the
-# field: training would have no use for it.
-FEW = MoEConfig(dispatch="few")
 
 
 class MoE(nnx.Module):
@@ -136,6 +134,46 @@ class MoE(nnx.Module):
         logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT
       )
     return y_BTM, rows, outputs
+
+  def few(
+    self,
+    x_BTM: jax.Array,
+    choice: Choice,
+    experts_L: tuple[jax.Array, jax.Array],
+    layer: jax.Array,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Runs the layer on a few tokens, without reading idle experts.
+
+    Parameters that are spread over `fsdp` are gathered nevertheless.
+
+    Args:
+      x_BTM: normalised residual stream.
+      choice: see `route`.
+      experts_L: the parameters gate_up_LEM2F and down_LEFM of all layers.
+      layer: index of this layer in them.
+
+    Returns:
+      The layer's output (B, T, M), and the active experts expert_BTA.
+    """
+    _, _, expert_BTA, gate_BTA = self.route(x_BTM, choice=choice)
+    if sharding.spread_axes(("fsdp",)):
+      # Any dispatch that leaves the experts on their devices.
+      gate_up_EM2F, down_EFM = self._gathered_experts(
+        x_BTM.dtype, MoEConfig(dispatch="ring")
+      )
+      experts_L, layer = (gate_up_EM2F[None], down_EFM[None]), jnp.int32(0)
+    gate_up_LEM2F, down_LEFM = (x.astype(x_BTM.dtype) for x in experts_L)
+    y_PM = few_mixed_outputs(
+      x_BTM.reshape(-1, x_BTM.shape[-1]),
+      expert_BTA.reshape(-1, expert_BTA.shape[-1]),
+      gate_BTA.reshape(-1, gate_BTA.shape[-1]),
+      *(gate_up_LEM2F, down_LEFM, layer),
+    )
+    y_BTM = sharding.sum_over(y_PM, ("tensor",)).reshape(x_BTM.shape)
+    if self.shared is not None:
+      with jax.named_scope("experts"):
+        y_BTM += self.shared(x_BTM)
+    return y_BTM, expert_BTA
 
   def _dispatch(self, x_BTM, expert_BTA, gate_BTA, weights_BT, summaries, moe):
     """Runs the routed experts, and sums their outputs up if that is asked.

@@ -1,17 +1,19 @@
 """A model over its cache computes what it computes on whole documents."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from edl_jax import sharding
 from edl_jax.config import MeshConfig, ModelConfig
 from edl_jax.model.cached import advance, empty_cache, in_compute_dtype
-from edl_jax.model.expert_parallel import mixed_outputs
-from edl_jax.model.moe import FEW, GATHER
+from edl_jax.model.expert_parallel import few_mixed_outputs, mixed_outputs
+from edl_jax.model.moe import GATHER
 from edl_jax.model.transformer import Model
 
 CONFIG = ModelConfig(
@@ -85,13 +87,20 @@ def test_few_tokens_are_dispatched_as_many_are(tokens, devices):
   down_EFM = random.normal(size=(16, 4, 6)).astype(np.float32)
   arrays = (x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
   want_PM = mixed_outputs(*map(jnp.asarray, arrays), GATHER)
+  # Layer 1 of 2; layer 0 must not be read.
+  arrays = (
+    *arrays[:3],
+    *(np.stack([np.full_like(x, np.nan), x]) for x in arrays[3:]),
+  )
   mesh = sharding.make_mesh(
     MeshConfig(data=1, fsdp=1, expert=devices), jax.devices()[:devices]
   )
-  spec = jax.sharding.PartitionSpec("expert")
+  row, stack = (PartitionSpec(*x) for x in (["expert"], [None, "expert"]))
   with jax.set_mesh(mesh):
     few = sharding.per_shard(
-      lambda *x: mixed_outputs(*x, FEW), (spec,) * 5, spec
+      functools.partial(few_mixed_outputs, layer=1),
+      (row, row, row, stack, stack),
+      row,
     )
     y_PM = jax.jit(few)(*arrays)
   np.testing.assert_allclose(y_PM, want_PM, rtol=1e-5, atol=1e-5)
