@@ -116,7 +116,8 @@ def _load(config: MeshConfig | None) -> "Loaded":
     return checkpoint.load(_WORKDIR.value, mesh=mesh)
   except ValueError as error:
     raise UserError(
-      f"--mesh={','.join(_MESH.value)} does not divide the model: {error}"
+      f"--mesh={','.join(_MESH.value)} does not divide the model:"
+      f" {' '.join(str(error).split())}"
     ) from error
 
 
@@ -142,7 +143,6 @@ def main() -> None:
   runtime.configure()
   run = _load(mesh)
   single = len(prompts) * settings.num_samples == 1
-
   unshown = iter(prompts)
 
   def show(index: int, piece: str) -> None:
