@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from edl_jax import storage, tables
-from edl_jax.checkpoint import Provenance, load
+from edl_jax.checkpoint import Provenance, Verify, load
 from edl_jax.config import Experiment
 from edl_jax.losses import routing, routing_metrics
 from edl_jax.model.transformer import Model
@@ -182,15 +182,20 @@ def evaluate_checkpoint(
   provenance: Provenance,
   mesh: Mesh,
   workdir: str,
+  verify: Verify = "full",
 ) -> None:
   """Evaluates the newest checkpoint of `workdir`.
 
   Prints the figures, and writes them to `workdir`/eval.json with the step and
   the arrays of the routing report. Changes no other file of the run.
+
+  Raises:
+    DamagedError: the checkpoint is not what was saved; `verify` says how much
+      of it is compared with its digests.
   """
   process = (jax.process_index(), jax.process_count())
   with jax.set_mesh(mesh):
-    loaded = load(workdir, mesh=mesh)
+    loaded = load(workdir, mesh=mesh, verify=verify)
     evaluation = evaluate(
       make_eval_step(len(corpus.taxonomy.fine), provenance.tokenizer),
       loaded.model,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
   import grain
   from jax.sharding import Mesh
 
-  from edl_jax.checkpoint import Provenance
+  from edl_jax.checkpoint import Provenance, Verify
   from edl_jax.text.batch import Batch
   from edl_jax.text.mixture import Corpus, EpochCounter
   from edl_jax.text.prepared import PreparedCorpus
@@ -51,6 +51,13 @@ _DESCRIBE: FlagHolder[str | None] = COMMAND.flag(
   " group, as --describe=losses, or one key.",
   kind=str,
   bare="",
+)
+_VERIFY = COMMAND.flag(
+  "verify",
+  "full",
+  "How much of a checkpoint is compared with the digests saved in it: every"
+  " array, a quarter of them, or none.",
+  choices=["full", "sampled", "off"],
 )
 _DISTRIBUTED = COMMAND.flag(
   "distributed",
@@ -176,8 +183,10 @@ def _make_mesh(experiment: Experiment) -> "Mesh":
   return mesh
 
 
-def execute(run: Run, mesh: "Mesh") -> int:
+def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   """Trains, or evaluates the newest checkpoint; returns the exit code.
+
+  `verify` says how much of a checkpoint is compared with its digests.
 
   Raises:
     UserError: the run's folder cannot be written any more.
@@ -192,10 +201,10 @@ def execute(run: Run, mesh: "Mesh") -> int:
     lines = train.describe(provenance.experiment, corpus, mesh)
     print("\n".join(lines), flush=True)
   if training is None:
-    evaluate_checkpoint(corpus, provenance, mesh, workdir)
+    evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
     return 0
   try:
-    train.train(corpus, *training, provenance, mesh, workdir)
+    train.train(corpus, *training, provenance, mesh, workdir, verify)
   except train.NonFiniteError as error:
     print_error(error)
     return 1
@@ -214,6 +223,13 @@ def execute(run: Run, mesh: "Mesh") -> int:
       " command resumes from the last checkpoint"
     ) from error
   return 0
+
+
+def _verify() -> "Verify":
+  """Returns the choice of --verify as the type that it is."""
+  from edl_jax.checkpoint import VERIFY
+
+  return next(choice for choice in VERIFY if choice == _VERIFY.value)
 
 
 @COMMAND.main
@@ -235,7 +251,7 @@ def main() -> int:
   run = prepare(experiment, _WORKDIR.value, _MODE.value)
   if _DISTRIBUTED.value:
     _join_processes(run.provenance)
-  return execute(run, _make_mesh(experiment))
+  return execute(run, _make_mesh(experiment), _verify())
 
 
 if __name__ == "__main__":

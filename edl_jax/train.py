@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -19,6 +20,7 @@ from edl_jax import sharding, storage
 from edl_jax.checkpoint import (
   Checkpointer,
   Provenance,
+  Verify,
   describe_workdir,
   load,
 )
@@ -115,6 +117,7 @@ class _Loop:
     provenance: Provenance,
     mesh: Mesh,
     workdir: str,
+    verify: Verify,
   ):
     experiment = provenance.experiment
     self._experiment, self._provenance = experiment, provenance
@@ -145,16 +148,18 @@ class _Loop:
     )
     self._pending: _Pending | None = None
     self.evaluation: Evaluation | None = None
-    self.first_step = self._checkpointer.latest_step() or 0
-    if self.first_step:
-      self.state, data_state = self._checkpointer.restore(
-        self.first_step, abstract_state(experiment, optimizer, mesh)
-      )
-      self._iterator.set_state(data_state)
+    restored = self._checkpointer.restore_newest(
+      abstract_state(experiment, optimizer, mesh), verify, self._tell
+    )
+    self.first_step = restored.step if restored else 0
+    if restored:
+      self.state = restored.state
+      self._iterator.set_state(restored.data_state)
     else:
       self.state = init_state(experiment, optimizer, mesh)
       if initial := experiment.train.initial_checkpoint:
-        self.state = self.state._replace(model=load(initial, mesh=mesh).model)
+        loaded = load(initial, mesh=mesh, verify=verify)
+        self.state = self.state._replace(model=loaded.model)
     self._last_saved = self._last_shown = self.first_step
     self._clock = _Clock(
       experiment.train.batch_size * experiment.train.sequence_length,
@@ -173,6 +178,10 @@ class _Loop:
       # Other processes stay silent.
       None if self._is_first else open(os.devnull, "w"),  # noqa: SIM115
     )
+
+  def _tell(self, line: str) -> None:
+    if self._is_first:
+      print(line, file=sys.stderr, flush=True)
 
   def step(self, step: int) -> None:
     """Dispatches step number `step` (from 1), then reads the one before."""
@@ -356,6 +365,7 @@ def train(
   provenance: Provenance,
   mesh: Mesh,
   workdir: str,
+  verify: Verify = "full",
 ) -> None:
   """Trains until `train.num_steps`, from the newest checkpoint if there is one.
 
@@ -368,14 +378,16 @@ def train(
     provenance: what every checkpoint records of its origin.
     mesh: all devices.
     workdir: the run's folder, which `checkpoint.check_workdir` has checked.
+    verify: how much of a checkpoint is compared with its digests.
 
   Raises:
     NonFiniteError: a loss term or the gradient is not finite.
+    DamagedError: no checkpoint of the run is intact.
     Preempted: SIGTERM or SIGINT arrived, and the state was saved.
   """
   settings = provenance.experiment.train
   with _requests_to_end() as asked_to_end, jax.set_mesh(mesh):
-    loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir)
+    loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir, verify)
     try:
       if loop.first_step:
         loop.progress.print(

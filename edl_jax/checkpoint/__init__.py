@@ -1,0 +1,37 @@
+"""Self-contained Orbax checkpoints that know their content.
+
+A checkpoint holds the parameters, the optimizer state, the position in the
+data, and the run's `Provenance`: experiment, taxonomy, tokenizer and content
+hash of the corpus, with a digest of every array. `load` needs nothing else.
+"""
+
+from edl_jax.checkpoint.checkpointer import Checkpointer
+from edl_jax.checkpoint.folders import (
+  DamagedError,
+  checkpoint_steps,
+  saved_provenance,
+)
+from edl_jax.checkpoint.items import VERIFY, Verify
+from edl_jax.checkpoint.load import Loaded, checkpoint_provenance, load
+from edl_jax.checkpoint.provenance import Provenance
+from edl_jax.checkpoint.workdir import (
+  check_workdir,
+  describe_workdir,
+  initial_tokenizer,
+)
+
+__all__ = [
+  "VERIFY",
+  "Checkpointer",
+  "DamagedError",
+  "Loaded",
+  "Provenance",
+  "Verify",
+  "check_workdir",
+  "checkpoint_provenance",
+  "checkpoint_steps",
+  "describe_workdir",
+  "initial_tokenizer",
+  "load",
+  "saved_provenance",
+]

@@ -1,0 +1,101 @@
+"""Digests of arrays: two 32-bit sums that any single flipped bit changes.
+
+Both sums run over the elements of the logical array, modulo 2^32. Addition of
+integers has no order, so that a digest is the same on every mesh, and devices
+compute it where the array lies. Let w be an element's bits as an unsigned
+number, p its position in row-major order and r its index along the first axis,
+all modulo 2^32, and h a one-to-one mixing of 32 bits:
+
+  first sum:  h(w xor p m)
+  second sum: h(w xor p m) (2 r + 1)
+
+Both terms are one-to-one in w. An array that differs in one element therefore
+differs in both sums; other differences go unnoticed by chance alone.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from edl_jax.sharding import path_name
+
+# Odd numbers: multiplying by one is one-to-one modulo 2^32. The first is 2^32
+# over the golden ratio, the second that of MurmurHash3's finalizer.
+_SPREAD, _MIX = 0x9E3779B1, 0x85EBCA6B
+
+
+def _words(array: jax.Array) -> jax.Array:
+  """Returns the bits of an array as uint32, 64-bit elements as two."""
+  if array.dtype == bool:
+    return array.astype(jnp.uint32)
+  bits = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+  return jax.lax.bitcast_convert_type(array, bits).astype(jnp.uint32)
+
+
+def _positions(shape: tuple[int, ...]) -> jax.Array:
+  positions = jnp.zeros(shape, jnp.uint32)
+  for axis in range(len(shape)):
+    stride = math.prod(shape[axis + 1 :]) % 2**32
+    along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    positions += along * jnp.uint32(stride)
+  return positions
+
+
+# One program for each shape and layout, which parameters share with their
+# moments.
+@jax.jit
+def _sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+  # Offloaded moments lie in the memory of the host.
+  words = _words(jax.device_put(array, jax.memory.Space.Device))
+  positions = _positions(words.shape)
+  mixed = words ^ (positions * jnp.uint32(_SPREAD))
+  mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_MIX)
+  mixed = jnp.atleast_1d(mixed ^ (mixed >> 13))
+  rows = jnp.sum(mixed, tuple(range(1, mixed.ndim)), dtype=jnp.uint32)
+  weights = 2 * jnp.arange(len(rows), dtype=jnp.uint32) + 1
+  return jnp.sum(rows, dtype=jnp.uint32), jnp.sum(
+    rows * weights, dtype=jnp.uint32
+  )
+
+
+def array_digests(tree: Any) -> dict[str, str]:
+  """Returns a digest of each array, by its path in the tree.
+
+  With several processes all must call it, as arrays may span them.
+
+  Args:
+    tree: arrays of at most 64 bits an element, laid out on any mesh.
+
+  Returns:
+    Texts such as "float32[16,8]:0123456789abcdef": dtype, shape and both sums.
+  """
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  found = jax.device_get([_sums(leaf) for _, leaf in leaves])
+  return {
+    path_name(path): f"{array.dtype}[{','.join(map(str, array.shape))}]:"
+    f"{int(mixed):08x}{int(weighted):08x}"
+    for (path, array), (mixed, weighted) in zip(leaves, found)
+  }
+
+
+def json_digest(value: Mapping[str, Any]) -> str:
+  """Returns the SHA-256 of a JSON object; the order of its keys has no part."""
+  text = json.dumps(value, sort_keys=True)
+  return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def differing(saved: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+  """Returns the names in `saved` whose digest in `found` is another."""
+  return [name for name, text in saved.items() if found.get(name) != text]
+
+
+def sample(names: list[str], seed: int) -> set[str]:
+  """Returns a quarter of the names, at least one, chosen by `seed`."""
+  order = np.random.default_rng(seed).permutation(len(names))
+  return {names[i] for i in order[: -(-len(names) // 4)]}

@@ -1,0 +1,125 @@
+"""Loads a model from its checkpoint alone."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from edl_jax.checkpoint.folders import find_checkpoint, read_provenance
+from edl_jax.checkpoint.items import (
+  Verify,
+  by_name,
+  check_items,
+  like,
+  read_item,
+)
+from edl_jax.checkpoint.provenance import Provenance
+from edl_jax.config import Experiment
+from edl_jax.generation.generator import Generated, generate
+from edl_jax.generation.settings import Settings
+from edl_jax.model.transformer import Model, abstract_model
+from edl_jax.sharding import parameter_shardings
+from edl_jax.text.mixture import Taxonomy
+from edl_jax.text.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+  """What `load` returns: a trained model, and what it was trained on."""
+
+  model: Model
+  tokenizer: Tokenizer
+  taxonomy: Taxonomy
+  experiment: Experiment
+  step: int
+  content_hash: str
+
+  def generate(
+    self,
+    prompts: Sequence[str],
+    on_text: Callable[[int, str], None] | None = None,
+    **settings: Any,
+  ) -> list[Generated]:
+    """Continues prompts.
+
+    Args:
+      prompts, on_text: see `edl_jax.generation.generator.generate`.
+      **settings: fields of `edl_jax.generation.settings.Settings`.
+
+    Raises:
+      UserError: see there.
+    """
+    return generate(
+      self.model,
+      self.tokenizer,
+      self.taxonomy,
+      prompts,
+      Settings(**settings),
+      self.experiment.train.sequence_length,
+      on_text,
+    )
+
+
+def load(
+  path: str,
+  step: int | None = None,
+  mesh: Mesh | None = None,
+  verify: Verify = "full",
+) -> Loaded:
+  """Loads a model; needs nothing but its checkpoint.
+
+  Args:
+    path: a run's workdir, its `checkpoints` folder, or the folder of one step,
+      on this machine or in a bucket (gs://...).
+    step: which checkpoint; by default the newest.
+    mesh: where the parameters go; by default one device. It need not be the
+      mesh that wrote them.
+    verify: "full" compares every array with the digest that was saved with it,
+      "sampled" a quarter of them, "off" none. Checkpoints from before there
+      were digests load as they are.
+
+  Raises:
+    UserError: there is no such checkpoint, or its bucket cannot be read.
+    DamagedError: a file is missing or damaged, or an array is not what was
+      saved. It is a UserError.
+  """
+  checkpoint, step = find_checkpoint(path, step)
+  saved = read_provenance(checkpoint)
+  provenance = Provenance.from_dict(saved)
+  abstract = abstract_model(provenance.experiment.model)
+  if mesh is None:
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one_device, abstract)
+  else:
+    shardings = parameter_shardings(abstract, mesh)
+  abstract = jax.tree.map(
+    lambda leaf, placed: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=placed
+    ),
+    abstract,
+    shardings,
+  )
+  parameters = read_item(checkpoint, "parameters", by_name(abstract))
+  check_items(
+    checkpoint,
+    {"parameters": parameters},
+    saved.get("digests", {}),
+    verify,
+  )
+  return Loaded(
+    model=like(abstract, parameters),
+    tokenizer=provenance.tokenizer,
+    taxonomy=provenance.taxonomy,
+    experiment=provenance.experiment,
+    step=step,
+    content_hash=provenance.content_hash,
+  )
+
+
+def checkpoint_provenance(path: str, step: int | None = None) -> Provenance:
+  """Returns what a checkpoint was made from, without its parameters.
+
+  Args, errors: as `load`.
+  """
+  checkpoint, _ = find_checkpoint(path, step)
+  return Provenance.from_dict(read_provenance(checkpoint))

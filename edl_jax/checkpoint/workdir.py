@@ -1,0 +1,130 @@
+"""The folder of a run, before and at the run's start."""
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+
+from etils import epath
+
+from edl_jax import config, storage
+from edl_jax.checkpoint.folders import (
+  FOLDER,
+  checkpoint_steps,
+  saved_provenance,
+)
+from edl_jax.checkpoint.load import checkpoint_provenance
+from edl_jax.checkpoint.provenance import Provenance
+from edl_jax.config import Experiment, UserError
+from edl_jax.text.tokenizer import Tokenizer
+
+
+def check_workdir(
+  workdir: str, provenance: Provenance, checkpoint_bytes: int
+) -> None:
+  """Checks, before any device work, that a run can use `workdir`.
+
+  Changes nothing there. A bucket is taken to have room enough.
+
+  Args:
+    workdir: folder of the run; need not exist.
+    provenance: of the run about to start.
+    checkpoint_bytes: size of one checkpoint.
+
+  Raises:
+    UserError: the folder cannot be written, has too little room, or belongs to
+      another run.
+  """
+  saved = saved_provenance(workdir)
+  if saved is not None:
+    provenance.check_continues(saved, f"--workdir={workdir}")
+  try:
+    room = _room(workdir)
+  except OSError as error:
+    raise UserError(
+      f"cannot write to --workdir={workdir}: {error.strerror}; choose another"
+    ) from error
+  keep = provenance.experiment.train.keep_checkpoints
+  # While a checkpoint is being written, there is one more than is kept.
+  needed = (keep + 1) * checkpoint_bytes
+  if room < needed:
+    raise UserError(
+      f"--workdir={workdir} has room for {room / 2**20:.0f} MiB, but {keep} + 1"
+      f" checkpoints take {needed / 2**20:.0f} MiB; make room or choose another"
+    )
+
+
+def _room(workdir: str) -> float:
+  """Returns the bytes that checkpoints may take.
+
+  Raises:
+    OSError: the folder cannot be written.
+  """
+  if storage.in_bucket(workdir):
+    storage.check_writable(workdir)
+    return math.inf
+  existing = os.path.abspath(workdir)
+  while not os.path.lexists(existing):
+    existing = os.path.dirname(existing)
+  # Permission bits say little on read-only or special file systems: write.
+  with tempfile.TemporaryFile(dir=existing) as file:
+    file.write(b"x")
+  present = _folder_bytes(os.path.join(workdir, FOLDER))
+  return present + shutil.disk_usage(existing).free
+
+
+def describe_workdir(workdir: str, provenance: Provenance) -> None:
+  """Writes the provenance to `workdir`/run.json, if that file is missing.
+
+  Until the first checkpoint, it alone says whose folder this is.
+  """
+  path = os.path.join(workdir, "run.json")
+  if not epath.Path(path).exists():
+    storage.make_folder(workdir)
+    storage.write_json(path, provenance.to_dict())
+
+
+def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
+  """Returns the tokenizer of `train.initial_checkpoint`, None without one.
+
+  Once the run has a checkpoint of its own, the tokenizer comes from there: the
+  initial checkpoint may have been deleted.
+
+  Raises:
+    UserError: there is no such checkpoint, or its model differs from
+      `experiment.model`.
+  """
+  path = experiment.train.initial_checkpoint
+  if not path:
+    return None
+  saved = saved_provenance(workdir)
+  if saved and checkpoint_steps(os.path.join(workdir, FOLDER)):
+    return Provenance.from_dict(saved).tokenizer
+  try:
+    provenance = checkpoint_provenance(path)
+  except UserError as error:
+    raise UserError(f"train.initial_checkpoint: {error}") from error
+  same = {"dtype": "float32", "remat": "none"}
+  theirs, wanted = (
+    config.flatten(dataclasses.replace(Experiment(), model=model))
+    for model in (
+      dataclasses.replace(provenance.experiment.model, **same),
+      dataclasses.replace(experiment.model, **same),
+    )
+  )
+  keys = config.differing_keys(theirs, wanted)
+  if keys:
+    raise UserError(
+      f"train.initial_checkpoint={path} holds another model:"
+      f" {'; '.join(keys)}; set these keys to the checkpoint's values"
+    )
+  return provenance.tokenizer
+
+
+def _folder_bytes(folder: str) -> int:
+  return sum(
+    os.path.getsize(os.path.join(root, name))
+    for root, _, names in os.walk(folder)
+    for name in names
+  )
