@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -149,7 +148,7 @@ class _Loop:
     self._pending: _Pending | None = None
     self.evaluation: Evaluation | None = None
     restored = self._checkpointer.restore_newest(
-      abstract_state(experiment, optimizer, mesh), verify, self._tell
+      abstract_state(experiment, optimizer, mesh), verify
     )
     self.first_step = restored.step if restored else 0
     if restored:
@@ -178,10 +177,6 @@ class _Loop:
       # Other processes stay silent.
       None if self._is_first else open(os.devnull, "w"),  # noqa: SIM115
     )
-
-  def _tell(self, line: str) -> None:
-    if self._is_first:
-      print(line, file=sys.stderr, flush=True)
 
   def step(self, step: int) -> None:
     """Dispatches step number `step` (from 1), then reads the one before."""

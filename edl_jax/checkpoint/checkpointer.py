@@ -1,6 +1,7 @@
 """Saves and restores the state of a run, with Orbax."""
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ class Checkpointer:
     self,
     abstract: TrainState,
     verify: Verify = "full",
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None] | None = None,
   ) -> Restored | None:
     """Restores the newest intact checkpoint; None if there is none at all.
 
@@ -130,11 +131,13 @@ class Checkpointer:
 
     Args:
       abstract, verify: see `restore`.
-      tell: takes a line for each damaged checkpoint.
+      tell: takes a line for each damaged checkpoint; by default the first
+        process prints it on stderr.
 
     Raises:
       DamagedError: every checkpoint is damaged; tells of the newest.
     """
+    tell = tell or _tell
     damaged: dict[int, DamagedError] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       found, problem = None, None
@@ -183,6 +186,11 @@ class Checkpointer:
   def close(self) -> None:
     """Waits for the last save, then ends Orbax's threads."""
     self._manager.close()
+
+
+def _tell(line: str) -> None:
+  if jax.process_index() == 0:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _any_process(value: bool) -> bool:

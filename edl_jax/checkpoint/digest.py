@@ -47,21 +47,23 @@ def _positions(shape: tuple[int, ...]) -> jax.Array:
   return positions
 
 
-# One program for each shape and layout, which parameters share with their
-# moments.
+# One program for all arrays: several programs with transfers between devices,
+# in flight at once, may wait for each other for ever.
 @jax.jit
-def _sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums(arrays: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+  return [_array_sums(array) for array in arrays]
+
+
+def _array_sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
   # Offloaded moments lie in the memory of the host.
   words = _words(jax.device_put(array, jax.memory.Space.Device))
-  positions = _positions(words.shape)
-  mixed = words ^ (positions * jnp.uint32(_SPREAD))
+  mixed = words ^ (_positions(words.shape) * jnp.uint32(_SPREAD))
   mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_MIX)
   mixed = jnp.atleast_1d(mixed ^ (mixed >> 13))
   rows = jnp.sum(mixed, tuple(range(1, mixed.ndim)), dtype=jnp.uint32)
   weights = 2 * jnp.arange(len(rows), dtype=jnp.uint32) + 1
-  return jnp.sum(rows, dtype=jnp.uint32), jnp.sum(
-    rows * weights, dtype=jnp.uint32
-  )
+  weighted = jnp.sum(rows * weights, dtype=jnp.uint32)
+  return jnp.sum(rows, dtype=jnp.uint32), weighted
 
 
 def array_digests(tree: Any) -> dict[str, str]:
@@ -76,7 +78,7 @@ def array_digests(tree: Any) -> dict[str, str]:
     Texts such as "float32[16,8]:0123456789abcdef": dtype, shape and both sums.
   """
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  found = jax.device_get([_sums(leaf) for _, leaf in leaves])
+  found = jax.device_get(_sums([leaf for _, leaf in leaves]))
   return {
     path_name(path): f"{array.dtype}[{','.join(map(str, array.shape))}]:"
     f"{int(mixed):08x}{int(weighted):08x}"
