@@ -61,6 +61,7 @@ ARROWS = {
   "storage": {"config"},
   "sweep": {"analysis", "command", "config", "config_files"},
   "tables": set(),
+  "tasks": {"config", "model", "sharding", "text"},
   "text": {"cache", "config", "storage"},
   "train": {
     *("analysis", "checkpoint", "config", "evaluate", "losses", "metrics"),

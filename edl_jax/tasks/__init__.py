@@ -1,0 +1,1 @@
+"""Judging a model by the answers that it finds likely."""
