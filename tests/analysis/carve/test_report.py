@@ -1,6 +1,7 @@
 """Tables and plots show the figures of carved runs."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -182,3 +183,11 @@ def test_files_are_written(tmp_path):
     json.loads(json.dumps(results))
   )
   assert (tmp_path / "out/carve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_published_tables_are_made_from_the_published_results():
+  folder = pathlib.Path(__file__).parents[3] / "docs" / "study"
+  results = json.loads((folder / "carve.json").read_text())
+  _, _, tables = report.tables_of(results).partition("\n\n")
+  assert len(results) == 9 and len(tables) > 1000
+  assert tables in (folder / "carving.md").read_text()
