@@ -1,7 +1,9 @@
 """Reads the arrays of a checkpoint, and checks them against their digests."""
 
+import gc
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -57,12 +59,19 @@ def reading(checkpoint: str, read: Callable[[], T]) -> T:
   # Orbax and TensorStore raise many kinds, among them KeyError and TypeError.
   except Exception as error:
     text = " ".join(str(error).split()) or type(error).__name__
-    named = re.search(rf"{re.escape(checkpoint)}[^\s\"'`,;:)\]]*", text)
-    where = named[0] if named else checkpoint
-    reason = text if len(text) <= 200 else f"{text[:200]} ..."
-    raise DamagedError(
-      f"step {os.path.basename(checkpoint)}: {where} cannot be read ({reason})"
-    ) from error
+  # Orbax's other reads failed too. Python would print a traceback of each when
+  # it frees them, in the middle of what comes next: free them here, in silence.
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    gc.collect()
+  finally:
+    sys.unraisablehook = hook
+  named = re.search(rf"{re.escape(checkpoint)}[^\s\"'`,;:)\]]*", text)
+  where = named[0] if named else checkpoint
+  reason = text if len(text) <= 200 else f"{text[:200]} ..."
+  raise DamagedError(
+    f"step {os.path.basename(checkpoint)}: {where} cannot be read ({reason})"
+  )
 
 
 def read_item(checkpoint: str, item: str, target: Any = None) -> dict[str, Any]:
