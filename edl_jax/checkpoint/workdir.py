@@ -93,7 +93,7 @@ def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
 
   Raises:
     UserError: there is no such checkpoint, or its model differs from
-      `experiment.model`.
+      `experiment.model` in more than dtype, rematerialization and pools.
   """
   path = experiment.train.initial_checkpoint
   if not path:
@@ -105,7 +105,9 @@ def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
     provenance = checkpoint_provenance(path)
   except UserError as error:
     raise UserError(f"train.initial_checkpoint: {error}") from error
-  same = {"dtype": "float32", "remat": "none"}
+  # What may differ: the parameters are the same, and pools are for training
+  # alone.
+  same = {"dtype": "float32", "remat": "none", "pool_min": 0, "pool_max": 0}
   theirs, wanted = (
     config.flatten(dataclasses.replace(Experiment(), model=model))
     for model in (

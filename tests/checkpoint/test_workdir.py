@@ -40,6 +40,8 @@ def test_tokenizer_of_the_checkpoint_to_start_from(workdir, tmp_path):
   assert initial_tokenizer(EXPERIMENT, new) is None
   found = initial_tokenizer(starting_from(workdir, dtype="bfloat16"), new)
   assert found.to_json() == PROVENANCE.tokenizer.to_json()
+  found = initial_tokenizer(starting_from(workdir, pool_min=2, pool_max=4), new)
+  assert found.to_json() == PROVENANCE.tokenizer.to_json()
   with pytest.raises(UserError, match=r"initial_checkpoint: no checkpoint"):
     initial_tokenizer(starting_from(tmp_path), new)
   with pytest.raises(UserError, match=r"num_experts: 4 -> 8; set"):
