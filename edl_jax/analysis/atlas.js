@@ -351,6 +351,7 @@ const CHARTS = {
   inter_fraction: "D_inter / D_total",
   diversity: "diversity",
   normalized_mutual_information: "NMI of domain and expert",
+  token_information: "NMI of token and expert",
 };
 
 function drawChart(key) {

@@ -86,7 +86,8 @@ class RunRouting:
   assignments_LDE: np.ndarray
   # JSD of the domains' mean probabilities in nats, float64 (L, D, D).
   divergence_LDD: np.ndarray
-  # Routing metrics by name, "inter" (D_inter in nats) among them, (L,) each.
+  # Routing metrics by name, (L,) each; "inter" (D_inter in nats) and
+  # "token_information" (NMI of token and expert) among them.
   metrics: Mapping[str, np.ndarray]
   # Tokens that both experts of a pair take, int64: two of one layer, (L, E, E),
   # with an expert's own tokens on the diagonal; and one of a layer with one of
@@ -294,6 +295,10 @@ class _Counter:
     divergence_LDD = routing_metrics.pairwise_divergence(
       jax.tree.map(jnp.float32, stats)
     )
+    # The formula of domain and expert, with tokens in the domains' place.
+    token_information_L = routing_metrics.normalized_mutual_information(
+      stats._replace(assignments_LDE=jnp.float32(self._count_LVE))
+    )
     frequent, typical = _top_tokens(self._id_V, self._count_LVE)
     used = {token for lists in (frequent, typical) for token in _ids(lists)}
     for experts in self._contexts:
@@ -312,7 +317,11 @@ class _Counter:
       divergence_LDD=np.asarray(divergence_LDD, np.float64),
       metrics={
         name: np.asarray(x_L, np.float64)
-        for name, x_L in {**metrics, "inter": inter_L}.items()
+        for name, x_L in {
+          **metrics,
+          "inter": inter_L,
+          "token_information": token_information_L,
+        }.items()
       },
       together_LEE=np.rint(together_LEE).astype(np.int64),
       next_LEE=np.rint(next_LEE).astype(np.int64),

@@ -75,7 +75,13 @@ def synthetic_run(
       -np.sort(-random.uniform(size=shape)),
     )
 
-  metrics = ("diversity", "inter_fraction", "purity", "inter")
+  metrics = (
+    "diversity",
+    "inter_fraction",
+    "purity",
+    "inter",
+    "token_information",
+  )
   metrics += ("normalized_mutual_information", "max_violation")
   return RunRouting(
     name=name,

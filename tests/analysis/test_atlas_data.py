@@ -208,7 +208,7 @@ def test_figures_by_layer_are_those_of_the_evaluation(run, collected):
   total = jax.tree.map(lambda *x: sum(x), *sums)
   evaluation = summarize(total, corpus.taxonomy, 1)
   for name, x_L in collected.metrics.items():
-    if name != "inter":
+    if name not in ("inter", "token_information"):
       want = [layer[name] for layer in evaluation.routing["layers"]]
       np.testing.assert_allclose(x_L, want, rtol=1e-4, err_msg=name)
   np.testing.assert_allclose(
@@ -217,6 +217,28 @@ def test_figures_by_layer_are_those_of_the_evaluation(run, collected):
     rtol=1e-4,
     atol=1e-7,
   )
+
+
+def _entropy(counts):
+  shares = np.array(list(counts.values()), np.float64)
+  shares /= shares.sum()
+  return -(shares * np.log(shares)).sum()
+
+
+def test_mutual_information_of_token_and_expert(collected, tokens):
+  for layer in range(3):
+    both, of_token, of_expert = (collections.Counter() for _ in range(3))
+    for token, _, _, expert_LA, _ in tokens:
+      for e in expert_LA[layer].tolist():
+        both[token, e] += 1
+        of_token[token] += 1
+        of_expert[e] += 1
+    apart = _entropy(of_token) + _entropy(of_expert)
+    want = 2 * (apart - _entropy(both)) / apart
+    assert want > 0.05
+    np.testing.assert_allclose(
+      collected.metrics["token_information"][layer], want, rtol=1e-4
+    )
 
 
 def test_chunks_and_their_padding_change_nothing(run, collected, monkeypatch):
