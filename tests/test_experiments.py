@@ -13,6 +13,9 @@ FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
 EDL = FOLDER / "edl.py"
 
 VARIANTS = {
+  "aes_post_training": [
+    *("", ":both", ":orthogonality", ":variance", ":none", ":edl"),
+  ],
   "bench": [""],
   "demo": ["", ":fine", ":coarse", ":hierarchical", ":shuffled"],
   "edl": ["", ":15b", *(f":{size},coarse" for size in ("3b", "4b", "8b"))],
@@ -60,6 +63,29 @@ def test_unknown_variant_names_those_that_exist(path, reason):
   with pytest.raises(UserError) as caught:
     config_files.load(str(FOLDER / path))
   assert str(caught.value) == f"--experiment={FOLDER / path}: {reason}"
+
+
+def test_variants_of_aes_differ_in_the_losses_alone():
+  def load(variant):
+    return config_files.load(f"{FOLDER}/aes_post_training.py:{variant}")
+
+  weights = {
+    "both": ("auto:1e-4", "auto:1e-3", 0.0),
+    "orthogonality": ("auto:1e-4", 0.0, 0.0),
+    "variance": (0.0, "auto:1e-3", 0.0),
+    "none": (0.0, 0.0, 0.0),
+    "edl": (0.0, 0.0, 0.01),
+  }
+  for variant, (orthogonality, variance, divergence) in weights.items():
+    experiment = load(variant)
+    wanted = load("none")
+    wanted.name = f"aes_post_training_{variant}"
+    wanted.losses.orthogonality_weight = orthogonality
+    wanted.losses.variance_weight = variance
+    wanted.losses.divergence_weight = divergence
+    assert experiment == wanted
+    assert experiment.losses.balance_weight == 1e-3
+    assert experiment.losses.balance_scope == "sequence"
 
 
 @pytest.mark.parametrize(
