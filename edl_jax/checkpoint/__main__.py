@@ -10,6 +10,8 @@ code is 1 if one is damaged.
 import sys
 from collections.abc import Sequence
 
+from absl import logging
+
 from edl_jax.command import Command, print_error
 from edl_jax.config import UserError
 
@@ -29,12 +31,18 @@ def _verify() -> int:
   from edl_jax.checkpoint.verify import verify_run
 
   damaged = False
-  for line in verify_run(_WORKDIR.value):
-    if isinstance(line, UserError):
-      print_error(line)
-      damaged = True
-    else:
-      print(line, flush=True)
+  # Orbax warns of metadata that it has no need of.
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    for line in verify_run(_WORKDIR.value):
+      if isinstance(line, UserError):
+        print_error(line)
+        damaged = True
+      else:
+        print(line, flush=True)
+  finally:
+    logging.set_verbosity(verbosity)
   return int(damaged)
 
 
