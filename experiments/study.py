@@ -1,10 +1,9 @@
 """The runs of the study: when does expert divergence make better models?
 
 The model of demo.py on the 39 sources of `data.corpora --mixture=web3`, 3.7M
-tokens a run, about six minutes on two CPU cores. docs/study/run.sh has the
-commands. What a run compares is set by the variant, and the rest by the grid of
-a sweep, such as the weight of the loss, the scope of the balance loss and the
-seed.
+tokens a run. docs/study/run.sh has the commands. The variant sets what a run
+compares. The grid of a sweep sets the rest, such as the weight of the loss, the
+scope of the balance loss and the seed.
 
 - `study.py:fine`: L_ED compares the 39 sources.
 - `:coarse`: their four coarse domains; `:hierarchical`: both levels.
