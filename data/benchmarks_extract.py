@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from edl_jax.text.readers import need_package
+from edl_jax.text.streams import need_package
 from edl_jax.text.task_files import TaskDocument
 
 Extractor = Callable[[Sequence[bytes], str], Iterator[TaskDocument]]

@@ -15,13 +15,13 @@ import os
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from data.labels import Rule, load_rules
+from data.labels import Rule, columns_in, load_rules, rule_columns
 from edl_jax import storage
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest
@@ -48,13 +48,19 @@ class Chunk(NamedTuple):
 
 
 def read_chunks(
-  root: str, paths: Sequence[str], characters: int
+  root: str,
+  paths: Sequence[str],
+  characters: int,
+  columns: Collection[str] = (),
 ) -> Iterator[Chunk]:
-  """Yields all records in order, in chunks of about `characters` each."""
+  """Yields all records in order, in chunks of about `characters` each.
+
+  `columns` are read besides those that every record may have.
+  """
   numbers = itertools.count()
   chunk, size = [], 0
   for path in paths:
-    for where, found in read_records(path, root):
+    for where, found in read_records(path, root, columns):
       chunk.append((where, found))
       # Each record costs some work, however short it is.
       size += 100 + (len(found["text"]) if isinstance(found, dict) else 0)
@@ -150,6 +156,7 @@ class _Worker:
   def __init__(self, out: str, rules: str, skip_bad: bool):
     self.out, self.skip_bad = Path(out), skip_bad
     self.rule: Rule | None = load_rules(rules) if rules else None
+    self.columns = rule_columns(rules) if rules else []
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -187,13 +194,14 @@ def scan(chunk: Chunk) -> int:
   if problems and not _worker.skip_bad:
     raise UserError(problems[0])
   labels: dict[str | None, tuple[int, str]] = {}
-  ids, columns = [], []
+  ids, columns, missing = [], [], set(_worker.columns)
   for where, record in chunk.found:
     if isinstance(record, UserError):
       continue
     if record.get("id") is not None:
       ids.append((len(columns), str(record["id"]), where))
     name, confidence = record.get("domain"), 1.0
+    missing -= columns_in(record, missing)
     if _worker.rule:
       name, confidence = _worker.rule(record) or (None, 0.0)
     label, _ = labels.setdefault(name, (len(labels), where))
@@ -225,6 +233,7 @@ def scan(chunk: Chunk) -> int:
     labels=json.dumps([(name, where) for name, (_, where) in labels.items()]),
     ids=json.dumps(ids),
     problems=json.dumps([len(problems), problems[:_MESSAGES]]),
+    missing=json.dumps(sorted(missing)),
   )
   return sum(size)
 

@@ -20,21 +20,25 @@ in order, and the first that finds a label decides:
 `labels` maps what a rule found to a label; a rule finds no label for anything
 that `labels` lacks. Without `labels`, what the rule found is the label. A label
 is "fine" or "coarse/fine". A document for which no rule finds a label is
-unlabelled.
+unlabelled. A dot in the name of a column leads into an object: meta.subject.
 """
 
 import collections
+import contextlib
 import fnmatch
+import json
 import os
 import sys
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from edl_jax import tables
 from edl_jax.command import Command
 from edl_jax.config import UserError
-from edl_jax.text.readers import Record, find_files, need_package, read_records
+from edl_jax.text.files import find_files
+from edl_jax.text.readers import Record, read_records
+from edl_jax.text.streams import need_package
 from edl_jax.text.taxonomy import UNLABELLED, read_yaml
 
 COMMAND = Command(__doc__)
@@ -86,12 +90,49 @@ def both(coarse: Rule, fine: Rule) -> Rule:
   return rule
 
 
+_MISSING = object()
+
+
+def _value(record: Any, column: str) -> Any:
+  """Returns the value of a column, `_MISSING` if the record lacks it.
+
+  A column may lie in objects: meta.subject. An object may be written as JSON in
+  a text, as some data sets do to keep their columns flat.
+  """
+  if isinstance(record, str) and record[:1] == "{":
+    with contextlib.suppress(ValueError, RecursionError):
+      record = json.loads(record)
+  if not isinstance(record, dict):
+    return _MISSING
+  if column in record:
+    return record[column]
+  # A key may itself have dots, so try the longest first.
+  parts = column.split(".")
+  for cut in range(len(parts) - 1, 0, -1):
+    if (key := ".".join(parts[:cut])) in record:
+      found = _value(record[key], ".".join(parts[cut:]))
+      if found is not _MISSING:
+        return found
+  return _MISSING
+
+
+def columns_in(record: Record, columns: Iterable[str]) -> set[str]:
+  """Returns those of `columns` that a record has."""
+  return {name for name in columns if _value(record, name) is not _MISSING}
+
+
+def _text(record: Record, column: str) -> str:
+  """Returns the text of a column, "" where there is none."""
+  value = _value(record, column)
+  return "" if value is _MISSING or value is None else str(value)
+
+
 def by_column(column: str) -> Rule:
   """Returns the rule whose label is the value of a metadata column."""
 
   def rule(record: Record) -> Label | None:
-    value = record.get(column)
-    return None if value in (None, "") else Label(str(value))
+    value = _text(record, column)
+    return Label(value) if value else None
 
   return rule
 
@@ -105,7 +146,7 @@ def by_url(labels: dict[str, str], column: str = "url") -> Rule:
   by_suffix = {suffix.lstrip("."): name for suffix, name in labels.items()}
 
   def rule(record: Record) -> Label | None:
-    address = str(record.get(column) or "")
+    address = _text(record, column)
     try:
       host = urllib.parse.urlsplit(
         address if "//" in address else f"//{address}"
@@ -128,7 +169,7 @@ def by_path(labels: dict[str, str], column: str = "path") -> Rule:
   """
 
   def rule(record: Record) -> Label | None:
-    path = str(record.get(column) or "")
+    path = _text(record, column)
     for pattern, name in labels.items():
       if fnmatch.fnmatchcase(path, pattern):
         return Label(name)
@@ -289,6 +330,46 @@ def _rule(entry: Any, where: str, folder: str) -> Rule:
   return translated(by_topic(model), labels, at_least)
 
 
+def rule_columns(path: str) -> list[str]:
+  """Returns the columns that a file of rules reads, in order.
+
+  Raises:
+    UserError: the file is not YAML.
+  """
+  entries, found = read_yaml(path).get("rules"), []
+  waiting = list(entries) if isinstance(entries, list) else []
+  while waiting:
+    entry = waiting.pop(0)
+    if not isinstance(entry, dict):
+      continue
+    kind = entry.get("by")
+    if kind == "column" and entry.get("column"):
+      found.append(str(entry["column"]))
+    elif kind in ("url", "path"):
+      found.append(str(entry.get("column", kind)))
+    elif kind == "both":
+      waiting[:0] = [entry.get("coarse"), entry.get("fine")]
+  return list(dict.fromkeys(found))
+
+
+def stored_columns(columns: Iterable[str]) -> list[str]:
+  """Returns the names that columns may have in a file: all leading parts."""
+  return [
+    ".".join(parts[:cut])
+    for parts in (name.split(".") for name in columns)
+    for cut in range(1, len(parts) + 1)
+  ]
+
+
+def check_columns(path: str, missing: Collection[str]) -> None:
+  """Raises UserError if there are columns of rules that no record has."""
+  if missing:
+    raise UserError(
+      f"{path}: no record has the column {', '.join(sorted(missing))}; give the"
+      " name of a key, or of one in an object as meta.subject"
+    )
+
+
 # --- The report --------------------------------------------------------------
 
 
@@ -346,12 +427,16 @@ def main() -> None:
   """Prints how many documents and bytes each label gets."""
   rule, report = load_rules(_RULES.value), LabelReport()
   root, paths = find_files(_FILES.value, "--files")
+  columns = rule_columns(_RULES.value)
+  missing = set(columns)
   for path in paths:
-    for _, record in read_records(path, root):
+    for _, record in read_records(path, root, stored_columns(columns)):
       if isinstance(record, UserError):
         raise record
+      missing -= columns_in(record, missing)
       name, confidence = rule(record) or (UNLABELLED, 0.0)
       report.add(name, len(record["text"].encode()), confidence)
+  check_columns(_RULES.value, missing)
   print("\n".join(report.lines()))
 
 

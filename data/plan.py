@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data.labels import check_columns
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.documents import DomainNames
 from edl_jax.text.mixture import held_out_origins
@@ -160,6 +161,7 @@ def make_plan(
   data: DataConfig,
   *,
   skip_bad: bool,
+  rules: str = "",
 ) -> Plan:
   """Chooses which records to keep and which to hold out.
 
@@ -167,21 +169,26 @@ def make_plan(
     scans: arrays that `chunks.scan` wrote, one mapping a chunk.
     data: gives taxonomy, limit, held-out fraction, and files (for messages).
     skip_bad: whether to drop bad records instead of stopping at the first.
+    rules: the file of rules that labelled the records, if any.
 
   Raises:
-    UserError: a record is bad, there is no text, or a domain has none or too
-      little to split.
+    UserError: a record is bad, no record has a column of the rules, there is no
+      text, or a domain has none or too little to split.
   """
   selection = _Selection(data, skip_bad)
   columns: dict[str, list[np.ndarray]] = defaultdict(list)
+  missing: set[str] | None = None
   for scan in scans:
     selection.add(scan)
+    absent = set(json.loads(str(scan["missing"])))
+    missing = absent if missing is None else missing & absent
     for name in ("origin", "confidence", "bytes"):
       columns[name].append(scan[name])
   found = defaultdict[str, list[int]](list)
   for number, domain in enumerate(selection.domain):
     if domain is not None:
       found[domain].append(number)
+  check_columns(rules, missing or ())
   taxonomy = selection.domains.taxonomy(found, data.files)
   origin_N = np.concatenate(columns["origin"])
   groups = [

@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 
 from data import chunks
-from data.labels import LabelReport
+from data.labels import LabelReport, rule_columns, stored_columns
 from data.plan import Plan, make_plan
 from edl_jax import storage
 from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
 from edl_jax.progress import BytesProgress
+from edl_jax.text.files import find_files
 from edl_jax.text.mixture import content_hash
 from edl_jax.text.prepared import (
   DOCUMENT,
@@ -44,7 +45,6 @@ from edl_jax.text.prepared import (
   read_manifest,
   tokens_name,
 )
-from edl_jax.text.readers import find_files
 from edl_jax.text.tokenizer import (
   Tokenizer,
   byte_tokenizer,
@@ -111,7 +111,8 @@ class Options:
     inputs = hashlib.sha256()
     for path in paths:
       state = os.stat(path)
-      inputs.update(f"{path}\n{state.st_size} {state.st_mtime_ns}\n".encode())
+      inputs.update(os.fsencode(path))
+      inputs.update(f"\n{state.st_size} {state.st_mtime_ns}\n".encode())
     return settings | {"input files": len(paths), "inputs": inputs.hexdigest()}
 
 
@@ -182,6 +183,9 @@ class _Preparation:
   def __init__(self, options: Options, root: str, paths: Sequence[str]):
     self._options, self._root, self._paths = options, root, paths
     self._out = Path(options.out)
+    self._columns = (
+      stored_columns(rule_columns(options.labels)) if options.labels else []
+    )
 
   def run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Takes the four steps; returns the manifest."""
@@ -205,6 +209,7 @@ class _Preparation:
           or sys.maxsize,
         ),
         skip_bad=options.skip_bad,
+        rules=options.labels,
       )
       tokenizer = self._tokenizer(plan)
       self._encode(plan, workers)
@@ -212,7 +217,7 @@ class _Preparation:
 
   def _chunks(self) -> Iterator[chunks.Chunk]:
     return chunks.read_chunks(
-      self._root, self._paths, self._options.chunk_characters
+      self._root, self._paths, self._options.chunk_characters, self._columns
     )
 
   def _scan(self, workers: chunks.Workers) -> int:

@@ -19,8 +19,10 @@ import numpy as np
 from edl_jax import storage, tables
 from edl_jax.command import Command
 from edl_jax.config import UserError
+from edl_jax.text.files import find_files
 from edl_jax.text.mixture import origin_digest, position
-from edl_jax.text.readers import find_files, need_package, read_records
+from edl_jax.text.readers import read_records
+from edl_jax.text.streams import need_package
 
 COMMAND = Command(__doc__)
 _FILES = COMMAND.flag("files", "", "Glob of labelled samples.", required=True)

@@ -8,7 +8,7 @@ import sys
 
 from edl_jax.command import Command
 from edl_jax.config import UserError
-from edl_jax.text.readers import need_package
+from edl_jax.text.streams import need_package
 
 COMMAND = Command(__doc__)
 _MANUAL_DIR = COMMAND.flag(

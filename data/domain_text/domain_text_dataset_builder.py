@@ -19,7 +19,8 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 
 from edl_jax.config import UserError
-from edl_jax.text.readers import SeenIds, find_files, read_records
+from edl_jax.text.files import find_files
+from edl_jax.text.readers import SeenIds, read_records
 from edl_jax.text.taxonomy import split_label
 
 
@@ -65,7 +66,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     root, paths = find_files(os.path.join(folder, "**"), "--manual_dir")
     seen, number = SeenIds(), 0
     for path in paths:
-      for where, record in read_records(path, root):
+      for where, record in read_records(path, root, ["source"]):
         if isinstance(record, UserError):
           raise record
         if problem := seen.problem(record, where):

@@ -1,4 +1,4 @@
-"""Reads records of text files: JSON lines, Parquet, ArrayRecord, plain text.
+"""Reads records of text files: JSON, Parquet, ArrayRecord, plain text.
 
 A record is a dict with "text" and whatever else its file has: "domain",
 "origin", "id", metadata. Readers yield each record with its place, such as
@@ -6,21 +6,28 @@ A record is a dict with "text" and whatever else its file has: "domain",
 names the place.
 """
 
-import contextlib
-import glob
-import gzip
-import importlib
+import functools
 import io
 import json
+import numbers
 import os
-import re
-import types
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TextIO
 
 from edl_jax.config import UserError
+from edl_jax.text.files import (
+  JSON_LINES,
+  domain_by_folder,
+  partitions,
+  suffix_of,
+)
+from edl_jax.text.streams import (
+  DAMAGE,
+  first_bytes,
+  need_package,
+  open_stream,
+  reason,
+)
 
 Record = dict[str, Any]
 # The place of a record, and the record or what is wrong with it.
@@ -30,77 +37,75 @@ Found = tuple[str, Record | UserError]
 # rather than a text, and would fill the memory.
 LONGEST_RECORD = 1 << 26
 
-_JSON_LINES = (".jsonl", ".json", ".ndjson")
+# The columns of a Parquet file that are read, besides those asked for.
+COLUMNS = ("text", "domain", "origin", "id")
+
 _ROWS_AT_ONCE = 1024
+_CHARACTERS_AT_ONCE = 1 << 20
 
 
-def need_package(module: str, purpose: str) -> types.ModuleType:
-  """Imports a module of an optional package.
-
-  Raises:
-    UserError: the package is not installed; says how to install it.
-  """
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    raise UserError(
-      f"{purpose} needs the package {module.split('.')[0]}: pip install -r"
-      " requirements-data.txt"
-    ) from error
-
-
-def find_files(pattern: str, setting: str) -> tuple[str, list[str]]:
-  """Returns the folder in which a glob starts, and the matching files, sorted.
-
-  Raises:
-    UserError: no file matches; names the `setting` that holds the glob.
-  """
-  expanded = os.path.expanduser(pattern)
-  paths = sorted(filter(os.path.isfile, glob.glob(expanded, recursive=True)))
-  if not paths:
-    raise UserError(f"{setting}={pattern}: no such file")
-  fixed = re.split(r"[*?\[]", expanded, maxsplit=1)[0]
-  return os.path.dirname(fixed), paths
-
-
-def read_records(path: str, root: str = "") -> Iterator[Found]:
+def read_records(
+  path: str, root: str = "", columns: Collection[str] = ()
+) -> Iterator[Found]:
   """Yields the records of a file in order, each with its place.
 
-  The suffix of the file's name, without .gz or .zst, decides how it is read:
+  The suffix of the file's name, without .gz or .zst and in any case, decides
+  how it is read:
 
-  - .jsonl, .json, .ndjson: one object per line;
+  - .jsonl, .json, .ndjson: one object per line, or one array of objects;
   - .parquet: one record per row, with a column "text";
   - .array_record: what `data/domain_text` writes;
-  - no suffix: JSON lines if the content begins with "{", else plain text;
+  - no suffix: as JSON if the content begins so, else plain text;
   - any other: the whole file is one plain text. Its domain is its first folder
     below `root`, or its first two as coarse/fine.
 
-  A record without "path" gets the path of its file.
+  A record without "path" gets the path of its file. One without "domain" gets
+  the value of a folder domain=VALUE, as Hive names them; so with other keys.
+  Domains that are integers become their digits. An empty file has no records.
+
+  Args:
+    path: of the file.
+    root: folder in which a glob started.
+    columns: what to read of a Parquet file besides `COLUMNS`.
   """
-  name = path.removesuffix(".gz").removesuffix(".zst")
-  suffix = os.path.splitext(name)[1]
+  name, suffix = os.path.basename(path), suffix_of(path)
+  start = first_bytes(path) if suffix in ("", *JSON_LINES) else b""
   read: Callable[[str], Iterator[Found]]
-  if suffix in _JSON_LINES or (not suffix and _begins_with_brace(path)):
+  if start.startswith(b"[") and (suffix or start[1:].lstrip()[:1] == b"{"):
+    read = _read_json_array
+  elif suffix in JSON_LINES or start.startswith(b"{"):
     read = read_json_lines
   elif suffix == ".parquet":
-    read = _read_parquet
-  elif ".array_record" in os.path.basename(path):
+    read = functools.partial(_read_parquet, columns={*COLUMNS, *columns})
+  elif ".array_record" in name:
     read = _read_array_record
   else:
     read = _read_plain
+  given = partitions(path)
   for where, record in read(path):
     if isinstance(record, dict):
+      for key, value in given.items():
+        record.setdefault(key, value)
       if read is _read_plain:
-        record["domain"] = _domain_by_folder(path, root)
+        record.setdefault("domain", domain_by_folder(path, root))
       record.setdefault("path", path)
       record = _problem(record, where) or record
     yield where, record
 
 
 def _problem(record: Record, where: str) -> UserError | None:
-  """Returns what is wrong with a record's text, domain or origin."""
+  """Returns what is wrong with a record's text, domain or origin.
+
+  A domain that is an integer becomes text.
+  """
   if "text" not in record:
     return UserError(f"{where}: key 'text' is missing")
+  label = record.get("domain")
+  # pandas makes a column of integers with gaps one of floats.
+  if isinstance(label, float) and label.is_integer():
+    label = int(label)
+  if isinstance(label, numbers.Integral) and not isinstance(label, bool):
+    record["domain"] = str(int(label))
   for key in ("text", "domain", "origin"):
     value = record.get(key)
     if not isinstance(value, str) and (key == "text" or value is not None):
@@ -115,13 +120,22 @@ def _problem(record: Record, where: str) -> UserError | None:
 
 
 class SeenIds:
-  """Detects ids that occur twice; ignores records without an id."""
+  """Detects ids that occur twice in a file; ignores records without an id."""
 
   def __init__(self):
-    self._seen: set[str] = set()
+    self._file, self._seen = "", set[str]()
 
   def problem(self, record: Record, where: str) -> UserError | None:
-    """Remembers a record's id; returns an error if it occurred before."""
+    """Remembers a record's id; returns an error if it occurred before.
+
+    Args:
+      record: of a file that is read in one go.
+      where: its place, "file:place".
+    """
+    file = where.rpartition(":")[0]
+    if file != self._file:
+      # Many data sets count the records of each file from 0.
+      self._file, self._seen = file, set()
     if record.get("id") is None:
       return None
     identifier = str(record["id"])
@@ -131,68 +145,8 @@ class SeenIds:
     return None
 
 
-# --- Streams -----------------------------------------------------------------
-
-
-class _ZstdStream(io.RawIOBase):
-  """Decompresses any number of frames; raises EOFError for a truncated one."""
-
-  def __init__(self, file: IO[bytes]):
-    self._file, self._ready = file, b""
-    zstandard = need_package("zstandard", "reading .zst files")
-    self._new_frame = zstandard.ZstdDecompressor().decompressobj
-    self._frame, self._begun = self._new_frame(), False
-    self._damage = zstandard.ZstdError
-
-  def readable(self) -> bool:
-    return True
-
-  def readinto(self, buffer: Any) -> int:
-    while not self._ready:
-      content = self._frame.unused_data if self._frame.eof else b""
-      if self._frame.eof:
-        self._frame, self._begun = self._new_frame(), False
-      content = content or self._file.read(1 << 14)
-      if not content:
-        if self._begun:
-          raise EOFError("the last zstd frame is cut off")
-        return 0
-      try:
-        self._ready, self._begun = self._frame.decompress(content), True
-      except self._damage as error:
-        raise EOFError(str(error)) from error
-    count = min(len(buffer), len(self._ready))
-    buffer[:count] = self._ready[:count]
-    self._ready = self._ready[count:]
-    return count
-
-  def close(self) -> None:
-    self._file.close()
-    super().close()
-
-
-def _open(path: str) -> io.BufferedIOBase:
-  """Opens a file for reading bytes, decompressed if its name says so."""
-  if path.endswith(".gz"):
-    return gzip.open(path, "rb")
-  if path.endswith(".zst"):
-    return io.BufferedReader(_ZstdStream(open(path, "rb")), 1 << 20)
-  return open(path, "rb")
-
-
-# Exceptions of reading a file that is damaged or disappears.
-_DAMAGE = (OSError, EOFError, zlib.error)
-
-
 def _damaged(where: str, error: Exception) -> Found:
-  reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-  return where, UserError(f"{where}: cannot be read further ({reason})")
-
-
-def _begins_with_brace(path: str) -> bool:
-  with contextlib.suppress(*_DAMAGE), _open(path) as stream:
-    return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-  return False
+  return where, UserError(f"{where}: cannot be read further ({reason(error)})")
 
 
 # --- Kinds of file -----------------------------------------------------------
@@ -206,7 +160,7 @@ def read_json_lines(path: str) -> Iterator[Found]:
   """
   number, offset = 0, 0
   try:
-    with _open(path) as stream:
+    with open_stream(path) as stream:
       while line := stream.readline(LONGEST_RECORD + 1):
         number += 1
         where, start = f"{path}:{number}", offset
@@ -224,11 +178,8 @@ def read_json_lines(path: str) -> Iterator[Found]:
           )
         elif line.strip():
           yield where, _parse(line, where)
-  except _DAMAGE as error:
+  except DAMAGE as error:
     yield _damaged(f"{path}:{number + 1}", error)
-    return
-  if not number:
-    yield path, UserError(f"{path}: empty file")
 
 
 def _parse(line: bytes, where: str) -> Record | UserError:
@@ -245,15 +196,81 @@ def _parse(line: bytes, where: str) -> Record | UserError:
     )
   except (ValueError, RecursionError) as error:  # A huge number; deep nesting.
     return UserError(f"{where}: not JSON ({error})")
-  if not isinstance(record, dict):
-    return UserError(f"{where}: not an object, but {type(record).__name__}")
-  return record
+  return _object(record, where)
+
+
+def _read_json_array(path: str) -> Iterator[Found]:
+  """Yields ("path:item N", object or error), N from 1, of one array."""
+  number = 1
+  try:
+    # Any: the wrapper wants a name, which a decompressed stream lacks.
+    content: Any = open_stream(path)
+    with io.TextIOWrapper(content, "utf-8-sig", newline="") as stream:
+      for item in _items(stream):
+        where = f"{path}:item {number}"
+        yield where, _object(item, where)
+        number += 1
+  except (*DAMAGE, UnicodeDecodeError) as error:
+    yield _damaged(f"{path}:item {number}", error)
+  except (ValueError, RecursionError) as error:
+    where = f"{path}:item {number}"
+    yield where, UserError(f"{where}: not JSON ({reason(error)})")
+
+
+_END = object()
+
+
+def _items(stream: TextIO) -> Iterator[Any]:
+  """Yields the items of a JSON array, of which it keeps a part in memory.
+
+  Raises:
+    ValueError, RecursionError: the text is no array, or an item too long.
+  """
+  text, at, mark, more = "", 0, "[", True
+  while True:
+    try:
+      item, at = _item(text, at, mark)
+    except (ValueError, RecursionError):
+      # The item may go on in what is not read yet.
+      if not more or len(text) - at > LONGEST_RECORD:
+        raise
+      text, at = text[at:], 0
+      added = stream.read(max(_CHARACTERS_AT_ONCE, len(text)))
+      text, more = text + added, bool(added)
+      continue
+    if item is _END:
+      return
+    mark = ","
+    yield item
+
+
+def _item(text: str, at: int, mark: str) -> tuple[Any, int]:
+  """Returns the item behind `mark`, `_END` for none, and where it ends."""
+  at = _skip_blanks(text, at)
+  if text[at : at + 1] not in (mark, "]"):
+    raise ValueError(f"{mark} or ] is missing")
+  start = _skip_blanks(text, at + 1)
+  if text[at] == "]" or (mark == "[" and text[start : start + 1] == "]"):
+    return _END, start
+  return json.JSONDecoder().raw_decode(text, start)
+
+
+def _skip_blanks(text: str, at: int) -> int:
+  while text[at : at + 1] in ("\n", " ", "\r", "\t"):
+    at += 1
+  return at
+
+
+def _object(record: Any, where: str) -> Record | UserError:
+  if isinstance(record, dict):
+    return record
+  return UserError(f"{where}: not an object, but {type(record).__name__}")
 
 
 def _read_plain(path: str) -> Iterator[Found]:
-  """Yields the whole file as one record, even if it is empty."""
+  """Yields the whole file as one record; an empty file has none."""
   try:
-    with _open(path) as stream:
+    with open_stream(path) as stream:
       content = stream.read(LONGEST_RECORD + 1)
     if len(content) > LONGEST_RECORD:
       yield (
@@ -261,7 +278,8 @@ def _read_plain(path: str) -> Iterator[Found]:
         UserError(f"{path}: a text of more than {LONGEST_RECORD:,} bytes"),
       )
       return
-    yield path, {"text": content.decode("utf-8-sig")}
+    if content:
+      yield path, {"text": content.decode("utf-8-sig")}
   except UnicodeDecodeError as error:
     yield (
       path,
@@ -269,36 +287,70 @@ def _read_plain(path: str) -> Iterator[Found]:
         f"{path}: not UTF-8 ({error.reason} at byte {error.start + 1})"
       ),
     )
-  except _DAMAGE as error:
+  except DAMAGE as error:
     yield _damaged(path, error)
 
 
-def _domain_by_folder(path: str, root: str) -> str | None:
-  folders = Path(os.path.relpath(path, root or ".")).parts[:-1]
-  return "/".join(folders[:2]) or None
+def _read_parquet(path: str, columns: Collection[str]) -> Iterator[Found]:
+  """Yields ("path:row N", record), N from 1, with those of `columns` it has.
 
-
-def _read_parquet(path: str) -> Iterator[Found]:
-  """Yields ("path:row N", record), N from 1, with all columns."""
+  A value that cannot be converted makes an error of its row alone.
+  """
   parquet = need_package("pyarrow.parquet", "reading Parquet")
-  damage = (*_DAMAGE, need_package("pyarrow", "reading Parquet").ArrowException)
+  damage = (*DAMAGE, need_package("pyarrow", "reading Parquet").ArrowException)
   number = 0
   try:
+    if not os.path.getsize(path):
+      return
     with parquet.ParquetFile(path) as file:
       names = file.schema_arrow.names
       if "text" not in names:
         problem = f"no column 'text'; there are: {', '.join(names)}"
         yield path, UserError(f"{path}: {problem}")
         return
-      for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False):
-        for record in batch.to_pylist():
+      wanted = [name for name in dict.fromkeys(names) if name in columns]
+      for batch in file.iter_batches(
+        _ROWS_AT_ONCE, columns=wanted, use_threads=False
+      ):
+        names = batch.schema.names
+        for row in zip(*map(_values, batch.columns), strict=True):
           number += 1
-          yield f"{path}:row {number}", record
+          where = f"{path}:row {number}"
+          bad = [
+            UserError(f"{where}: {name} cannot be read ({reason(value)})")
+            for name, value in zip(names, row)
+            if isinstance(value, Exception)
+          ]
+          yield where, bad[0] if bad else dict(zip(names, row))
   except damage as error:
     yield _damaged(f"{path}:row {number + 1}", error)
-    return
-  if not number:
-    yield path, UserError(f"{path}: empty file")
+
+
+def _values(column: Any) -> list[Any]:
+  """Returns a column's values, and an exception for each that has none."""
+  try:
+    values = column.to_pylist()
+  # Arrow's exceptions are ValueErrors. Dates beyond Python's range overflow.
+  except (ValueError, OverflowError):
+    values = [_value(scalar) for scalar in column]
+  # Some writers store text as bytes.
+  if any(isinstance(value, bytes) for value in values):
+    values = [_decoded(value) for value in values]
+  return values
+
+
+def _value(scalar: Any) -> Any:
+  try:
+    return scalar.as_py()
+  except (ValueError, OverflowError) as error:
+    return error
+
+
+def _decoded(value: Any) -> Any:
+  try:
+    return value.decode() if isinstance(value, bytes) else value
+  except UnicodeDecodeError as error:
+    return error
 
 
 def _read_array_record(path: str) -> Iterator[Found]:
@@ -324,11 +376,8 @@ def _read_array_record(path: str) -> Iterator[Found]:
     finally:
       reader.close()
   # array_record and protocol buffers raise the last three.
-  except (*_DAMAGE, RuntimeError, ValueError, IndexError) as error:
+  except (*DAMAGE, RuntimeError, ValueError, IndexError) as error:
     yield _damaged(f"{path}:record {number + 1}", error)
-    return
-  if not number:
-    yield path, UserError(f"{path}: empty file")
 
 
 def _named(example: Record, features: Any) -> Record:

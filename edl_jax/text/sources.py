@@ -3,7 +3,8 @@
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.documents import Document, DomainNames, Gatherer
 from edl_jax.text.embedded import read_embedded
-from edl_jax.text.readers import SeenIds, find_files, read_records
+from edl_jax.text.files import find_files
+from edl_jax.text.readers import SeenIds, read_records
 from edl_jax.text.taxonomy import Taxonomy
 
 

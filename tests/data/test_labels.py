@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from data import labels
-from data.labels import Label, LabelReport, load_rules
+from data.labels import (
+  Label,
+  LabelReport,
+  columns_in,
+  load_rules,
+  rule_columns,
+  stored_columns,
+)
 from edl_jax.config import UserError
+from edl_jax.text.streams import need_package
 
 ENGLISH = "It is a truth universally acknowledged, that a single man in"
 CHINESE = "道可道非常道。名可名非常名。无名天地之始有名万物之母。"
@@ -89,7 +97,7 @@ def test_language(rule):
   plain = rule("rules: [{by: language}]")
   assert plain({"text": ENGLISH}).name == "en"
   assert plain({"text": CHINESE}).name == "zh"
-  module = labels.need_package("py3langid.langid", "test")
+  module = need_package("py3langid.langid", "test")
   assert module.classify(SHANGHAINESE)[0] == "wuu"
   assert plain({"text": SHANGHAINESE}).name == "zh"
   # Nothing to go by.
@@ -224,3 +232,49 @@ def test_command_reports(tmp_path):
     done = subprocess.run([*command, wrong], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_columns_inside_objects(rule):
+  inner = rule("rules: [{by: column, column: meta.set}]")
+  for record in (
+    {"meta": {"set": "wiki"}},
+    {"meta": '{"set": "wiki"}'},
+    {"meta.set": "wiki", "meta": {"set": "other"}},
+  ):
+    assert inner(record) == Label("wiki", 1.0)
+    assert columns_in(record, ["meta.set", "meta.other"]) == {"meta.set"}
+  for record in ({}, {"meta": None}, {"meta": "{"}, {"meta": {"set": None}}):
+    assert inner(record) is None
+  deep = rule("rules: [{by: url, column: a.b.c, labels: {x.org: code}}]")
+  assert deep({"a.b": {"c": "https://x.org/1"}}).name == "code"
+  dotted = {"rules": 0, "a": {"b.c": "x.org"}}
+  assert deep(dotted).name == "code"
+
+
+def test_columns_of_rules(tmp_path):
+  path = tmp_path / "rules.yaml"
+  path.write_text(
+    """
+rules:
+  - {by: column, column: meta.set}
+  - {by: url, labels: {x.org: code}}
+  - by: both
+    coarse: {by: path, column: file, labels: {"*.py": code}}
+    fine: {by: language}
+"""
+  )
+  columns = rule_columns(str(path))
+  assert columns == ["meta.set", "url", "file"]
+  assert stored_columns(columns) == ["meta", "meta.set", "url", "file"]
+
+
+def test_a_column_that_no_record_has_is_an_error(tmp_path, capsys):
+  (tmp_path / "a.jsonl").write_text('{"text": "t", "meta": {"set": "wiki"}}\n')
+  rules = tmp_path / "rules.yaml"
+  command = [f"--files={tmp_path}/a.jsonl", f"--rules={rules}"]
+  rules.write_text("rules: [{by: column, column: meta.set}]")
+  assert labels.main(command) == 0
+  assert "wiki" in capsys.readouterr().out
+  rules.write_text("rules: [{by: column, column: meta.sets}]")
+  assert labels.main(command) == 2
+  assert "no record has the column meta.sets" in capsys.readouterr().err

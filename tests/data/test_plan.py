@@ -11,7 +11,7 @@ from edl_jax.config import DataConfig, UserError
 from edl_jax.text.mixture import held_out_origins, origin_digest
 
 
-def scan_of(*records, problems=()):
+def scan_of(*records, problems=(), missing=()):
   """Returns what `chunks.scan` writes for (label, text, origin, id)."""
   names = list(dict.fromkeys(label for label, *_ in records))
   texts = [text for _, text, *_ in records]
@@ -27,13 +27,14 @@ def scan_of(*records, problems=()):
     "ids": np.array(
       json.dumps(
         [
-          (index, each, f"at {text}")
+          (index, each, f"at:{text}")
           for index, (_, text, _, each) in enumerate(records)
           if each
         ]
       )
     ),
     "problems": np.array(json.dumps([len(problems), list(problems)])),
+    "missing": np.array(json.dumps(missing)),
   }
 
 
@@ -54,13 +55,15 @@ RECORDS = [
 ]
 
 
-def plan_of(*scans, skip_bad=False, **data):
+def plan_of(*scans, skip_bad=False, rules="", **data):
   settings = {
     "max_characters_per_domain": 12,
     "held_out_fraction": 0.5,
     "files": "x",
   }
-  return make_plan(scans, DataConfig(**settings | data), skip_bad=skip_bad)
+  return make_plan(
+    scans, DataConfig(**settings | data), skip_bad=skip_bad, rules=rules
+  )
 
 
 def test_what_is_kept():
@@ -158,3 +161,16 @@ def test_bad_records_stop_or_are_dropped(record, message):
   assert plan.skipped["bad"] == 2
   first, second = plan.skipped["messages"]
   assert first == "a:1: not JSON" and message in second
+
+
+def test_a_column_of_the_rules_that_no_record_has():
+  first, second = (
+    scan_of(*RECORDS[:4], missing=["meta.set", "url"]),
+    scan_of(*RECORDS[4:], missing=["url"]),
+  )
+  with pytest.raises(
+    UserError, match=r"r\.yaml: no record has the column url;"
+  ):
+    plan_of(first, second, rules="r.yaml")
+  second["missing"] = np.array("[]")
+  plan_of(first, second, rules="r.yaml")

@@ -10,7 +10,8 @@ import zstandard
 
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text import readers
-from edl_jax.text.readers import SeenIds, find_files, need_package, read_records
+from edl_jax.text.files import find_files
+from edl_jax.text.readers import SeenIds, read_records
 from edl_jax.text.sources import read_documents
 
 RECORDS = [
@@ -89,7 +90,6 @@ def test_plain_files_are_labelled_by_folder(tmp_path):
     ("top.txt\n", None),
     ("x/a.md\n", "x"),
     ("x/y/b.txt\n", "x/y"),
-    ("", "x/y"),
     ("x/y/z/c.py\n", "x/y"),
     ("x/z.txt\n", "x"),
   ]
@@ -231,19 +231,21 @@ def test_line_of_two_gigabytes_does_not_fill_the_memory(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"]
+  ("name", "compress"),
+  [
+    ("a.jsonl", bytes),
+    ("a.jsonl.gz", gzip.compress),
+    ("a.jsonl.zst", zstandard.compress),
+    ("a.parquet", bytes),
+    ("a", bytes),
+    ("a.txt", bytes),
+  ],
 )
-def test_empty_file_is_named(tmp_path, name):
-  _, (problem,) = read(write(tmp_path / name, b""))
-  assert "empty file" in problem or "cannot be read" in problem
-  empty = {".gz": gzip.compress(b""), ".zst": zstandard.compress(b"")}
-  if content := empty.get(name[-4:].lstrip("l")):
-    _, (problem,) = read(write(tmp_path / name, content))
-    assert problem == ": empty file"
-  if name == "a.parquet":
-    schema = pyarrow.schema([("text", pyarrow.string())])
-    pyarrow.parquet.write_table(schema.empty_table(), tmp_path / name)
-    assert read(str(tmp_path / name))[1] == [": empty file"]
+def test_empty_files_have_no_records(tmp_path, name, compress):
+  assert read(write(tmp_path / name, compress(b""))) == ([], [])
+  schema = pyarrow.schema([("text", pyarrow.string())])
+  pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "b.parquet")
+  assert read(str(tmp_path / "b.parquet")) == ([], [])
 
 
 def test_bad_parquet(tmp_path):
@@ -306,13 +308,121 @@ def test_ids():
   seen = SeenIds()
   for record in ({"id": "a"}, {}, {"id": None}, {}, {"id": 1}):
     assert seen.problem(record, "there") is None
+  assert seen.problem({"id": 1}, "f:1") is None
   assert str(seen.problem({"id": "1"}, "f:9")) == (
     "f:9: id '1' occurs a second time"
   )
+  # Data sets count the records of each file anew.
+  assert seen.problem({"id": 1}, "g:1") is None
 
 
-def test_missing_package_is_one_line():
-  with pytest.raises(
-    UserError, match="reading X needs the package no_such: pip"
-  ):
-    need_package("no_such.part", "reading X")
+# --- What people really have --------------------------------------------------
+
+
+def test_arrays_of_objects(tmp_path):
+  for indent in (None, 2):
+    content = json.dumps(RECORDS, indent=indent).encode()
+    path = write(tmp_path / "a.json", content)
+    assert read(path) == (RECORDS, [])
+  places = [where for where, _ in read_records(path)]
+  assert places[::2499] == [f"{path}:item 1", f"{path}:item 2500"]
+  packed = write(tmp_path / "a.JSON.GZ", gzip.compress(content))
+  assert read(packed) == (RECORDS, [])
+  assert read(write(tmp_path / "b.json", b" [ ] ")) == ([], [])
+
+
+@pytest.mark.parametrize(
+  ("content", "good", "message"),
+  [
+    (
+      b'[{"text": "t"}, 3, {"text": "u"}]',
+      2,
+      ":item 2: not an object, but int",
+    ),
+    (b'[{"text": "t"}, {"te', 1, ":item 2: not JSON"),
+    (
+      b'[{"text": "t"} {"text": "u"}]',
+      1,
+      ":item 2: not JSON (, or ] is missing",
+    ),
+    (b'[{"text": "t"}', 1, ":item 2: not JSON (, or ] is missing)"),
+    (b'[{"text": "\xff"}]', 0, ":item 1: cannot be read further"),
+    (b"[" * 100_000, 0, ":item 1: not JSON"),
+  ],
+)
+def test_bad_arrays(tmp_path, content, good, message):
+  records, (problem,) = read(write(tmp_path / "a.json", content))
+  assert len(records) == good and problem.startswith(message)
+
+
+def test_text_that_begins_with_a_bracket_is_text(tmp_path):
+  ((record,), _) = read(write(tmp_path / "song", b"[Intro] la la\n"))
+  assert record["text"] == "[Intro] la la\n"
+
+
+def test_one_row_that_cannot_be_read_leaves_the_others(tmp_path):
+  offsets = pyarrow.array(["a", "xxxx", "b"]).buffers()[1]
+  bad = pyarrow.Array.from_buffers(
+    pyarrow.string(), 3, [None, offsets, pyarrow.py_buffer(b"aa\xff\xfebb")]
+  )
+  table = pyarrow.table({"text": bad, "domain": ["d"] * 3})
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  records, (problem,) = read(str(tmp_path / "a.parquet"))
+  assert [record["text"] for record in records] == ["a", "b"]
+  assert problem.startswith(":row 2: text cannot be read ('utf-8' codec")
+
+
+def test_columns_that_nobody_needs_are_not_read(tmp_path):
+  # Python has no nanoseconds: these cannot be converted without pandas.
+  moments = pyarrow.array([1, 2, 3], pyarrow.timestamp("ns"))
+  path = parquet(
+    tmp_path / "a.parquet",
+    [{"text": t, "meta": {"set": "s"}} for t in "abc"],
+    date=moments,
+  )
+  assert read(path) == ([{"text": t} for t in "abc"], [])
+  found = [record for _, record in read_records(path, columns=["meta"])]
+  assert [record["meta"] for record in found] == [{"set": "s"}] * 3
+
+
+def test_text_stored_as_bytes(tmp_path):
+  table = pyarrow.table({"text": [b"a", "é".encode(), b"\xff"]})
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  records, problems = read(str(tmp_path / "a.parquet"))
+  assert [record["text"] for record in records] == ["a", "é"]
+  assert problems[0].startswith(":row 3: text cannot be read (")
+
+
+def test_domains_of_hive_folders(tmp_path):
+  for label in ("news", "a%2Fb", "__HIVE_DEFAULT_PARTITION__"):
+    folder = tmp_path / "t" / "year=2024" / f"domain={label}"
+    folder.mkdir(parents=True)
+    parquet(folder / "x.parquet", [{"text": label}])
+    write(folder / "y.jsonl", b'{"text": "own", "domain": "d"}\n')
+    write(folder / "z.txt", label.encode())
+  _, paths = find_files(f"{tmp_path}/t/**/*", "data.files")
+  found = [r for path in paths for r in read(path, str(tmp_path / "t"))[0]]
+  assert {(r["text"], r["domain"]) for r in found} == {
+    ("__HIVE_DEFAULT_PARTITION__", None),
+    ("a%2Fb", "a/b"),
+    ("news", "news"),
+    ("own", "d"),
+  }
+  assert {r["year"] for r in found} == {"2024"}
+
+
+@pytest.mark.parametrize(
+  ("label", "name"), [(3, "3"), (0, "0"), (-1, "-1"), (4.0, "4")]
+)
+def test_labels_that_are_integers(tmp_path, label, name):
+  record = {"text": "t", "domain": label}
+  path = write(tmp_path / "a.jsonl", json.dumps(record).encode())
+  assert read(path)[0][0]["domain"] == name
+  assert read(parquet(tmp_path / "a.parquet", [record]))[0][0]["domain"] == name
+
+
+@pytest.mark.parametrize("label", [True, 1.5, ["a"], {"a": 1}])
+def test_labels_that_are_no_name(tmp_path, label):
+  record = {"text": "t", "domain": label}
+  path = write(tmp_path / "a.jsonl", json.dumps(record).encode())
+  assert "domain must be a string" in read(path)[1][0]
