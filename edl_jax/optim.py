@@ -9,7 +9,7 @@ import optax
 
 from edl_jax.config import OptimizerConfig, UserError
 from edl_jax.fields import nearest
-from edl_jax.sharding import last_name, path_name
+from edl_jax.sharding import is_state, last_name, path_name
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -52,7 +52,9 @@ def decays(parameters: Any) -> Any:
 
 
 def trained(config: OptimizerConfig, parameters: Any) -> Any:
-  """Returns the parameters that `config.trainable` names.
+  """Returns the parameters that `config.trainable` names, and that learn.
+
+  Router biases do not learn: `model.balancing` moves them.
 
   Args:
     config: for its patterns.
@@ -66,16 +68,18 @@ def trained(config: OptimizerConfig, parameters: Any) -> Any:
   """
   flat, structure = jax.tree_util.tree_flatten_with_path(parameters)
   names = [path_name(path) for path, _ in flat]
+  learned = [path_name(path) for path, _ in flat if not is_state(path)]
   patterns = [pattern.strip() for pattern in config.trainable.split(",")]
   for pattern in patterns:
-    if not fnmatch.filter(names, pattern):
+    if not fnmatch.filter(learned, pattern):
       raise UserError(
         f"optimizer.trainable={config.trainable}: {pattern!r} matches no"
-        f" parameter; {nearest(pattern, names)}"
+        f" parameter; {nearest(pattern, learned)}"
       )
   chosen = [
     leaf
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    if name in learned
+    and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     else None
     for name, (_, leaf) in zip(names, flat)
   ]

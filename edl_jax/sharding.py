@@ -55,6 +55,8 @@ class ParameterRule(NamedTuple):
   is_expert: bool = False
   # Travels in float32, whatever the compute dtype.
   is_float32: bool = False
+  # Has no gradient, no moments and no decay: a rule of its own moves it.
+  is_state: bool = False
 
 
 # A rule for each parameter, by the last part of its name, whose suffix gives
@@ -70,6 +72,7 @@ PARAMETER_RULES: dict[str, ParameterRule] = {
   "value_MKH": ParameterRule((_STORAGE, "tensor", None)),
   "out_NHM": ParameterRule(("tensor", None, _STORAGE)),
   "router_ME": ParameterRule(("fsdp", None), is_float32=True),
+  "bias_E": ParameterRule((None,), is_float32=True, is_state=True),
   "gate_up_EM2F": ParameterRule(
     ("expert", "fsdp", None, "tensor"), is_expert=True
   ),
@@ -243,6 +246,12 @@ def parameter_rule(path: Sequence[Any], leaf: Any) -> ParameterRule:
       f"parameter {path_name(path)} {leaf.shape} does not fit {rule.spec}"
     )
   return rule
+
+
+def is_state(path: Sequence[Any]) -> bool:
+  """Says whether a leaf of a model is moved by a rule of its own."""
+  rule = PARAMETER_RULES.get(last_name(path))
+  return rule is not None and rule.is_state
 
 
 def parameter_specs(parameters: Any) -> Any:

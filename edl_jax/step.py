@@ -1,5 +1,6 @@
 """One training step: objective, gradient, update."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from edl_jax import sharding
-from edl_jax.config import Experiment
+from edl_jax.config import Experiment, LossesConfig
 from edl_jax.losses import routing, token_pairs
 from edl_jax.losses.objective import (
   LossContext,
@@ -18,6 +19,7 @@ from edl_jax.losses.objective import (
   objective,
   summaries,
 )
+from edl_jax.model.balancing import balanced
 from edl_jax.model.choice import draw_pool_sizes
 from edl_jax.model.transformer import Model
 from edl_jax.optim import make_schedule, merged, trained
@@ -51,6 +53,13 @@ def _coarse_weight(experiment: Experiment) -> float:
     "hierarchical": experiment.losses.coarse_weight,
   }
   return by_granularity.get(experiment.data.granularity, 0.0)
+
+
+def _losses(experiment: Experiment) -> LossesConfig:
+  """Returns the weights in use: biases alone balance without L_LB."""
+  if experiment.model.balancing == "bias":
+    return dataclasses.replace(experiment.losses, balance_weight=0.0)
+  return experiment.losses
 
 
 # The streams of random numbers of steps, apart from that of initialisation.
@@ -130,7 +139,7 @@ def loss_and_gradient(
     The sums, the terms by name, and the gradient as `optim.trained` of a model.
   """
   context = LossContext(
-    experiment.losses,
+    _losses(experiment),
     taxonomy.parent,
     _coarse_weight(experiment),
     max_present=len(batch.domain_B),
@@ -243,6 +252,9 @@ def make_train_step(
         moments = jax.device_put(moments, on_device.optimizer)
       updates, optimizer_state = optimizer.update(gradient, moments, part)
       model = merged(optax.apply_updates(part, updates), state.model)
+      model = balanced(
+        model, sums.routing.assignments_LE, experiment.optimizer.bias_rate
+      )
     scalars = {
       **terms,
       "grad_norm": optax.tree.norm(gradient),

@@ -17,7 +17,12 @@ from edl_jax.config import (
 from edl_jax.model.transformer import abstract_model
 
 MODELS = [
-  ModelConfig(num_layers=2, num_dense_layers=dense, num_shared_experts=shared)
+  ModelConfig(
+    num_layers=2,
+    num_dense_layers=dense,
+    num_shared_experts=shared,
+    balancing="both" if dense else "loss",
+  )
   for dense in (0, 1)
   for shared in (0, 2)
 ]
@@ -42,7 +47,7 @@ def test_rules_have_an_entry_for_each_axis_letter():
       continue
     letters = name.rsplit("_")[-1]
     assert len(rule.spec) == len(letters)
-    assert rule.is_expert == letters.startswith("E")
+    assert (rule.is_expert or rule.is_state) == letters.startswith("E")
     # The size-two axis of gate and up, and heads' width, are never cut.
     assert not any(
       entry for letter, entry in zip(letters, rule.spec) if letter in "2H"

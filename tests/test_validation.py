@@ -22,6 +22,12 @@ def error(function, *arguments):
 INVALID = [
   # Overrides, and what the message must name.
   ({"model.num_heads": 3, "model.num_kv_heads": 2}, ("3", "2")),
+  ({"model.balancing": "biases"}, ("biases", "loss, bias, both")),
+  ({"model.router_scores": "tanh"}, ("tanh", "softmax, sigmoid")),
+  ({"model.gates": "scaled"}, ("scaled", "renormalized, raw")),
+  ({"model.gate_scale": 0.0}, ("0.0", "above 0")),
+  ({"model.router_softcap": -1.0}, ("-1.0", "at least 0")),
+  ({"optimizer.bias_rate": 0.0}, ("0.0", "above 0")),
   ({"model.head_width": 15}, ("15",)),
   ({"model.num_active_experts": 5}, ("5", "model.num_experts=4")),
   ({"model.num_dense_layers": 2}, ("2", "model.num_layers=2")),

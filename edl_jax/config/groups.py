@@ -121,6 +121,12 @@ class OptimizerConfig:
   clip_norm: float = field(
     1.0, above=0, help="Largest global norm of the gradient; it is scaled."
   )
+  bias_rate: float = field(
+    1e-3,
+    above=0,
+    help="Change of an expert's bias per step, in units of router scores, where"
+    " model.balancing has a bias.",
+  )
   trainable: str = field(
     "*",
     help="The parameters to train, as patterns of their names that commas"

@@ -39,6 +39,35 @@ class ModelConfig:
     help="Experts that a token's router may choose: all (learned), or the fixed"
     " ones of its row's fine domain (domain), as a reference.",
   )
+  router_scores: str = field(
+    "softmax",
+    choices=("softmax", "sigmoid"),
+    help="Scores that the router makes of its logits. Gates are scores of the"
+    " active experts. Losses and statistics see each token's scores divided by"
+    " their sum.",
+  )
+  router_softcap: float = field(
+    0.0,
+    at_least=0,
+    help="Bounds each router logit x by this c, as c tanh(x / c). 0: no bound.",
+  )
+  gates: str = field(
+    "renormalized",
+    choices=("renormalized", "raw"),
+    help="Weights of the active experts: their scores divided by the sum of"
+    " these scores (renormalized), or the scores themselves (raw).",
+  )
+  gate_scale: float = field(
+    1.0, above=0, help="Factor of the gates of the routed experts."
+  )
+  balancing: str = field(
+    "loss",
+    choices=("loss", "bias", "both"),
+    help="What balances the load of experts: L_LB with losses.balance_weight"
+    " (loss); a bias of each expert, added to its score for the choice alone,"
+    " which each step moves by optimizer.bias_rate towards the mean load"
+    " (bias), without L_LB; or both.",
+  )
   pool_min: int = field(
     0,
     at_least=0,

@@ -134,8 +134,8 @@ def advance(
 
   Returns:
     logits_BV behind the last token of each row, float32; the cache; and
-    expert_LBTA, int32, the active experts in mixture-of-experts layers by
-    falling probability.
+    expert_LBTA, int32, the active experts in mixture-of-experts layers as
+    `MoE.route` orders them.
   """
   by_row = PartitionSpec(sharding.ROW_AXES)
   # Any: specs in place of arrays.

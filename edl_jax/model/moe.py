@@ -23,7 +23,7 @@ GATHER = MoEConfig(dispatch="gather")
 
 
 class MoE(nnx.Module):
-  """Softmax top-k router with renormalised weights, and SwiGLU experts.
+  """Top-k router and SwiGLU experts.
 
   What changes the function of the layer is in `config`, which every caller
   shares. `MoEConfig`, an argument of each call, says how tokens and experts
@@ -36,6 +36,10 @@ class MoE(nnx.Module):
     residual_scale = (2 * config.num_layers) ** -0.5
     self.config = config
     self.router_ME = nnx.Param(fan_in_normal(router, (m, e), m))
+    if config.balancing != "loss":
+      self.bias_E = nnx.Param(jnp.zeros(e, jnp.float32))
+    else:
+      self.bias_E = None
     self.gate_up_EM2F = nnx.Param(fan_in_normal(up, (e, m, 2, f), m))
     self.down_EFM = nnx.Param(fan_in_normal(down, (e, f, m), f, residual_scale))
     if config.num_shared_experts:
@@ -66,8 +70,9 @@ class MoE(nnx.Module):
       choice: the experts that may be chosen in this layer.
 
     Returns:
-      logits_BTE and probs_BTE, float32; expert_BTA, int32, by falling
-      probability; gate_BTA, the active probabilities renormalised to sum to 1.
+      logits_BTE and probs_BTE, float32, the latter each token's scores divided
+      by their sum; expert_BTA, int32, by falling score plus bias; gate_BTA, the
+      weights of these experts, which the bias does not enter.
     """
     # float32 throughout, and on TPUs without bfloat16 passes: the choice
     # depends on small differences.
@@ -77,26 +82,63 @@ class MoE(nnx.Module):
       sharding.gather("router_ME", self.router_ME[...]),
       precision=jax.lax.Precision.HIGHEST,
     )
+    if cap := self.config.router_softcap:
+      logits_BTE = cap * jnp.tanh(logits_BTE / cap)
     if choice.kept_LE is not None:
       logits_BTE = masked(logits_BTE, choice.kept_LE)
     if choice.kept_LBE is not None:
       logits_BTE = masked(logits_BTE, choice.kept_LBE[:, None])
-    probs_BTE = chosen_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    probs_BTE = scores_BTE = self._scores(logits_BTE)
+    if self.config.router_scores != "softmax":
+      probs_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+    allowed_BTE = logits_BTE
     if choice.pool_size_LBI is not None:
       if weights_BT is None or segments_BT is None:
         raise ValueError("pools need weights_BT and segments_BT")
       pool_BTE = document_pools(
         probs_BTE, weights_BT, segments_BT, choice.pool_size_LBI
       )
-      chosen_BTE = jax.nn.softmax(masked(logits_BTE, pool_BTE), axis=-1)
+      allowed_BTE = masked(logits_BTE, pool_BTE)
+      scores_BTE = self._scores(allowed_BTE)
+    expert_BTA, gate_BTA = self._top(scores_BTE, allowed_BTE)
+    if self.config.gates == "renormalized":
+      gate_BTA = gate_BTA / gate_BTA.sum(-1, keepdims=True)
+    if self.config.gate_scale != 1:
+      gate_BTA *= self.config.gate_scale
+    return logits_BTE, probs_BTE, expert_BTA, gate_BTA
+
+  def _scores(self, logits_BTE: jax.Array) -> jax.Array:
+    """Returns the score of every expert; 0 where a logit is masked."""
+    if self.config.router_scores == "sigmoid":
+      return jax.nn.sigmoid(logits_BTE)
+    return jax.nn.softmax(logits_BTE, axis=-1)
+
+  def _top(
+    self, scores_BTE: jax.Array, logits_BTE: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns the active experts of each token and their scores, (B, T, A).
+
+    The bias enters the choice alone (Wang et al., arXiv:2408.15664), and has
+    no gradient.
+
+    Args:
+      scores_BTE: score of every expert.
+      logits_BTE: minus infinity where an expert may not be chosen.
+    """
+    rank_BTE = scores_BTE
+    if self.bias_E is not None:
+      bias_E = jax.lax.stop_gradient(self.bias_E[...])
+      # A large bias must not bring back an expert that is masked.
+      rank_BTE = masked(scores_BTE + bias_E, logits_BTE > -jnp.inf)
     # top_k takes a matrix: with more axes XLA makes a full sort on CPUs.
     top = jax.lax.top_k(
-      chosen_BTE.reshape(-1, self.config.num_experts),
+      rank_BTE.reshape(-1, self.config.num_experts),
       self.config.num_active_experts,
     )
-    top_BTA, expert_BTA = (x.reshape(*probs_BTE.shape[:-1], -1) for x in top)
-    gate_BTA = top_BTA / top_BTA.sum(-1, keepdims=True)
-    return logits_BTE, probs_BTE, expert_BTA, gate_BTA
+    top_BTA, expert_BTA = (x.reshape(*scores_BTE.shape[:-1], -1) for x in top)
+    if self.bias_E is not None:
+      top_BTA = jnp.take_along_axis(scores_BTE, expert_BTA, axis=-1)
+    return expert_BTA, top_BTA
 
   def __call__(
     self,

@@ -207,7 +207,8 @@ class Model(nnx.Module):
 
     Returns:
       probs_LBTE, the float32 router probabilities of every mixture-of-experts
-      layer, and expert_LBTA, int32, the active experts by falling probability.
+      layer, and expert_LBTA, int32, the active experts in the order of
+      `MoE.route`.
     """
 
     def keep_tokens(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT):
@@ -387,9 +388,11 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
   """Returns (total, active) parameters.
 
   Active parameters are those that a token is multiplied with: all except idle
-  experts and the embedding, of which a token looks up one row.
+  experts and the embedding, of which a token looks up one row. Router biases
+  are no parameters.
   """
-  total = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
+  leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config))
+  total = sum(leaf.size for path, leaf in leaves if not sharding.is_state(path))
   expert = 3 * config.width * config.expert_width
   idle = config.num_experts - config.num_active_experts
   moe_layers = config.num_layers - config.num_dense_layers

@@ -74,11 +74,22 @@ def attend(x_TM, attention, layer, config: ModelConfig):
 def mix_experts(x, moe, layer, config: ModelConfig, kept, routed):
   """Returns one token's output; experts that are not kept do not exist."""
   logits = x @ float64(moe.router_ME, layer)
+  if config.router_softcap:
+    logits = config.router_softcap * np.tanh(logits / config.router_softcap)
   known = [e for e in range(config.num_experts) if kept is None or kept[e]]
-  probs = np.zeros(config.num_experts)
-  probs[known] = np.exp(logits[known]) / np.exp(logits[known]).sum()
-  chosen = np.argsort(-probs)[: config.num_active_experts]
-  gates = probs[chosen] / probs[chosen].sum()
+  scores = np.zeros(config.num_experts)
+  if config.router_scores == "sigmoid":
+    scores[known] = 1 / (1 + np.exp(-logits[known]))
+  else:
+    scores[known] = np.exp(logits[known]) / np.exp(logits[known]).sum()
+  probs = scores / scores.sum()
+  bias = 0 if moe.bias_E is None else float64(moe.bias_E, layer)
+  ranked = sorted(known, key=lambda e: -(scores + bias)[e])
+  chosen = np.array(ranked[: config.num_active_experts])
+  gates = scores[chosen]
+  if config.gates == "renormalized":
+    gates = gates / gates.sum()
+  gates = config.gate_scale * gates
   gate_up, down = (
     float64(parameter, layer) for parameter in (moe.gate_up_EM2F, moe.down_EFM)
   )

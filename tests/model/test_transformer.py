@@ -78,6 +78,29 @@ def test_logits_against_naive_float64():
   assert np.std(want) > 0.1
 
 
+ROUTERS = [
+  {"router_scores": "sigmoid"},
+  {"router_scores": "sigmoid", "balancing": "bias", "gate_scale": 2.5},
+  {"balancing": "both", "gates": "raw"},
+  {"router_softcap": 0.7, "gates": "raw", "gate_scale": 0.5},
+]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("settings", ROUTERS, ids=str)
+def test_routers_against_naive_float64(settings, kept):
+  model = random_model(dataclasses.replace(CONFIG, **settings))
+  rows, kept_LE = batch(), KEPT_LE if kept else None
+  _, nats_BT = jax.jit(
+    lambda model: model.batch_sums(rows, ROWS, kept_LE=kept_LE)
+  )(model)
+  for row, targets, nats_T in zip(rows.tokens_BT, rows.targets_BT, nats_BT):
+    naive = naive_model.logits(model, row, kept_LE)
+    for logits_V, target, nats in zip(naive, targets, nats_T):
+      want = np.log(np.exp(logits_V).sum()) - logits_V[target]
+      assert float(nats) == pytest.approx(want, rel=1e-4, abs=1e-4)
+
+
 # Two of five experts of one layer are all that may be active.
 KEPT_LE = np.array([[1, 0, 1, 1, 0], [0, 1, 0, 0, 1]], bool)
 
