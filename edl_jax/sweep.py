@@ -10,6 +10,10 @@ common to all points are set as for edl_jax.main:
 
   --experiment.train.num_steps=500
 
+Then measure what each domain loses with 4 experts in each layer:
+
+  --carve=4
+
 Separate values that contain commas by semicolons:
 
   --grid='data.weights=0.5,0.5;0.9,0.1'
@@ -36,6 +40,9 @@ from typing import IO, Any, Self
 
 from edl_jax import config, config_files
 from edl_jax.analysis import comparison, sweep_report
+from edl_jax.analysis.carve import report as carve_report
+from edl_jax.analysis.carve import swept
+from edl_jax.analysis.carve.keep import check_router, parse_keep
 from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
 
@@ -47,6 +54,13 @@ _WORKDIR = COMMAND.flag(
   "",
   "Folder of the sweep, with a folder for each run.",
   required=True,
+)
+_CARVE = COMMAND.flag(
+  "carve",
+  (),
+  "After the runs, measure each domain with this many experts in each layer;"
+  " several numbers are separated by commas. See edl_jax.analysis.carve.",
+  kind=tuple,
 )
 _DRY_RUN = COMMAND.flag(
   "dry_run", False, "Print the commands, one a line, and do nothing else."
@@ -246,11 +260,19 @@ def _locked(workdir: str) -> Iterator[IO[str]]:
     yield file
 
 
-def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
+def run_points(
+  made: Sequence[Point], experiment: str, workdir: str, keep: Sequence[int] = ()
+) -> int:
   """Runs the points that are not finished, one after another, then reports.
 
+  Args:
+    made: the points.
+    experiment, workdir: as in `command`.
+    keep: numbers of experts to carve the finished runs to; may be empty.
+
   Returns:
-    Exit code: 0; 1 if a point failed; 128 + number if a signal ended the sweep.
+    Exit code: 0; 1 if a point or carving failed; 128 + number if a signal ended
+    the sweep.
 
   Raises:
     UserError: a folder has the result of another experiment, or `workdir`
@@ -258,7 +280,7 @@ def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
   """
   for point in made:
     is_finished(point, workdir)
-  failed = []
+  failed, carved = [], True
   try:
     with _Launcher() as launcher, _locked(workdir) as lock:
       for number, point in enumerate(made, start=1):
@@ -272,6 +294,9 @@ def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
           reason = _reason(code)
           failed.append(f"{point.name} ({reason})")
           print_error(f"{point.name} {reason}; going on with the others")
+      finished = _finished(made, workdir)
+      if keep and finished:
+        carved = _carve(launcher, lock, workdir, finished, keep)
   except _StoppedError as stopped:
     name = signal.Signals(stopped.number).name
     print_error(f"stopped by {name}; the same command resumes from here")
@@ -280,7 +305,41 @@ def run_points(made: Sequence[Point], experiment: str, workdir: str) -> int:
     print_report(workdir)
   if failed:
     print_error(f"{len(failed)} of {len(made)} failed: {', '.join(failed)}")
-  return 1 if failed else 0
+  return 1 if failed or not carved else 0
+
+
+def _finished(made: Sequence[Point], workdir: str) -> list[sweep_report.Run]:
+  results = {
+    point.name: sweep_report.read_result(os.path.join(workdir, point.name))
+    for point in made
+  }
+  return [
+    sweep_report.Run(name, result) for name, result in results.items() if result
+  ]
+
+
+def _carve(
+  launcher: _Launcher,
+  lock: IO[str],
+  workdir: str,
+  runs: Sequence[sweep_report.Run],
+  keep: Sequence[int],
+) -> bool:
+  """Carves runs of the sweep; returns whether that succeeded.
+
+  Raises:
+    _StoppedError: a signal arrived, and the command has ended.
+  """
+  title = f"carving to {', '.join(map(str, keep))} experts in each layer"
+  if swept.is_carved(workdir, runs, keep):
+    print(f"{title}: already done, skipped", flush=True)
+    return True
+  print(title, flush=True)
+  names = [run.name for run in runs]
+  code = launcher.run(swept.command(workdir, names, keep), lock)
+  if code:
+    print_error(f"carving {_reason(code)}; the report is without it")
+  return not code
 
 
 def _reason(code: int) -> str:
@@ -295,15 +354,39 @@ def print_report(workdir: str) -> None:
   Raises:
     UserError: no run is finished.
   """
-  text = sweep_report.write_report(workdir)
   runs = sweep_report.read_runs(workdir)
+  carved = swept.read(workdir, runs)
+  sections = []
   if len(runs) == 2:
-    text = comparison.comparison_table(runs)
+    sections += [
+      "## Every figure",
+      f"```\n{comparison.comparison_table(runs)}\n```",
+    ]
+  results = [each for each in carved if each]
+  if results:
+    sections.append(carve_report.tables_of(results, "##"))
+  text = sweep_report.write_report(workdir, sections)
+  if len(runs) == 2:
+    text = comparison.comparison_table(runs, carved if results else ())
   path = os.path.join(workdir, "report.md")
   print(
     f"\nwritten: {path}, with report.csv and plots beside it\n\n{text}",
     flush=True,
   )
+
+
+def _parse_carve(made: Sequence[Point]) -> list[int]:
+  """Returns the numbers of experts of --carve.
+
+  Raises:
+    UserError: a number does not suit a point, or a point has fixed experts.
+  """
+  if not _CARVE.value:
+    return []
+  models = {point.name: point.experiment.model for point in made}
+  for name, model in models.items():
+    check_router(model, f"--carve: {name}")
+  return parse_keep(_CARVE.value, models, "carve")
 
 
 @COMMAND.main
@@ -313,16 +396,20 @@ def main() -> int:
   if "://" in workdir:
     raise UserError(f"--workdir={workdir}: sweeps need a local folder")
   if _REPORT.value:
-    if _GRID.value or experiment or COMMAND.overrides or _DRY_RUN.value:
+    others = (_GRID.value, experiment, _DRY_RUN.value, _CARVE.value)
+    if COMMAND.overrides or any(others):
       raise UserError("--report takes --workdir alone: it runs nothing")
     print_report(workdir)
     return 0
   made = points(experiment, _GRID.value, COMMAND.overrides)
+  keep = _parse_carve(made)
   if _DRY_RUN.value:
+    if keep:
+      raise UserError("--carve starts after the runs: leave out --dry_run")
     for point in made:
       print(shlex.join(command(point, experiment, workdir)))
     return 0
-  return run_points(made, experiment, workdir)
+  return run_points(made, experiment, workdir, keep)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 
 from edl_jax import config, metrics, sweep
 from edl_jax.analysis import sweep_report
+from edl_jax.analysis.carve import swept
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -88,6 +89,17 @@ def test_names_are_single_folders():
     (["--grid=seed=1", "--experiment.seed"], "needs a value"),
     (["--grid=seed=1", "--frobnicate"], "frobnicate"),
     (["--grid=seed=1", "more"], "unexpected argument 'more'"),
+    (["--grid=seed=1", "--carve=5"], "seed=1 has only model.num_experts=4"),
+    (["--grid=model.num_experts=3,4", "--carve=4"], "num_experts=3 has only"),
+    (["--grid=seed=1", "--carve=2", "--dry_run"], "leave out --dry_run"),
+    (
+      [
+        *("--carve=2", "--grid=model.router=domain"),
+        f"--experiment.{WEIGHT}=0",
+      ],
+      "there is nothing to choose",
+    ),
+    (["--carve=2", "--report"], "--report takes --workdir alone"),
     (["--grid=seed=1", "--report"], "--report takes --workdir alone"),
     (["--grid=seed=1", "--experiment=no.py"], "no.py: no such file"),
     (["--grid=seed=1", "--workdir="], "--workdir is missing"),
@@ -189,6 +201,66 @@ def test_two_runs_print_the_comparison(tmp_path, capsys):
   text = capsys.readouterr().out
   assert "difference" in text and "-1.0000" in text
   assert "loss_by_step.png" in os.listdir(tmp_path)
+
+
+def write_carved(workdir, made, rise):
+  """Writes what carving the points to two experts would."""
+  results = [
+    {
+      "workdir": str(workdir / point.name),
+      "step": point.experiment.train.num_steps,
+      "experiment": config.flatten(point.experiment),
+      "score": "assignments",
+      "greedy": False,
+      "costs": [],
+      "whole": {"python": {"loss": 3.0, "calibration_tokens": 8}},
+      "calibration": [],
+      "points": [
+        {
+          "domain": "python",
+          "keep": 2,
+          "loss": 3.0 + rise(point.experiment),
+          "others_loss": None,
+          "most_used_loss": 4.0,
+          "random_losses": [],
+        }
+      ],
+    }
+    for point in made
+  ]
+  (workdir / "carve").mkdir()
+  path = workdir / "carve" / "carve.json"
+  path.write_text(json.dumps(results))
+
+
+def test_two_carved_runs_print_what_their_parts_are_worth(tmp_path, capsys):
+  made = write_sweep(tmp_path, [f"{WEIGHT}=0,0.1"], loss_of)
+  write_carved(tmp_path, made, lambda e: 0.5 - e.losses.divergence_weight)
+  assert sweep.main(["--report", f"--workdir={tmp_path}"]) == 0
+  text = capsys.readouterr().out
+  assert "LM loss with 2 of 4 experts in each layer" in text
+  assert text.count("python") == 1  # The report has the whole model's losses.
+  row = next(line.split() for line in text.splitlines() if "python" in line)
+  assert row == ["python", "3.5000", "3.4000", "-0.1000"]
+  written = (tmp_path / "report.md").read_text()
+  assert "## Every figure" in written and "bits per byte" in written
+  assert "## Carved: 2 run(s), 1 domain(s)" in written
+  assert "most used over all domains" in written
+
+
+def test_a_sweep_whose_carving_fails_still_reports(
+  tmp_path, capfd, monkeypatch
+):
+  write_sweep(tmp_path, [f"{WEIGHT}=0,0.1"], loss_of)
+  stand_in = [sys.executable, "-c", "import sys; sys.exit(3)"]
+  monkeypatch.setattr(swept, "command", lambda *_: stand_in)
+  flags = [f"--experiment={TINY}", f"--grid={WEIGHT}=0,0.1", "--carve=2"]
+  assert sweep.main([*flags, f"--workdir={tmp_path}"]) == 1
+  out, err = capfd.readouterr()
+  assert err == (
+    "error: carving ended with exit code 3; the report is without it\n"
+  )
+  assert "routing diversity" in out and "bits per byte" in out
 
 
 def test_result_of_another_experiment_is_refused(tmp_path, capsys):
@@ -341,6 +413,7 @@ def test_sweep_of_real_runs_stopped_and_gone_on_with(tmp_path):
     f"--experiment={TINY}",
     f"--grid={WEIGHT}=0,0.01",
     f"--workdir={tmp_path}",
+    "--carve=2",
   ]
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
   process = subprocess.Popen(arguments, cwd=ROOT, **pipes)
@@ -358,6 +431,11 @@ def test_sweep_of_real_runs_stopped_and_gone_on_with(tmp_path):
   assert done.returncode == 0, done.stderr
   assert "divergence_weight=0: already finished, skipped" in done.stdout
   assert "routing diversity" in done.stdout and "difference" in done.stdout
+  assert "carving to 2 experts in each layer" in done.stdout
+  results = json.loads((tmp_path / "carve" / "carve.json").read_text())
+  for result in results:
+    for point in result["points"]:
+      assert f"{point['loss']:.4f}" in done.stdout
   assert (first / "metrics.jsonl").stat().st_mtime_ns == before
   steps = [
     [
@@ -380,3 +458,4 @@ def test_sweep_of_real_runs_stopped_and_gone_on_with(tmp_path):
   again = subprocess.run(arguments, cwd=ROOT, timeout=60, **pipes)
   assert again.returncode == 0
   assert again.stdout.count("already finished, skipped") == 2
+  assert "already done, skipped" in again.stdout

@@ -4,6 +4,7 @@ This module imports no JAX. `edl_jax.losses.routing_metrics` defines the routing
 metrics.
 """
 
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ class Figures(NamedTuple):
 
 def comparison_table(
   results: Sequence[tuple[str, Mapping[str, Any]]],
+  carved: Sequence[Mapping[str, Any] | None] = (),
 ) -> str:
   """Returns a table with a column for each run.
 
@@ -34,6 +36,9 @@ def comparison_table(
 
   Args:
     results: the label and the content of result.json of every run.
+    carved: what `carve.curve.carve_run` measured of every run, None where it
+      measured nothing. With these the table has the loss, the diversity, and
+      each domain's loss with some of the experts; without, every figure.
 
   Returns:
     Aligned lines, without a newline at the end.
@@ -45,7 +50,11 @@ def comparison_table(
   # Section headings by the number of rows above them.
   headings = {}
   num_header_rows = len(rows)
-  for heading, number, runs in _table_sections([run for _, run in results]):
+  contents = [run for _, run in results]
+  sections = (
+    _carved_sections(contents, carved) if carved else _table_sections(contents)
+  )
+  for heading, number, runs in sections:
     headings[len(rows)] = heading
     for name in dict.fromkeys(name for run in runs for name in run):
       values = [run.get(name) for run in runs]
@@ -127,6 +136,46 @@ def _table_sections(results: Sequence[Mapping[str, Any]]) -> list[Figures]:
       "speed",
       ",.0f",
       [{"tokens per second": run["tokens_per_second"]} for run in results],
+    ),
+  ]
+
+
+def _carved_sections(
+  results: Sequence[Mapping[str, Any]],
+  carved: Sequence[Mapping[str, Any] | None],
+) -> list[Figures]:
+  """Returns what a model is worth whole, and what its parts are worth."""
+
+  def with_experts(
+    run: Mapping[str, Any] | None, keep: int
+  ) -> dict[str, float]:
+    points = run["points"] if run else []
+    losses = {p["domain"]: p["loss"] for p in points if p["keep"] == keep}
+    if not losses:
+      return {}
+    return {"mean over domains": statistics.fmean(losses.values())} | losses
+
+  every = {run["experiment"]["model.num_experts"] for run in results}
+  of_all = f" of {every.pop()}" if len(every) == 1 else ""
+  keeps = {point["keep"] for run in carved if run for point in run["points"]}
+  return [
+    Figures(
+      "held-out LM loss (nats per token)",
+      ".4f",
+      [{"overall": run["eval"]["lm_loss"]} for run in results],
+    ),
+    Figures(
+      "routing diversity (0 to 1)",
+      ".4f",
+      [{"mean over layers": run["routing"]["diversity"]} for run in results],
+    ),
+    *(
+      Figures(
+        f"LM loss with {keep}{of_all} experts in each layer",
+        ".4f",
+        [with_experts(run, keep) for run in carved],
+      )
+      for keep in sorted(keeps, reverse=True)
     ),
   ]
 

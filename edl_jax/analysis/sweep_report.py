@@ -178,18 +178,22 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
   return flat
 
 
-def write_report(workdir: str) -> str:
+def write_report(workdir: str, more: Sequence[str] = ()) -> str:
   """Writes report.md, report.csv and plots of the finished runs.
 
+  Args:
+    workdir: folder of the sweep.
+    more: further sections of report.md.
+
   Returns:
-    The text to print: the tables of report.md.
+    The text of report.md.
 
   Raises:
     UserError: no run is finished, or a file of a run is damaged.
   """
   runs = read_runs(workdir)
   groups = group_runs(runs)
-  text = _tables(runs, groups)
+  text = "\n\n".join([_tables(runs, groups), *more])
   storage.write_bytes(os.path.join(workdir, "report.md"), f"{text}\n".encode())
   _write_csv(os.path.join(workdir, "report.csv"), runs)
   names = short_names(swept_keys(runs))

@@ -117,3 +117,44 @@ def test_comparison_table_of_specialization():
       assert rows[heading, name] == ["0.2500", "0.5000", "+0.2500"]
   # Not where no run asks for it.
   assert "silhouette" not in comparison.comparison_table([results[0]] * 2)
+
+
+def carved_result(loss, keeps=(2, 4)):
+  return {
+    "points": [
+      {"domain": domain, "keep": keep, "loss": loss + number + 1 / keep}
+      for number, domain in enumerate(("python", "legal"))
+      for keep in keeps
+    ]
+  }
+
+
+def test_comparison_table_of_carved_runs():
+  results = [("base", make_result()), ("other", make_result(0.125))]
+  for _, result in results:
+    result["experiment"]["model.num_experts"] = 16
+  carved = [carved_result(3.0), carved_result(2.5)]
+  table = comparison.comparison_table(results, carved)
+  assert rows_of(table) == {
+    ("held-out LM loss", "overall"): ["2.5000", "2.3750", "-0.1250"],
+    ("routing diversity", "mean over layers"): ["0.5000", "0.5000", "+0.0000"],
+    **{
+      (f"LM loss with {keep} of 16 experts in each layer", name): cells
+      for keep, of_keep in (
+        (4, (["3.7500", "3.2500"], ["3.2500", "2.7500"], ["4.2500", "3.7500"])),
+        (2, (["4.0000", "3.5000"], ["3.5000", "3.0000"], ["4.5000", "4.0000"])),
+      )
+      for name, each in zip(("mean over domains", "python", "legal"), of_keep)
+      for cells in [[*each, "-0.5000"]]
+    },
+  }
+
+
+def test_comparison_table_of_a_run_that_was_not_carved():
+  results = [("base", make_result()), ("other", make_result())]
+  results[0][1]["experiment"]["model.num_experts"] = 16
+  results[1][1]["experiment"]["model.num_experts"] = 8
+  carved = [None, carved_result(2.5, keeps=(4,))]
+  rows = rows_of(comparison.comparison_table(results, carved))
+  heading = "LM loss with 4 experts in each layer"
+  assert rows[heading, "python"] == ["-", "2.7500", "-"]

@@ -23,6 +23,7 @@ from absl import logging
 from edl_jax import runtime, storage
 from edl_jax.analysis.carve import curve, export, report, runs, selection
 from edl_jax.analysis.carve.cost import cost
+from edl_jax.analysis.carve.keep import parse_keep
 from edl_jax.command import Command
 from edl_jax.config import UserError
 
@@ -90,7 +91,9 @@ def _settings(found: list[runs.Run]) -> curve.Settings:
   curve_sizes = curve.CALIBRATION_SIZES if _CALIBRATION_CURVE.value else ()
   return curve.Settings(
     domains=runs.domain_indices(found[0], names.value, flag),
-    keep=runs.parse_keep(_KEEP.value, found),
+    keep=parse_keep(
+      _KEEP.value, {run.workdir: run.experiment.model for run in found}, "keep"
+    ),
     score=_SCORE.value,
     greedy=_GREEDY.value,
     calibration_tokens=_CALIBRATION_TOKENS.value,

@@ -134,15 +134,15 @@ def _whole(result: Result) -> float:
   return statistics.fmean(each["loss"] for each in result["whole"].values())
 
 
-def tables_of(results: Sequence[Result]) -> str:
-  """Returns every table as Markdown."""
+def tables_of(results: Sequence[Result], heading: str = "#") -> str:
+  """Returns every table as Markdown, under a heading of that level."""
   groups = group(results)
   first = results[0]
   how = ", layer by layer" if first["greedy"] else ""
   used = sorted({e["calibration_tokens"] for e in first["whole"].values()})
   tokens = " to ".join(f"{n:,}" for n in dict.fromkeys([used[0], used[-1]]))
   parts = [
-    f"# Carved: {len(results)} run(s), {len(first['whole'])} domain(s)",
+    f"{heading} Carved: {len(results)} run(s), {len(first['whole'])} domain(s)",
     f"Experts are chosen by {first['score']}{how} on {tokens} tokens of each"
     " domain's training text. Losses are of held-out text, in nats per token."
     " Columns are the experts kept in each layer.",

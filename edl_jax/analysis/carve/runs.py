@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from edl_jax import sharding
 from edl_jax.analysis import run_text
+from edl_jax.analysis.carve.keep import check_router
 from edl_jax.checkpoint import (
   Provenance,
   checkpoint_steps,
@@ -79,17 +80,8 @@ def _find_run(workdir: str) -> Run:
       f"--workdir={workdir} has no checkpoint to carve; train first"
     )
   run = Run(workdir, steps[-1], Provenance.from_dict(saved))
-  _check_router(run)
+  check_router(run.experiment.model, f"--workdir={workdir}")
   return run
-
-
-def _check_router(run: Run) -> None:
-  """Raises UserError if the model fixes the experts of each domain."""
-  if run.experiment.model.router == "domain":
-    raise UserError(
-      f"--workdir={run.workdir} was trained with model.router=domain, which"
-      " fixes the experts of each domain: there is nothing to choose"
-    )
 
 
 def domain_indices(run: Run, names: Sequence[str], flag: str) -> list[int]:
@@ -112,39 +104,6 @@ def domain_indices(run: Run, names: Sequence[str], flag: str) -> list[int]:
       )
   fine = dict.fromkeys(map(fine_name, names or known))
   return [known.index(name) for name in fine]
-
-
-def parse_keep(texts: Sequence[str], runs: Sequence[Run]) -> list[int]:
-  """Returns the numbers of experts to keep, rising.
-
-  Without texts, 1/8, 1/4, 3/8, 1/2 and 3/4 of the smallest number of experts.
-
-  Raises:
-    UserError: a text is no number, or a run has fewer experts or more active
-      ones.
-  """
-  if not texts:
-    experts = min(run.experiment.model.num_experts for run in runs)
-    active = max(run.experiment.model.num_active_experts for run in runs)
-    shares = {experts * eighths // 8 for eighths in (1, 2, 3, 4, 6)}
-    return sorted({max(active, share) for share in shares})
-  for text in texts:
-    if not text.isdecimal():
-      raise UserError(f"--keep={text}: must be a number of experts")
-    for run in runs:
-      model = run.experiment.model
-      if int(text) < model.num_active_experts:
-        raise UserError(
-          f"--keep={text}: {run.workdir} has"
-          f" model.num_active_experts={model.num_active_experts}; keep at least"
-          " as many"
-        )
-      if int(text) > model.num_experts:
-        raise UserError(
-          f"--keep={text}: {run.workdir} has only"
-          f" model.num_experts={model.num_experts}"
-        )
-  return sorted(set(map(int, texts)))
 
 
 def read_corpus(run: Run) -> Corpus | PreparedCorpus:

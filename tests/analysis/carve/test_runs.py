@@ -15,8 +15,8 @@ from edl_jax.text.taxonomy import Taxonomy
 from edl_jax.text.tokenizer import byte_tokenizer
 
 
-def run_of(num_experts=16, num_active=2):
-  model = ModelConfig(num_experts=num_experts, num_active_experts=num_active)
+def run_of():
+  model = ModelConfig(num_experts=16, num_active_experts=2)
   taxonomy = Taxonomy.from_names(["text/legal", "text/prose", "math"])
   provenance = Provenance(
     Experiment(model=model), taxonomy, byte_tokenizer(), "hash"
@@ -41,31 +41,11 @@ def test_domains_are_found_by_either_name():
   assert "did you mean legal?" in message
 
 
-def test_numbers_of_experts():
-  assert runs.parse_keep(["8", "2", "8"], [run_of()]) == [2, 8]
-  assert runs.parse_keep([], [run_of()]) == [2, 4, 6, 8, 12]
-  # Never fewer than are active.
-  assert runs.parse_keep([], [run_of(8, 4)]) == [4, 6]
-  few = refused(runs.parse_keep, ["1"], [run_of()])
-  assert few.startswith("--keep=1: runs/a has model.num_active_experts=2")
-  many = refused(runs.parse_keep, ["12"], [run_of(), run_of(8)])
-  assert many == "--keep=12: runs/a has only model.num_experts=8"
-  assert "must be a number" in refused(runs.parse_keep, ["two"], [run_of()])
-
-
 def test_a_run_needs_a_checkpoint(tmp_path):
   message = refused(runs.find_runs, [str(tmp_path)])
   assert message == (
     f"--workdir={tmp_path} has no checkpoint to carve; train first"
   )
-
-
-def test_fixed_experts_leave_no_choice():
-  run = run_of()
-  runs._check_router(run)
-  run.experiment.model.router = "domain"
-  message = refused(runs._check_router, run)
-  assert message.startswith("--workdir=runs/a was trained with model.router=")
 
 
 def test_calibration_is_on_training_text(carve_workdir):
