@@ -15,6 +15,7 @@ its flags, so that one process can import many commands, and tests can call
 `main(["--out=x"])`.
 """
 
+import dataclasses
 import difflib
 import os
 import re
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 from absl import flags
 
 from edl_jax import config_files, tables
-from edl_jax.config import Experiment, UserError
+from edl_jax.config import Experiment, MeshConfig, UserError
 
 T = TypeVar("T")
 
@@ -111,6 +112,40 @@ class Command:
       "Experiment file; a variant may follow after a colon. Set its fields by"
       " --experiment.KEY=VALUE.",
     )
+
+  def mesh(self, otherwise: str) -> None:
+    """Defines --mesh=AXIS=SIZE,..., which `mesh_config` returns.
+
+    Args:
+      otherwise: the devices in use without the flag, as "one device".
+    """
+    self.flag(
+      "mesh",
+      (),
+      "Mesh over the devices, such as expert=4,tensor=2; otherwise"
+      f" {otherwise}.",
+    )
+
+  @property
+  def mesh_config(self) -> MeshConfig | None:
+    """The mesh that --mesh names, None without one.
+
+    Raises:
+      UserError: an axis is unknown, or its size is no positive number.
+    """
+    items = self._values["mesh"].value
+    if not items:
+      return None
+    axes = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes = dict.fromkeys(axes, 1)
+    for item in items:
+      axis, _, size = item.partition("=")
+      if axis not in sizes or not size.isdecimal() or not int(size):
+        raise UserError(
+          f"--mesh: {item} is no AXIS=SIZE; axes are {', '.join(axes)}"
+        )
+      sizes[axis] = int(size)
+    return MeshConfig(**sizes)
 
   @property
   def overrides(self) -> dict[str, str]:

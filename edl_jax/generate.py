@@ -14,8 +14,6 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
-from absl.flags import FlagHolder
-
 from edl_jax import tables
 from edl_jax.command import Command
 from edl_jax.config import MeshConfig, UserError
@@ -50,11 +48,7 @@ _DOMAIN = COMMAND.flag(
 _EXPERTS = COMMAND.flag(
   "experts", False, "Print the active experts of each token by layer."
 )
-_MESH: FlagHolder[tuple[str, ...]] = COMMAND.flag(
-  "mesh",
-  (),
-  "Mesh over the devices, such as expert=4,tensor=2; otherwise one device.",
-)
+COMMAND.mesh(otherwise="one device")
 
 
 def _settings() -> Settings:
@@ -86,39 +80,13 @@ def _prompts() -> list[str]:
   return prompts
 
 
-def _mesh_config() -> MeshConfig | None:
-  """Returns the mesh that --mesh names, None without one.
-
-  Raises:
-    UserError: an axis is unknown, or its size is no positive number.
-  """
-  if not _MESH.value:
-    return None
-  sizes = dict.fromkeys(("data", "fsdp", "expert", "tensor", "sequence"), 1)
-  for item in _MESH.value:
-    axis, _, size = item.partition("=")
-    if axis not in sizes or not size.isdecimal() or not int(size):
-      raise UserError(
-        f"--mesh: {item} is no AXIS=SIZE; axes are {', '.join(sizes)}"
-      )
-    sizes[axis] = int(size)
-  return MeshConfig(**sizes)
-
-
 def _load(config: MeshConfig | None) -> "Loaded":
   from edl_jax import checkpoint, sharding
 
   if config is None:
     return checkpoint.load(_WORKDIR.value)
   checkpoint.checkpoint_provenance(_WORKDIR.value)
-  mesh = sharding.make_mesh(config)
-  try:
-    return checkpoint.load(_WORKDIR.value, mesh=mesh)
-  except ValueError as error:
-    raise UserError(
-      f"--mesh={','.join(_MESH.value)} does not divide the model:"
-      f" {' '.join(str(error).split())}"
-    ) from error
+  return checkpoint.load(_WORKDIR.value, mesh=sharding.make_mesh(config))
 
 
 def _print_experts(run: "Loaded", result: "Generated") -> None:
@@ -136,7 +104,7 @@ def _print_experts(run: "Loaded", result: "Generated") -> None:
 @COMMAND.main
 def main() -> None:
   """Continues the prompts; refuses bad settings before it loads the model."""
-  settings, prompts, mesh = _settings(), _prompts(), _mesh_config()
+  settings, prompts, mesh = _settings(), _prompts(), COMMAND.mesh_config
   # Imports JAX, which --help and errors in flags do without.
   from edl_jax import runtime
 

@@ -61,7 +61,10 @@ ARROWS = {
   "storage": {"config"},
   "sweep": {"analysis", "command", "config", "config_files"},
   "tables": set(),
-  "tasks": {"config", "model", "sharding", "text"},
+  "tasks": {
+    *("checkpoint", "command", "config", "losses", "model", "progress"),
+    *("runtime", "sharding", "storage", "tables", "text"),
+  },
   "text": {"cache", "config", "storage"},
   "train": {
     *("analysis", "checkpoint", "config", "evaluate", "losses", "metrics"),

@@ -9,6 +9,7 @@ from edl_jax.checkpoint.checkpointer import Checkpointer
 from edl_jax.checkpoint.folders import (
   DamagedError,
   checkpoint_steps,
+  run_folder,
   saved_provenance,
 )
 from edl_jax.checkpoint.items import VERIFY, Verify
@@ -33,5 +34,6 @@ __all__ = [
   "describe_workdir",
   "initial_tokenizer",
   "load",
+  "run_folder",
   "saved_provenance",
 ]

@@ -58,6 +58,16 @@ def find_checkpoint(path: str, step: int | None = None) -> tuple[str, int]:
   return os.path.join(folder, str(step)), step
 
 
+def run_folder(path: str) -> str:
+  """Returns the folder of the run that a checkpoint belongs to; see `load`.
+
+  Raises:
+    UserError: there is no checkpoint.
+  """
+  checkpoint, _ = find_checkpoint(path)
+  return os.path.dirname(os.path.dirname(checkpoint))
+
+
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a JSON object with a digest of itself, which `read_sealed` checks.
 

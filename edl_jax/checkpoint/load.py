@@ -15,7 +15,7 @@ from edl_jax.checkpoint.items import (
   read_item,
 )
 from edl_jax.checkpoint.provenance import Provenance
-from edl_jax.config import Experiment
+from edl_jax.config import Experiment, UserError
 from edl_jax.generation.generator import Generated, generate
 from edl_jax.generation.settings import Settings
 from edl_jax.model.transformer import Model, abstract_model
@@ -79,7 +79,8 @@ def load(
       were digests load as they are.
 
   Raises:
-    UserError: there is no such checkpoint, or its bucket cannot be read.
+    UserError: there is no such checkpoint, its bucket cannot be read, or `mesh`
+      does not divide the model.
     DamagedError: a file is missing or damaged, or an array is not what was
       saved. It is a UserError.
   """
@@ -99,6 +100,8 @@ def load(
     abstract,
     shardings,
   )
+  if mesh is not None:
+    _check_divides(abstract, mesh)
   parameters = read_item(checkpoint, "parameters", by_name(abstract))
   check_items(
     checkpoint,
@@ -114,6 +117,19 @@ def load(
     step=step,
     content_hash=provenance.content_hash,
   )
+
+
+def _check_divides(abstract: Model, mesh: Mesh) -> None:
+  """Raises UserError if a parameter cannot be spread over the mesh."""
+  for leaf in jax.tree.leaves(abstract):
+    try:
+      leaf.sharding.shard_shape(leaf.shape)
+    except ValueError as error:
+      shown = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+      raise UserError(
+        f"the mesh {shown} does not divide the model:"
+        f" {' '.join(str(error).split())}"
+      ) from error
 
 
 def checkpoint_provenance(path: str, step: int | None = None) -> Provenance:

@@ -28,6 +28,7 @@ semicolon. The last five are the same on every line. Other keys are ignored.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -89,15 +90,20 @@ def task_files(folder: str) -> dict[str, str]:
   return found
 
 
-def read_task(path: str) -> Task:
+def read_task(path: str, most: int | None = None) -> Task:
   """Reads a task file.
+
+  Args:
+    path: of the file.
+    most: number of documents after which reading ends; None reads all.
 
   Raises:
     UserError: the file cannot be read, or a line is wrong; names the line.
   """
   first: dict[str, Any] = {}
   documents, seen = [], SeenIds()
-  for number, (where, record) in enumerate(read_json_lines(path), 1):
+  lines = itertools.islice(read_json_lines(path), most)
+  for number, (where, record) in enumerate(lines, 1):
     if isinstance(record, UserError):
       raise record
     document = _document(record, where, str(number))
