@@ -44,11 +44,13 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def decays(parameters: Any) -> Any:
   """Returns a pytree of bools: the parameters to which weight decay applies.
 
-  These are all but the scales of norms. The model has no biases.
+  These are all but the scales of norms and the biases.
   """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: last_name(path) != "scale", parameters
-  )
+
+  def is_decayed(path: Any, _: Any) -> bool:
+    return not {"scale", "bias"} & set(last_name(path).split("_"))
+
+  return jax.tree_util.tree_map_with_path(is_decayed, parameters)
 
 
 def trained(config: OptimizerConfig, parameters: Any) -> Any:

@@ -71,6 +71,10 @@ PARAMETER_RULES: dict[str, ParameterRule] = {
   "key_MKH": ParameterRule((_STORAGE, "tensor", None)),
   "value_MKH": ParameterRule((_STORAGE, "tensor", None)),
   "out_NHM": ParameterRule(("tensor", None, _STORAGE)),
+  "query_bias_NH": ParameterRule(("tensor", None)),
+  "key_bias_KH": ParameterRule(("tensor", None)),
+  "value_bias_KH": ParameterRule(("tensor", None)),
+  "out_bias_M": ParameterRule((None,)),
   "router_ME": ParameterRule(("fsdp", None), is_float32=True),
   "bias_E": ParameterRule((None,), is_float32=True, is_state=True),
   "gate_up_EM2F": ParameterRule(
@@ -81,8 +85,10 @@ PARAMETER_RULES: dict[str, ParameterRule] = {
   ),
   "gate_up_M2F": ParameterRule((_STORAGE, None, "tensor")),
   "down_FM": ParameterRule(("tensor", _STORAGE)),
+  "shared_gate_M": ParameterRule((None,), is_float32=True),
   # Norms.
   "scale": ParameterRule((None,), is_float32=True),
+  "scale_NH": ParameterRule(("tensor", None), is_float32=True),
 }
 
 
@@ -380,6 +386,12 @@ def sum_over(x: Any, axes: Sequence[str]) -> Any:
   """Sums over mesh axes."""
   axes = spread_axes(axes)
   return jax.lax.psum(x, axes) if axes else x
+
+
+def mean_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+  """Averages over mesh axes."""
+  axes = spread_axes(axes)
+  return jax.lax.pmean(x, axes) if axes else x
 
 
 def max_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:

@@ -60,6 +60,16 @@ def _check_model(model: ModelConfig) -> None:
       f"model.num_active_experts={model.num_active_experts} exceeds"
       f" model.num_experts={model.num_experts}"
     )
+  if model.shared_expert_gate and not model.num_shared_experts:
+    raise UserError(
+      "model.shared_expert_gate=True needs model.num_shared_experts of at"
+      " least 1"
+    )
+  if model.rope_scaling == "none" and model.rope_factor != 1:
+    raise UserError(
+      f"model.rope_factor={model.rope_factor} needs model.rope_scaling=linear"
+      " or yarn, not none"
+    )
   if model.num_dense_layers >= model.num_layers:
     raise UserError(
       f"model.num_dense_layers={model.num_dense_layers} leaves no"

@@ -26,6 +26,15 @@ MODELS = [
   for dense in (0, 1)
   for shared in (0, 2)
 ]
+MODELS.append(
+  ModelConfig(
+    qk_norm="full",
+    attention_bias="all",
+    num_shared_experts=1,
+    shared_expert_gate=True,
+    tied_embeddings=True,
+  )
+)
 
 
 def names(model):

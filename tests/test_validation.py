@@ -31,6 +31,11 @@ INVALID = [
   ({"model.head_width": 15}, ("15",)),
   ({"model.num_active_experts": 5}, ("5", "model.num_experts=4")),
   ({"model.num_dense_layers": 2}, ("2", "model.num_layers=2")),
+  (
+    {"model.shared_expert_gate": True},
+    ("model.shared_expert_gate=True", "model.num_shared_experts"),
+  ),
+  ({"model.rope_factor": 4.0}, ("4.0", "model.rope_scaling=linear")),
   ({"train.accumulation_steps": 3}, ("3", "train.batch_size=8")),
   ({"train.eval_rows": 0}, ("0",)),
   ({"optimizer.warmup_steps": 21}, ("21", "train.num_steps=20")),

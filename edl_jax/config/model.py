@@ -92,8 +92,46 @@ class ModelConfig:
   rope_theta: float = field(
     10_000.0, above=0, help="Base of the rotary position embedding."
   )
+  rope_scaling: str = field(
+    "none",
+    choices=("none", "linear", "yarn"),
+    help="How rotary frequencies are lowered for rows longer than those of"
+    " pre-training: not, all by rope_factor (linear), or the slow ones alone"
+    " (yarn).",
+  )
+  rope_factor: float = field(
+    1.0,
+    at_least=1,
+    help="Longest row as a multiple of rope_original_length; needs rope_scaling"
+    " other than none.",
+  )
+  rope_original_length: int = field(
+    4096,
+    at_least=1,
+    help="Longest row of pre-training, in tokens; yarn alone reads it.",
+  )
   norm_epsilon: float = field(
     1e-6, above=0, help="Added to the mean square inside RMSNorm."
+  )
+  qk_norm: str = field(
+    "head",
+    choices=("head", "full", "none"),
+    help="What RMSNorm normalises in queries and keys: each head by itself, all"
+    " heads of a token together (full), or nothing.",
+  )
+  attention_bias: str = field(
+    "none",
+    choices=("none", "qkv", "all"),
+    help="Projections of attention that add a bias: none, those to queries,"
+    " keys and values (qkv), or these and the output (all).",
+  )
+  shared_expert_gate: bool = field(
+    False,
+    help="Whether each token multiplies the output of the shared experts by a"
+    " sigmoid.",
+  )
+  tied_embeddings: bool = field(
+    False, help="Whether the head is the transposed embedding."
   )
   dtype: str = field(
     "float32",

@@ -14,6 +14,7 @@ def chunked_cross_entropy(
   targets_BT: jax.Array,
   weights_BT: jax.Array,
   chunk_elements: int = 1 << 22,
+  tied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Weighted cross-entropy of a linear head, without all logits at once.
 
@@ -32,49 +33,50 @@ def chunked_cross_entropy(
     targets_BT: int32 in [0, V).
     weights_BT: float32, 0 for padding; no gradient.
     chunk_elements: elements of the largest array of logits.
+    tied: whether the embedding is given in place of the head, (V, M).
 
   Returns:
     The weighted sum in nats over these rows, a float32 scalar; and weighted
     nats_BT, float32, for reports. No gradient flows through nats_BT.
   """
   total, nats_BT = _cross_entropy(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements
+    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied
   )
   return total, jax.lax.stop_gradient(nats_BT)
 
 
 def _cross_entropy_primal(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements
+  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied
 ) -> tuple[jax.Array, jax.Array]:
   nats_BT, _, _ = _in_chunks(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, False
+    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, False
   )
   return nats_BT.sum(), nats_BT
 
 
 def _cross_entropy_forward(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements
+  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied
 ):
   nats_BT, dx_BTM, dhead_MV = _in_chunks(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, True
+    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, True
   )
   return (nats_BT.sum(), nats_BT), (dx_BTM, dhead_MV)
 
 
-def _cross_entropy_backward(chunk_elements, residuals, cotangents):
-  del chunk_elements
+def _cross_entropy_backward(chunk_elements, tied, residuals, cotangents):
+  del chunk_elements, tied
   dx_BTM, dhead_MV = residuals
   # Devices along `tensor` hold the same sum, and each a part of its cotangent.
   scale = sharding.sum_over(cotangents[0], ("tensor",))
   return (scale * dx_BTM).astype(dx_BTM.dtype), scale * dhead_MV, None, None
 
 
-_cross_entropy = jax.custom_vjp(_cross_entropy_primal, nondiff_argnums=(4,))
+_cross_entropy = jax.custom_vjp(_cross_entropy_primal, nondiff_argnums=(4, 5))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _in_chunks(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, with_gradient
+  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, with_gradient
 ):
   """Returns nats_BT, and dx_BTM and dhead_MV (None without gradient).
 
@@ -82,7 +84,12 @@ def _in_chunks(
   returns what these contribute to dx_BTM.
   """
   batch, length, width = x_BTM.shape
-  head = sharding.gather("head_MV", head_MV.astype(x_BTM.dtype))
+  name = "embedding_VM" if tied else "head_MV"
+  # Devices along `tensor` keep their part of the vocabulary.
+  head = sharding.gather(
+    name, head_MV.astype(x_BTM.dtype), sharding.STORAGE_AXES
+  )
+  head = head.T if tied else head
   vocabulary = head.shape[1]
   first = sharding.index_along("tensor") * vocabulary
   tokens = batch * length
@@ -127,6 +134,7 @@ def _in_chunks(
   if with_gradient:
     dx = dx.reshape(-1, width)[:tokens].reshape(x_BTM.shape)
     # Scatter now, so that no device keeps the whole until the backward pass.
-    dhead_MV = sharding.scatter("head_MV", dhead_MV.astype(x_BTM.dtype))
-    dhead_MV = dhead_MV.astype(jnp.float32)
+    dhead = (dhead_MV.T if tied else dhead_MV).astype(x_BTM.dtype)
+    dhead = sharding.scatter(name, dhead, sharding.STORAGE_AXES)
+    dhead_MV = dhead.astype(jnp.float32)
   return nats_BT, dx, dhead_MV

@@ -11,32 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from edl_jax import sharding
 from edl_jax.config import ModelConfig
 from edl_jax.model import splash
-from edl_jax.model.layers import RMSNorm, fan_in_normal
-
-
-def rotary_embedding(
-  x_BTNH: jax.Array, positions_BT: jax.Array, theta: float
-) -> jax.Array:
-  """Rotates pairs of features by position (Su et al., arXiv:2104.09864).
-
-  Feature i is paired with feature i + H/2, as the Qwen and Llama families do.
-  Angles are float32; the dtype of `x_BTNH` is kept.
-  """
-  half = x_BTNH.shape[-1] // 2
-  frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
-  cos_BTH, sin_BTH = jnp.cos(angle_BTH), jnp.sin(angle_BTH)
-  # One formula for both halves: a CPU takes three times as long to join them
-  # afterwards.
-  cos_BTH = jnp.concatenate([cos_BTH, cos_BTH], axis=-1)
-  sin_BTH = jnp.concatenate([-sin_BTH, sin_BTH], axis=-1)
-  x32_BTNH = x_BTNH.astype(jnp.float32)
-  rotated = (
-    x32_BTNH * cos_BTH[:, :, None]
-    + jnp.roll(x32_BTNH, half, axis=-1) * sin_BTH[:, :, None]
-  )
-  return rotated.astype(x_BTNH.dtype)
-
+from edl_jax.model.layers import HeadsRMSNorm, RMSNorm, fan_in_normal
+from edl_jax.model.rope import rotary_embedding
 
 # Blocks of queries. With n blocks, (n + 1) / 2n of all pairs are computed.
 _QUERY_BLOCKS = 4
@@ -276,6 +252,16 @@ def cached_attention(
   return y_BKQTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
+def _heads_norm(
+  config: ModelConfig, heads: int
+) -> RMSNorm | HeadsRMSNorm | None:
+  if config.qk_norm == "none":
+    return None
+  if config.qk_norm == "full":
+    return HeadsRMSNorm(heads, config.head_width, config.norm_epsilon)
+  return RMSNorm(config.head_width, config.norm_epsilon)
+
+
 class Attention(nnx.Module):
   """Causal attention within documents."""
 
@@ -283,7 +269,7 @@ class Attention(nnx.Module):
     m, h = config.width, config.head_width
     n, k = config.num_heads, config.num_kv_heads
     query, key_, value, out = jax.random.split(key, 4)
-    self._theta = config.rope_theta
+    self.config = config
     self.query_MNH = nnx.Param(fan_in_normal(query, (m, n, h), m))
     self.key_MKH = nnx.Param(fan_in_normal(key_, (m, k, h), m))
     self.value_MKH = nnx.Param(fan_in_normal(value, (m, k, h), m))
@@ -292,8 +278,14 @@ class Attention(nnx.Module):
     self.out_NHM = nnx.Param(
       fan_in_normal(out, (n, h, m), n * h, residual_scale)
     )
-    self.query_norm = RMSNorm(h, config.norm_epsilon)
-    self.key_norm = RMSNorm(h, config.norm_epsilon)
+    self.query_norm = _heads_norm(config, n)
+    self.key_norm = _heads_norm(config, k)
+    if config.attention_bias != "none":
+      self.query_bias_NH = nnx.Param(jnp.zeros((n, h)))
+      self.key_bias_KH = nnx.Param(jnp.zeros((k, h)))
+      self.value_bias_KH = nnx.Param(jnp.zeros((k, h)))
+    if config.attention_bias == "all":
+      self.out_bias_M = nnx.Param(jnp.zeros((m,)))
 
   def __call__(
     self, x_BTM: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array
@@ -347,18 +339,28 @@ class Attention(nnx.Module):
   def _projections(self, x_BTM, positions_BT):
     """Returns q_BTNH, k_BSKH and v_BSKH, the first two rotated."""
 
-    def project(name):
-      weights = self._gathered(name, x_BTM.dtype)
-      return jnp.einsum("BTM,MNH->BTNH", x_BTM, weights)
+    dtype = x_BTM.dtype
 
-    q_BTNH = self.query_norm(project("query_MNH"))
-    k_BSKH = self.key_norm(project("key_MKH"))
-    v_BSKH = project("value_MKH")
-    q_BTNH = rotary_embedding(q_BTNH, positions_BT, self._theta)
-    k_BSKH = rotary_embedding(k_BSKH, positions_BT, self._theta)
+    def project(name, bias):
+      y_BTNH = jnp.einsum("BTM,MNH->BTNH", x_BTM, self._gathered(name, dtype))
+      if self.config.attention_bias == "none":
+        return y_BTNH
+      return y_BTNH + self._gathered(bias, dtype)
+
+    q_BTNH = project("query_MNH", "query_bias_NH")
+    k_BSKH = project("key_MKH", "key_bias_KH")
+    v_BSKH = project("value_MKH", "value_bias_KH")
+    if self.query_norm is not None and self.key_norm is not None:
+      q_BTNH, k_BSKH = self.query_norm(q_BTNH), self.key_norm(k_BSKH)
+    q_BTNH = rotary_embedding(q_BTNH, positions_BT, self.config)
+    k_BSKH = rotary_embedding(k_BSKH, positions_BT, self.config)
     return q_BTNH, k_BSKH, v_BSKH
 
   def _output(self, y_BTNH):
     out_NHM = self._gathered("out_NHM", y_BTNH.dtype)
     y_BTM = jnp.einsum("BTNH,NHM->BTM", y_BTNH, out_NHM)
-    return sharding.sum_over(y_BTM, ("tensor",))
+    y_BTM = sharding.sum_over(y_BTM, ("tensor",))
+    if self.config.attention_bias == "all":
+      # Behind the sum, which would add the bias once for each device.
+      y_BTM += self._gathered("out_bias_M", y_BTM.dtype)
+    return y_BTM

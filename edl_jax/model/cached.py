@@ -153,9 +153,5 @@ def advance(
     (by_row, cache_specs, PartitionSpec(None, sharding.ROW_AXES)),
   )(model, tokens_BT, positions_BT, last_B, cache, choice)
   with jax.named_scope("head"):
-    logits_BV = jnp.dot(
-      x_BM,
-      model.head_MV[...].astype(x_BM.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    logits_BV = model.logits(x_BM)
   return logits_BV, cache, expert_LBTA

@@ -1,5 +1,7 @@
 """Layers that attention and experts share: norm, SwiGLU, initialisation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,26 +23,35 @@ def fan_in_normal(
   return initializer(key, shape, jnp.float32)
 
 
-@jax.custom_vjp
-def _rms_normalize(x, scale, epsilon):
-  """Normalises; autodiff's derivative would read x three times as often."""
-  return _rms_normalize_forward(x, scale, epsilon)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rms_normalize(x, scale, epsilon, axes=()) -> jax.Array:
+  """Normalises; autodiff's derivative would read x three times as often.
+
+  Args:
+    x: (..., W).
+    scale: (W,), float32.
+    epsilon: added to the mean square.
+    axes: mesh axes over which W is spread.
+  """
+  return _rms_normalize_forward(x, scale, epsilon, axes)[0]
 
 
-def _rms_normalize_forward(x, scale, epsilon):
+def _rms_normalize_forward(x, scale, epsilon, axes):
   x32 = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  mean_square = sharding.mean_over(mean_square, axes)
   inverse = jax.lax.rsqrt(mean_square + epsilon)
   return (x32 * inverse * scale).astype(x.dtype), (x, inverse, scale)
 
 
-def _rms_normalize_backward(residuals, dy):
+def _rms_normalize_backward(axes, residuals, dy):
   x, inverse, scale = residuals
   normal = x.astype(jnp.float32) * inverse
   dy = dy.astype(jnp.float32)
   dscale = (dy * normal).reshape(-1, x.shape[-1]).sum(0)
   dnormal = dy * scale
   along = (dnormal * normal).mean(-1, keepdims=True)
+  along = sharding.mean_over(along, axes)
   dx = inverse * (dnormal - normal * along)
   return dx.astype(x.dtype), dscale, None
 
@@ -58,6 +69,25 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises the last axis in float32; keeps the dtype of `x`."""
     return _rms_normalize(x, self.scale[...], self._epsilon)
+
+
+class HeadsRMSNorm(nnx.Module):
+  """RMSNorm of all heads of a token together, as OLMoE has it.
+
+  Muennighoff et al., arXiv:2409.02060, section 4.2.5. Heads are spread over
+  `tensor`.
+  """
+
+  def __init__(self, heads: int, width: int, epsilon: float):
+    self.scale_NH = nnx.Param(jnp.ones((heads, width)))
+    self._epsilon = epsilon
+
+  def __call__(self, x_BTNH: jax.Array) -> jax.Array:
+    """Normalises the last two axes in float32; keeps the dtype."""
+    flat = x_BTNH.reshape(*x_BTNH.shape[:-2], -1)
+    scale = self.scale_NH[...].reshape(-1)
+    y = _rms_normalize(flat, scale, self._epsilon, ("tensor",))
+    return y.reshape(x_BTNH.shape)
 
 
 @jax.custom_vjp

@@ -46,6 +46,9 @@ class MoE(nnx.Module):
       self.shared = SwiGLU(config, config.num_shared_experts * f, shared)
     else:
       self.shared = None
+    if config.shared_expert_gate:
+      gate = jax.random.fold_in(shared, 0)
+      self.shared_gate_M = nnx.Param(fan_in_normal(gate, (m,), m))
 
   @jax.named_scope("router")
   def route(
@@ -168,9 +171,7 @@ class MoE(nnx.Module):
     y_BTM, outputs = self._dispatch(
       x_BTM, expert_BTA, gate_BTA, weights_BT, summaries, moe
     )
-    if self.shared is not None:
-      with jax.named_scope("experts"):
-        y_BTM += self.shared(x_BTM)
+    y_BTM = self._with_shared(x_BTM, y_BTM)
     with jax.named_scope("router"):
       rows = summaries.routing(
         logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT
@@ -212,10 +213,24 @@ class MoE(nnx.Module):
       *(gate_up_LEM2F, down_LEFM, layer),
     )
     y_BTM = sharding.sum_over(y_PM, ("tensor",)).reshape(x_BTM.shape)
-    if self.shared is not None:
-      with jax.named_scope("experts"):
-        y_BTM += self.shared(x_BTM)
-    return y_BTM, expert_BTA
+    return self._with_shared(x_BTM, y_BTM), expert_BTA
+
+  def _with_shared(self, x_BTM, y_BTM):
+    """Adds what shared experts make of x_BTM to y_BTM, of routed experts."""
+    if self.shared is None:
+      return y_BTM
+    with jax.named_scope("experts"):
+      shared_BTM = self.shared(x_BTM)
+      if self.config.shared_expert_gate:
+        gate_BT = jnp.einsum(
+          "BTM,M->BT",
+          x_BTM.astype(jnp.float32),
+          self.shared_gate_M[...],
+          precision=jax.lax.Precision.HIGHEST,
+        )
+        gate_BT = jax.nn.sigmoid(gate_BT).astype(x_BTM.dtype)
+        shared_BTM *= gate_BT[..., None]
+      return y_BTM + shared_BTM
 
   def _dispatch(self, x_BTM, expert_BTA, gate_BTA, weights_BT, summaries, moe):
     """Runs the routed experts, and sums their outputs up if that is asked.

@@ -87,7 +87,10 @@ class Block(nnx.Module):
 
 
 class Model(nnx.Module):
-  """A decoder-only mixture-of-experts language model (Qwen3-MoE shape).
+  """A decoder-only mixture-of-experts language model.
+
+  Its default shape is that of Qwen3-MoE; `ModelConfig` has what other families
+  do in another way.
 
   Parameters are float32; layers of a kind are stacked on a leading L axis and
   scanned. Initialisation: weights truncated normal with variance 1 / fan-in
@@ -111,7 +114,20 @@ class Model(nnx.Module):
       jax.random.split(blocks, num_moe_layers)
     )
     self.final_norm = RMSNorm(config.width, config.norm_epsilon)
-    self.head_MV = nnx.Param(fan_in_normal(head, shape[::-1], config.width))
+    if config.tied_embeddings:
+      self.head_MV = None
+    else:
+      self.head_MV = nnx.Param(fan_in_normal(head, shape[::-1], config.width))
+
+  def logits(self, x: jax.Array) -> jax.Array:
+    """Returns the logits, float32 (..., V), of activations (..., M)."""
+    if self.head_MV is None:
+      head_MV = self.embedding_VM[...].T
+    else:
+      head_MV = self.head_MV[...]
+    return jnp.dot(
+      x, head_MV.astype(x.dtype), preferred_element_type=jnp.float32
+    )
 
   def hidden(
     self,
@@ -192,8 +208,7 @@ class Model(nnx.Module):
       *_whole_documents(tokens_BT.shape),
       choice=make_choice(self.config, domain_B, num_domains),
     )
-    head_MV = self.head_MV[...].astype(x_BTM.dtype)
-    return jnp.dot(x_BTM, head_MV, preferred_element_type=jnp.float32)
+    return self.logits(x_BTM)
 
   def token_routing(
     self,
@@ -254,13 +269,15 @@ class Model(nnx.Module):
       moe,
       choice,
     )
+    head = self.embedding_VM if self.head_MV is None else self.head_MV
     with jax.named_scope("head"):
       nats, nats_BT = chunked_cross_entropy(
         x_BTM,
-        self.head_MV[...],
+        head[...],
         batch.targets_BT,
         batch.weights_BT,
         self.config.logits_elements,
+        self.head_MV is None,
       )
     outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
     return nats[None], nats_BT, routing_LB, outputs_L1, probs_L1I2E
@@ -397,6 +414,9 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
   idle = config.num_experts - config.num_active_experts
   moe_layers = config.num_layers - config.num_dense_layers
   embedding = config.vocabulary_size * config.width
+  if config.tied_embeddings:
+    # The head is used as a whole.
+    embedding = 0
   return total, total - moe_layers * idle * expert - embedding
 
 

@@ -48,20 +48,45 @@ def attend(x_TM, attention, layer, config: ModelConfig):
   def get(parameter):
     return float64(parameter, layer)
 
-  def head(x, weights, scale, position):
-    normed = rms_norm(x @ weights, scale, config.norm_epsilon)
-    return rotate(normed, position, config.rope_theta)
+  def heads(x, weights_MNH, bias, norm, position):
+    """Returns the heads of a token, normalised and rotated."""
+    x_NH = np.einsum("m,mnh->nh", x, get(weights_MNH))
+    if config.attention_bias != "none":
+      x_NH = x_NH + get(bias)
+    if config.qk_norm == "full":
+      flat = rms_norm(x_NH.ravel(), get(norm.scale_NH).ravel(), epsilon)
+      x_NH = flat.reshape(x_NH.shape)
+    if config.qk_norm == "head":
+      x_NH = np.array([rms_norm(h, get(norm.scale), epsilon) for h in x_NH])
+    return [rotate(h, position, config.rope_theta) for h in x_NH]
 
+  epsilon = config.norm_epsilon
+  biases = dict.fromkeys(("query", "key"))
+  value_bias_KH = np.zeros((config.num_kv_heads, config.head_width))
   out = np.zeros_like(x_TM)
+  if config.attention_bias != "none":
+    biases = {"query": attention.query_bias_NH, "key": attention.key_bias_KH}
+    value_bias_KH = get(attention.value_bias_KH)
+  if config.attention_bias == "all":
+    out += get(attention.out_bias_M)
+  query_TN, key_TK = (
+    [
+      heads(
+        x,
+        getattr(attention, letters),
+        biases[name],
+        getattr(attention, f"{name}_norm"),
+        t,
+      )
+      for t, x in enumerate(x_TM)
+    ]
+    for name, letters in (("query", "query_MNH"), ("key", "key_MKH"))
+  )
   for n in range(config.num_heads):
     k = n // (config.num_heads // config.num_kv_heads)
-    query_MH = get(attention.query_MNH)[:, n]
-    key_MH = get(attention.key_MKH)[:, k]
-    queries, keys, values = [], [], []
-    for t, x in enumerate(x_TM):
-      queries.append(head(x, query_MH, get(attention.query_norm.scale), t))
-      keys.append(head(x, key_MH, get(attention.key_norm.scale), t))
-      values.append(x @ get(attention.value_MKH)[:, k])
+    queries, keys = [each[n] for each in query_TN], [each[k] for each in key_TK]
+    value_MH = get(attention.value_MKH)[:, k]
+    values = [x @ value_MH + value_bias_KH[k] for x in x_TM]
     for t in range(len(x_TM)):
       scores = np.array([queries[t] @ key for key in keys[: t + 1]])
       weights = np.exp(scores / np.sqrt(config.head_width))
@@ -98,9 +123,13 @@ def mix_experts(x, moe, layer, config: ModelConfig, kept, routed):
   y = sum(gate * output for gate, output in zip(gates, outputs))
   if moe.shared is not None:
     shared = moe.shared
-    y = y + swiglu(
+    output = swiglu(
       x, float64(shared.gate_up_M2F, layer), float64(shared.down_FM, layer)
     )
+    if config.shared_expert_gate:
+      logit = x @ float64(moe.shared_gate_M, layer)
+      output = output / (1 + np.exp(-logit))
+    y = y + output
   return y
 
 
@@ -144,4 +173,6 @@ def logits(
       x_TM[t] = x_TM[t] + y
   final = float64(model.final_norm.scale)
   normed = np.array([rms_norm(x, final, epsilon) for x in x_TM])
+  if config.tied_embeddings:
+    return normed @ float64(model.embedding_VM).T
   return normed @ float64(model.head_MV)
