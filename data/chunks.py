@@ -128,6 +128,7 @@ def _start_process(
 ) -> None:
   # The processes replace the tokenizer's own threads.
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
+  os.environ["RAYON_NUM_THREADS"] = "1"
   # A killed parent cannot end its children, so they watch for its end.
   parent = multiprocessing.parent_process()
   assert parent is not None, "must run in a worker"
@@ -254,20 +255,18 @@ class Job(NamedTuple):
 def encode(job: Job) -> int:
   """Writes a chunk's tokens, then its documents; returns their bytes."""
   tokenizer = _worker.tokenizer
-  pieces = tokenizer.encode_batch(job.texts)
-  dtype = token_dtype(tokenizer)
-  tokens = np.concatenate([np.zeros(0, np.int32), *pieces]).astype(dtype)
+  tokens, length_N = tokenizer.encode_flat(job.texts)
   contents = [text.encode() for text in job.texts]
   documents = np.zeros(len(job.texts), DOCUMENT)
   documents["file"] = job.number
-  documents["tokens"] = [len(piece) for piece in pieces]
+  documents["tokens"] = length_N
   documents["start"] = np.cumsum(documents["tokens"], dtype=np.uint64)
   documents["start"] -= documents["tokens"]
   documents["bytes"] = [len(content) for content in contents]
   documents["characters"] = [len(text) for text in job.texts]
   documents["source"] = job.source_N
   documents["held_out"] = job.held_out_N
-  content = tokens.tobytes()
+  content = tokens.astype(token_dtype(tokenizer)).tobytes()
   storage.write_bytes(_worker.out / tokens_name(job.number), content)
   write_arrays(
     encoded_path(_worker.out, job.number),

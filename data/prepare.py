@@ -34,6 +34,7 @@ from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
 from edl_jax.progress import BytesProgress
 from edl_jax.text.files import find_files
+from edl_jax.text.flat_encoder import has_fastokens
 from edl_jax.text.mixture import content_hash
 from edl_jax.text.prepared import (
   DOCUMENT,
@@ -274,6 +275,12 @@ class _Preparation:
 
   def _encode(self, plan: Plan, workers: chunks.Workers) -> None:
     """Writes the tokens of every chunk."""
+    if not has_fastokens():
+      print(
+        "tokenizing takes four times as long without fastokens: pip install -r"
+        " requirements-data.txt",
+        file=sys.stderr,
+      )
     progress = BytesProgress("tokenizing", plan.num_bytes)
 
     def missing() -> Iterator[chunks.Job]:

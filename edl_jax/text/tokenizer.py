@@ -1,5 +1,6 @@
 """Lossless tokenizers: byte-level BPE, plain bytes, or one from a file."""
 
+import functools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,6 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment, UserError
+from edl_jax.text.flat_encoder import FlatEncoder, flat_encoder
 from edl_jax.text.mixture import Corpus
 from edl_jax.text.tokenizer_files import (
   DOCUMENT_START,
@@ -62,15 +64,29 @@ class Tokenizer:
     """UTF-8 bytes of each token, int32 (V,); 0 for special tokens."""
     return np.array([len(token) for token in self._bytes], np.int32)
 
+  def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes many texts at once, without special tokens.
+
+    Returns:
+      The tokens of all texts end to end, int32, and how many of them each text
+      has, int64 (texts,).
+    """
+    parts = [
+      self._encoder(chunk) for chunk in _chunks(texts, _ENCODING_CHARACTERS)
+    ]
+    return (
+      np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in parts)]),
+      np.concatenate([np.zeros(0, np.int64), *(sizes for _, sizes in parts)]),
+    )
+
+  @functools.cached_property
+  def _encoder(self) -> FlatEncoder:
+    return flat_encoder(self._library)
+
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Returns the tokens of each text, int32, without special tokens."""
-    tokens = []
-    for chunk in _chunks(texts, _ENCODING_CHARACTERS):
-      encodings = self._library.encode_batch_fast(
-        chunk, add_special_tokens=False
-      )
-      tokens += [np.array(encoding.ids, np.int32) for encoding in encodings]
-    return tokens
+    tokens, length_N = self.encode_flat(texts)
+    return np.split(tokens, np.cumsum(length_N)[:-1]) if texts else []
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the tokens of one text, int32, without special tokens."""

@@ -36,7 +36,7 @@ _STARTS = (
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # Each of these texts detects a way of losing text.
-_PROBES = (
+PROBES = (
   " two  spaces, a\ttab \r\n\n and an end \n",
   "Ünïcode: e\u0301 ﬁ ①, ǅ İ ß ﷺ A\u00a0b\u200dc\u00ad\ufeff",
   "漢字と仮名、中文、한국어 אב 😀👩‍🔬 \U0010fffd \x00\x01",
@@ -77,7 +77,7 @@ def token_bytes(library: tokenizers.Tokenizer) -> list[bytes]:
     UserError: the tokenizer belongs to neither family above.
   """
   settings = json.loads(library.to_str())
-  byte_level = _is_byte_level(settings)
+  byte_level = is_byte_level(settings)
   _check_alphabet(settings["model"], byte_level)
   byte_of = {c: byte for byte, c in byte_characters().items()}
   vocabulary = library.get_vocab(with_added_tokens=True)
@@ -106,7 +106,7 @@ def _nodes(part: Any) -> list[dict[str, Any]]:
   return [part]
 
 
-def _is_byte_level(settings: dict[str, Any]) -> bool:
+def is_byte_level(settings: dict[str, Any]) -> bool:
   steps = _nodes(settings["pre_tokenizer"])
   return any(step["type"] == "ByteLevel" for step in steps)
 
@@ -183,7 +183,7 @@ def _shield(library: tokenizers.Tokenizer) -> None:
 def _probe(library: tokenizers.Tokenizer) -> None:
   """Raises UserError if a difficult text is not restored by decoding."""
   meaning = token_bytes(library)
-  for text in _PROBES:
+  for text in PROBES:
     ids = library.encode(text, add_special_tokens=False).ids
     if b"".join(meaning[i] for i in ids) != text.encode():
       raise UserError(f"it does not keep the text {text[:20]!r}")
