@@ -25,18 +25,15 @@ report alone:
   python -m edl_jax.sweep --workdir=runs/sweep --report
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import itertools
 import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any, Self
+from typing import IO
 
 from edl_jax import config, config_files
 from edl_jax.analysis import comparison, sweep_report
@@ -45,6 +42,7 @@ from edl_jax.analysis.carve import swept
 from edl_jax.analysis.carve.keep import check_router, parse_keep
 from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
+from edl_jax.launcher import Launcher, StoppedError, core_shares, locked
 
 COMMAND = Command(__doc__)
 _EXPERIMENT = COMMAND.experiment()
@@ -54,6 +52,13 @@ _WORKDIR = COMMAND.flag(
   "",
   "Folder of the sweep, with a folder for each run.",
   required=True,
+)
+_JOBS = COMMAND.flag(
+  "jobs",
+  1,
+  "Runs side by side, each on its own share of the cores; its output goes to"
+  " output.txt in its folder.",
+  minimum=1,
 )
 _CARVE = COMMAND.flag(
   "carve",
@@ -174,130 +179,48 @@ def is_finished(point: Point, workdir: str) -> bool:
   return True
 
 
-class _StoppedError(Exception):
-  """A signal ended the sweep."""
-
-  def __init__(self, number: int):
-    super().__init__(number)
-    self.number = number
-
-
-class _Launcher:
-  """Runs one process at a time and forwards signals to it."""
-
-  _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-  def __init__(self) -> None:
-    self._before: dict[signal.Signals, Any] = {}
-    self._running = False
-    self._process: subprocess.Popen[bytes] | None = None
-    self._received: int | None = None
-
-  def __enter__(self) -> Self:
-    self._before = {
-      number: signal.getsignal(number) for number in self._SIGNALS
-    }
-    for number, handler in self._before.items():
-      # nohup has SIGHUP ignored; keep it so.
-      if number != signal.SIGHUP or handler != signal.SIG_IGN:
-        signal.signal(number, self._receive)
-    return self
-
-  def __exit__(self, *exception: object) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _receive(self, number: int, frame: Any) -> None:
-    del frame
-    self._received = number
-    if self._process is not None:
-      self._process.send_signal(number)
-    elif not self._running:
-      raise _StoppedError(number)
-
-  def run(self, arguments: Sequence[str], lock: IO[str]) -> int:
-    """Runs a command to its end; returns its exit code, or minus a signal.
-
-    The command gets a process group of its own, so that Ctrl-C reaches it only
-    once, through this process. It holds `lock` while it lives.
-
-    Raises:
-      _StoppedError: a signal arrived, and the command has ended.
-    """
-    self._running = True
-    self._process = subprocess.Popen(
-      arguments,
-      stdin=subprocess.DEVNULL,
-      process_group=0,
-      pass_fds=[lock.fileno()],
-    )
-    # Forward a signal that arrived while the process was starting.
-    if self._received is not None:
-      self._process.send_signal(self._received)
-    code = self._process.wait()
-    self._running, self._process = False, None
-    if self._received is not None:
-      raise _StoppedError(self._received)
-    return code
-
-
-@contextlib.contextmanager
-def _locked(workdir: str) -> Iterator[IO[str]]:
-  """Locks `workdir`; waits for other sweeps and for runs that they left."""
-  try:
-    os.makedirs(workdir, exist_ok=True)
-    file = open(os.path.join(workdir, ".lock"), "w")  # noqa: SIM115
-  except OSError as error:
-    raise UserError(
-      f"cannot write to {workdir}: {error.strerror}; choose another --workdir"
-    ) from error
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f"waiting for a run that is still active in {workdir}", flush=True)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    yield file
-
-
 def run_points(
-  made: Sequence[Point], experiment: str, workdir: str, keep: Sequence[int] = ()
+  made: Sequence[Point],
+  experiment: str,
+  workdir: str,
+  keep: Sequence[int] = (),
+  jobs: int = 1,
 ) -> int:
-  """Runs the points that are not finished, one after another, then reports.
+  """Runs the points that are not finished, then reports.
 
   Args:
-    made: the points.
+    made: the points, which start in this order.
     experiment, workdir: as in `command`.
     keep: numbers of experts to carve the finished runs to; may be empty.
+    jobs: how many points run side by side, each on its own cores. With more
+      than one, each writes what it says to the file output.txt in its folder.
 
   Returns:
     Exit code: 0; 1 if a point or carving failed; 128 + number if a signal ended
     the sweep.
 
   Raises:
-    UserError: a folder has the result of another experiment, or `workdir`
-      cannot be written.
+    UserError: a folder has the result of another experiment, `workdir` cannot
+      be written, or there are fewer cores than jobs.
   """
+  core_shares(jobs)
   for point in made:
     is_finished(point, workdir)
   failed, carved = [], True
   try:
-    with _Launcher() as launcher, _locked(workdir) as lock:
-      for number, point in enumerate(made, start=1):
-        title = f"[{number}/{len(made)}] {point.name}"
-        if is_finished(point, workdir):
-          print(f"{title}: already finished, skipped", flush=True)
-          continue
-        print(title, flush=True)
-        code = launcher.run(command(point, experiment, workdir), lock)
+    with Launcher() as launcher, locked(workdir) as lock:
+      commands = _commands(made, experiment, workdir, jobs)
+      for point, code in launcher.run(commands, lock, jobs):
         if code or not is_finished(point, workdir):
           reason = _reason(code)
           failed.append(f"{point.name} ({reason})")
           print_error(f"{point.name} {reason}; going on with the others")
+        elif jobs > 1:
+          print(f"{point.name}: finished", flush=True)
       finished = _finished(made, workdir)
       if keep and finished:
         carved = _carve(launcher, lock, workdir, finished, keep)
-  except _StoppedError as stopped:
+  except StoppedError as stopped:
     name = signal.Signals(stopped.number).name
     print_error(f"stopped by {name}; the same command resumes from here")
     return 128 + stopped.number
@@ -306,6 +229,25 @@ def run_points(
   if failed:
     print_error(f"{len(failed)} of {len(made)} failed: {', '.join(failed)}")
   return 1 if failed or not carved else 0
+
+
+def _commands(
+  made: Sequence[Point], experiment: str, workdir: str, jobs: int
+) -> Iterator[tuple[Point, list[str], str]]:
+  """Announces each point and yields its command, unless it is finished."""
+  for number, point in enumerate(made, start=1):
+    title = f"[{number}/{len(made)}] {point.name}"
+    if is_finished(point, workdir):
+      print(f"{title}: already finished, skipped", flush=True)
+      continue
+    output = ""
+    if jobs > 1:
+      folder = os.path.join(workdir, point.name)
+      os.makedirs(folder, exist_ok=True)
+      output = os.path.join(folder, "output.txt")
+      title = f"{title}: {output} has what it says"
+    print(title, flush=True)
+    yield point, command(point, experiment, workdir), output
 
 
 def _finished(made: Sequence[Point], workdir: str) -> list[sweep_report.Run]:
@@ -319,7 +261,7 @@ def _finished(made: Sequence[Point], workdir: str) -> list[sweep_report.Run]:
 
 
 def _carve(
-  launcher: _Launcher,
+  launcher: Launcher,
   lock: IO[str],
   workdir: str,
   runs: Sequence[sweep_report.Run],
@@ -328,7 +270,7 @@ def _carve(
   """Carves runs of the sweep; returns whether that succeeded.
 
   Raises:
-    _StoppedError: a signal arrived, and the command has ended.
+    StoppedError: a signal arrived, and the command has ended.
   """
   title = f"carving to {', '.join(map(str, keep))} experts in each layer"
   if swept.is_carved(workdir, runs, keep):
@@ -336,10 +278,12 @@ def _carve(
     return True
   print(title, flush=True)
   names = [run.name for run in runs]
-  code = launcher.run(swept.command(workdir, names, keep), lock)
-  if code:
-    print_error(f"carving {_reason(code)}; the report is without it")
-  return not code
+  arguments = swept.command(workdir, names, keep)
+  for _, code in launcher.run([(title, arguments, "")], lock):
+    if code:
+      print_error(f"carving {_reason(code)}; the report is without it")
+      return False
+  return True
 
 
 def _reason(code: int) -> str:
@@ -409,7 +353,7 @@ def main() -> int:
     for point in made:
       print(shlex.join(command(point, experiment, workdir)))
     return 0
-  return run_points(made, experiment, workdir, keep)
+  return run_points(made, experiment, workdir, keep, _JOBS.value)
 
 
 if __name__ == "__main__":

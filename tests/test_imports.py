@@ -59,7 +59,8 @@ ARROWS = {
   "sharding": {"config"},
   "step": {"config", "losses", "model", "optim", "sharding", "text"},
   "storage": {"config"},
-  "sweep": {"analysis", "command", "config", "config_files"},
+  "launcher": {"config"},
+  "sweep": {"analysis", "command", "config", "config_files", "launcher"},
   "tables": set(),
   "tasks": {
     *("checkpoint", "command", "config", "losses", "model", "progress"),

@@ -297,6 +297,9 @@ while seed == "1" and mode == "hang" or os.path.exists(mode):
   time.sleep(0.01)
   if time.monotonic() > deadline:
     sys.exit(8)
+if hasattr(os, "sched_getaffinity"):
+  with open(os.path.join(folder, "cores"), "w") as file:
+    json.dump(sorted(os.sched_getaffinity(0)), file)
 with open(os.path.join(folder, "result.json"), "w") as file:
   file.write(result)
 """
@@ -317,7 +320,7 @@ sys.exit(sweep.main())
 """
 
 
-def start_sweep(workdir, mode):
+def start_sweep(workdir, mode, *flags):
   code = DRIVER.format(tests=str(ROOT / "tests"), mode=str(mode))
   return subprocess.Popen(
     [
@@ -327,6 +330,7 @@ def start_sweep(workdir, mode):
       f"--experiment={TINY}",
       "--grid=seed=0,1,2",
       f"--workdir={workdir}",
+      *flags,
     ],
     cwd=ROOT,
     stdout=subprocess.PIPE,
@@ -364,6 +368,39 @@ def test_failing_point_is_reported_and_the_others_run(tmp_path):
   assert logs(tmp_path)["seed=0"] == ["start"]
   assert logs(tmp_path)["seed=1"] == ["start", "start"]
   assert (tmp_path / "report.csv").exists()
+
+
+@pytest.mark.skipif(
+  not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+  reason="needs two cores that can be set",
+)
+def test_jobs_run_side_by_side_on_their_own_cores(tmp_path):
+  hold = tmp_path / "hold"
+  hold.touch()
+  workdir = tmp_path / "sweep"
+  process = start_sweep(workdir, hold, "--jobs=2")
+  wait_for(workdir / "seed=1" / "log")
+  wait_for(workdir / "seed=0" / "log")
+  assert not (workdir / "seed=2").exists()  # two at a time
+  hold.unlink()
+  out, err = process.communicate(timeout=60)
+  assert (process.returncode, err) == (0, "")
+  assert out.count(": finished") == 3
+  assert (workdir / "seed=0" / "output.txt").exists()
+  cores = [
+    set(json.loads((workdir / f"seed={seed}" / "cores").read_text()))
+    for seed in range(2)
+  ]
+  assert cores[0] and cores[1] and not cores[0] & cores[1]
+  assert cores[0] | cores[1] == os.sched_getaffinity(0)
+
+
+def test_more_jobs_than_cores_are_refused(tmp_path, capsys):
+  many = f"--jobs={(os.cpu_count() or 1) + 1}"
+  arguments = [f"--experiment={TINY}", "--grid=seed=0", many]
+  assert sweep.main([*arguments, f"--workdir={tmp_path / 'none'}"]) == 2
+  assert "cores" in capsys.readouterr().err
+  assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
