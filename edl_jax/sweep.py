@@ -311,7 +311,13 @@ def print_report(workdir: str) -> None:
     sections.append(carve_report.tables_of(results, "##"))
   text = sweep_report.write_report(workdir, sections)
   if len(runs) == 2:
-    text = comparison.comparison_table(runs, carved if results else ())
+    groups = sweep_report.group_runs(runs)
+    text = "\n\n".join(
+      [
+        comparison.comparison_table(runs, carved if results else ()),
+        *sweep_report.task_sections(workdir, groups),
+      ]
+    )
   path = os.path.join(workdir, "report.md")
   print(
     f"\nwritten: {path}, with report.csv and plots beside it\n\n{text}",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from edl_jax import metrics, storage, tables
-from edl_jax.analysis import comparison, report
+from edl_jax.analysis import comparison, report, task_comparison
 from edl_jax.config import Experiment, UserError, flatten
 
 
@@ -193,9 +193,11 @@ def write_report(workdir: str, more: Sequence[str] = ()) -> str:
   """
   runs = read_runs(workdir)
   groups = group_runs(runs)
-  text = "\n\n".join([_tables(runs, groups), *more])
+  text = "\n\n".join(
+    [_tables(runs, groups), *task_sections(workdir, groups), *more]
+  )
   storage.write_bytes(os.path.join(workdir, "report.md"), f"{text}\n".encode())
-  _write_csv(os.path.join(workdir, "report.csv"), runs)
+  _write_csv(workdir, runs)
   names = short_names(swept_keys(runs))
   for key, name in names.items():
     values = [group.values.get(key) for group in groups if key != "seed"]
@@ -216,14 +218,45 @@ def write_report(workdir: str, more: Sequence[str] = ()) -> str:
   return text
 
 
-def _write_csv(path: str, runs: Sequence[Run]) -> None:
+def task_sections(workdir: str, groups: Sequence[Group]) -> list[str]:
+  """Returns the report's sections on tasks, of runs that have a tasks.json.
+
+  Raises:
+    UserError: a tasks.json is damaged.
+  """
+  return task_comparison.sections(
+    [
+      task_comparison.RunsOfGroup(
+        group.label,
+        {
+          run.result["experiment"]["seed"]: found
+          for run in group.runs
+          if (found := _tasks(workdir, run))
+        },
+      )
+      for group in groups
+    ]
+  )
+
+
+def _tasks(workdir: str, run: Run) -> Mapping[str, Any] | None:
+  """Returns the tasks.json of a run's last step, if there is one."""
+  folder = os.path.join(workdir, run.name)
+  return task_comparison.read_tasks(folder, run.result["step"])
+
+
+def _write_csv(workdir: str, runs: Sequence[Run]) -> None:
   """Writes a row for each run: its folder, its swept keys, all its figures."""
   keys = swept_keys(runs)
+  path = os.path.join(workdir, "report.csv")
   rows = [
     {
       "run": run.name,
       **{k: format_value(v) for k, v in _values(run, keys).items()},
       **figures(run.result),
+      **task_comparison.flat_figures(
+        _tasks(workdir, run) or {"tasks": {}, "groups": {}}
+      ),
     }
     for run in runs
   ]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from edl_jax import config, metrics
 from edl_jax.analysis import report, sweep_report
 from edl_jax.config import Experiment, UserError
+from tests.analysis.test_task_comparison import make_tasks
 
 WEIGHT = "losses.divergence_weight"
 # Loss by seed, and the gain of a divergence weight by weight and seed.
@@ -228,3 +229,24 @@ def test_folder_without_a_good_result_is_a_user_error(tmp_path):
   (tmp_path / "run" / "result.json").write_text("{")
   with pytest.raises(UserError, match=r"run/result\.json: not the result"):
     sweep_report.read_runs(str(tmp_path))
+
+
+def test_tasks_of_runs_are_compared(tmp_path):
+  write_sweep(tmp_path, weights=(0.0, 0.1), seeds=(0, 1))
+  text = sweep_report.write_report(str(tmp_path))
+  assert "## Tasks" not in text
+  for number, folder in enumerate(sorted(tmp_path.glob("run*"))):
+    tasks = json.dumps(make_tasks(number))
+    (folder / "tasks.json").write_text(tasks)
+  text = sweep_report.write_report(str(tmp_path))
+  sections = sweep_report.task_sections(
+    str(tmp_path),
+    sweep_report.group_runs(sweep_report.read_runs(str(tmp_path))),
+  )
+  assert "\n\n".join(sections) in text
+  assert "difference from divergence_weight=0, paired by document" in text
+  with open(tmp_path / "report.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  tasks = make_tasks(3)["tasks"]["b.rc"]["figures"]
+  last = float(rows[-1]["task/b.rc/accuracy_per_byte"])
+  assert last == tasks["accuracy_per_byte"]["mean"]
