@@ -12,9 +12,9 @@ from edl_jax import storage
 def cache_directory() -> Path:
   """Returns $EDL_JAX_CACHE, else edl_jax in $XDG_CACHE_HOME or in ~/.cache."""
   if directory := os.environ.get("EDL_JAX_CACHE"):
-    return Path(directory)
+    return Path(directory).expanduser()
   parent = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return Path(parent) / "edl_jax"
+  return Path(parent).expanduser() / "edl_jax"
 
 
 def cache_key(*parts: str | int | float) -> str:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from absl import flags
 
-from edl_jax import config_files, tables
+from edl_jax import config_files, output, tables
 from edl_jax.config import Experiment, MeshConfig, UserError
 
 T = TypeVar("T")
@@ -61,6 +61,7 @@ class Command:
     between: tuple[float, float] | None = None,
     required: bool = False,
     bare: str | None = None,
+    literal: bool = False,
   ) -> flags.FlagHolder[T]:
     """Defines a flag; its value is there once the command runs.
 
@@ -75,6 +76,8 @@ class Command:
       between: bounds that the value must lie strictly between.
       required: whether the command refuses to start without it.
       bare: the value of `--name` without one; None if it needs a value.
+      literal: whether a text that begins with "~" is no path in the user's
+        home. A shell only expands "~" at the start of a word.
     """
     self._help[name] = help
     repeated = isinstance(default, list)
@@ -87,7 +90,7 @@ class Command:
     absl: Any = flags
     if kind is bool:
       return absl.DEFINE_bool(name, default, help, flag_values=self._values)
-    parser = _Parser(kind, choices, minimum, between)
+    parser = _Parser(kind, choices, minimum, between, literal)
     self._parsers[name] = parser
     define = absl.DEFINE_multi if repeated else absl.DEFINE
     return define(
@@ -173,23 +176,28 @@ class Command:
 
     def main(arguments: Sequence[str] | None = None) -> int:
       arguments = sys.argv[1:] if arguments is None else arguments
+      output.prepare_streams()
       try:
-        if "--help" in arguments:
-          print(self.help())
-          code = 0
-        else:
-          self.parse(arguments)
-          code = function() or 0
-        sys.stdout.flush()
+        with output.named_stdout():
+          if "--help" in arguments:
+            print(self.help())
+            code = 0
+          else:
+            self.parse(arguments)
+            code = function() or 0
+          sys.stdout.flush()
         return code
       except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python flushes once more
-        # at its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader, such as `head`, has seen enough.
         return 128 + signal.SIGPIPE
       except UserError as error:
         print_error(error)
         return 2
+      except RuntimeError as error:
+        if message := _missing_platform(error):
+          print_error(message)
+          return 2
+        raise
       except KeyboardInterrupt:
         print_error("interrupted")
         return 128 + signal.SIGINT
@@ -281,9 +289,10 @@ class _Parser(flags.ArgumentParser):
     choices: Sequence[str],
     minimum: float | None,
     between: tuple[float, float] | None,
+    literal: bool,
   ):
     super().__init__()
-    self.kind, self.choices = kind, choices
+    self.kind, self.choices, self._literal = kind, choices, literal
     self._minimum, self._between = minimum, between
 
   def parse(self, argument: Any) -> Any:
@@ -294,6 +303,8 @@ class _Parser(flags.ArgumentParser):
     except ValueError as error:
       kind = "an integer" if self.kind is int else "a number"
       raise ValueError(f"must be {kind}") from error
+    if self.kind is str and not self._literal:
+      value = os.path.expanduser(value)
     for each in value if self.kind is tuple else [value]:
       if self.choices and each not in self.choices:
         raise ValueError(f"{each!r} is none of {', '.join(self.choices)}")
@@ -307,6 +318,16 @@ class _Parser(flags.ArgumentParser):
 
   def flag_type(self) -> str:
     return self.kind.__name__
+
+
+def _missing_platform(error: RuntimeError) -> str | None:
+  """Returns the line for JAX's error that a platform is not there."""
+  text = " ".join(str(error).split())
+  if "nable to initialize backend" not in text:
+    return None
+  asked = os.environ.get("JAX_PLATFORMS")
+  way_out = f"; JAX_PLATFORMS={asked} asks for it" if asked else ""
+  return f"JAX cannot use its devices: {text}{way_out}"
 
 
 def print_error(error: object) -> None:

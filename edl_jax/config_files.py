@@ -81,6 +81,8 @@ def load(path: str, overrides: Mapping[str, Any] | None = None) -> Experiment:
   command = ["load", f"--experiment={path}"]
   for key, value in (overrides or {}).items():
     check_key(key)
+    if FIELDS[key].type == tuple[str, ...] and isinstance(value, str):
+      value = _names(value)
     command.append(f"--experiment.{key}={value}")
   values = flags.FlagValues()
   # Without sys_argv, config_flags looks for overrides in this process' own.
@@ -100,6 +102,19 @@ def load(path: str, overrides: Mapping[str, Any] | None = None) -> Experiment:
       f" not {type(experiment).__name__}"
     )
   return validate(experiment)
+
+
+def _names(text: str) -> str:
+  """Writes names separated by commas, as news,code, as Python writes a tuple.
+
+  Text with quotation marks is Python already.
+  """
+  if re.search("['\"]", text):
+    return text
+  inner = text.strip()
+  if inner[:1] + inner[-1:] in ("()", "[]"):
+    inner = inner[1:-1]
+  return repr(tuple(name.strip() for name in inner.split(",") if name.strip()))
 
 
 def _message(error: Exception, path: str) -> str | None:

@@ -23,15 +23,22 @@ from edl_jax.text.prepared import PreparedCorpus
 from edl_jax.text.tokenizer import Tokenizer
 
 
-class EvalSums(NamedTuple):
-  """Sums over batches, on the device. Adds leaf by leaf."""
+class NonFiniteError(Exception):
+  """A loss, a gradient or a parameter became infinite or NaN."""
 
-  # Cross-entropy of the counted tokens by domain, in nats, float32 (D,).
-  nats_D: jax.Array
-  # Counted tokens by domain, float32 (D,).
-  tokens_D: jax.Array
-  # UTF-8 bytes that the target tokens stand for, by domain, float32 (D,).
-  bytes_D: jax.Array
+
+class EvalSums(NamedTuple):
+  """Sums over one batch, on the device; over more, on the host in float64.
+
+  Float32 counts tokens exactly up to 2**24 alone, which a batch does not reach.
+  """
+
+  # Cross-entropy of the counted tokens by domain, in nats, (D,).
+  nats_D: Any
+  # Counted tokens by domain, (D,).
+  tokens_D: Any
+  # UTF-8 bytes that the target tokens stand for, by domain, (D,).
+  bytes_D: Any
   routing: routing.RoutingStats
 
 
@@ -58,6 +65,14 @@ class Evaluation(NamedTuple):
       if name != "layers":
         values[f"eval/routing/{name}"] = value
     return values
+
+  def check_finite(self) -> None:
+    """Raises NonFiniteError if a loss is infinite or NaN."""
+    parts = {"overall": self.losses, **self.losses["domains"]}
+    for name, figures in parts.items():
+      if not np.isfinite(figures["lm_loss"]):
+        where = "" if figures is self.losses else f" of {name!r}"
+        raise NonFiniteError(f"held-out lm_loss{where} is {figures['lm_loss']}")
 
 
 def make_eval_step(
@@ -107,11 +122,30 @@ def evaluate(
     taxonomy: the names of the domains.
     experiment: the experiment, for its number of dense layers.
   """
-  total = functools.reduce(
-    functools.partial(jax.tree.map, jnp.add),
-    (eval_step(model, put_batch(batch, mesh)) for batch in batches),
+  total = sum_on_host(
+    eval_step(model, put_batch(batch, mesh)) for batch in batches
   )
-  return summarize(total, taxonomy, experiment.model.num_dense_layers)
+  found = summarize(total, taxonomy, experiment.model.num_dense_layers)
+  found.check_finite()
+  return found
+
+
+def sum_on_host(parts: Iterable[EvalSums]) -> EvalSums:
+  """Adds up sums of batches in float64, a batch behind the devices."""
+  total, last = None, None
+
+  def add(total: EvalSums | None, part: EvalSums) -> EvalSums:
+    part = jax.tree.map(
+      lambda x: np.asarray(x, np.float64), jax.device_get(part)
+    )
+    return part if total is None else jax.tree.map(np.add, total, part)
+
+  for part in parts:
+    if last is not None:
+      total = add(total, last)
+    last = part
+  assert last is not None, "a domain has held-out rows"
+  return add(total, last)
 
 
 @jax.jit

@@ -27,7 +27,9 @@ COMMAND = Command(__doc__)
 _WORKDIR = COMMAND.flag(
   "workdir", "", "Folder of the run, or of one of its steps.", required=True
 )
-_PROMPT = COMMAND.flag("prompt", [], "Text to continue; may be repeated.")
+_PROMPT = COMMAND.flag(
+  "prompt", [], "Text to continue; may be repeated.", literal=True
+)
 _PROMPTS = COMMAND.flag("prompts", "", "File with a prompt in each line, or -.")
 _NUM_TOKENS = COMMAND.flag("num_tokens", 64, "Most new tokens of a text.")
 _TEMPERATURE = COMMAND.flag(
@@ -41,7 +43,9 @@ _TOP_P = COMMAND.flag(
 )
 _SEED = COMMAND.flag("seed", 0, "Seed of the draws.")
 _NUM_SAMPLES = COMMAND.flag("num_samples", 1, "Continuations of each prompt.")
-_STOP = COMMAND.flag("stop", [], "Text that ends a continuation; repeatable.")
+_STOP = COMMAND.flag(
+  "stop", [], "Text that ends a continuation; repeatable.", literal=True
+)
 _DOMAIN = COMMAND.flag(
   "domain", "", "Domain of the prompts, for model.router=domain alone."
 )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from absl import logging
 from absl.flags import FlagHolder
 
+from edl_jax import output
 from edl_jax.command import Command, print_error
 from edl_jax.config import Experiment, UserError
 from edl_jax.describe import describe
@@ -89,7 +90,12 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     UserError: the text, the tokenizer or `workdir` does not suit the run.
   """
   from edl_jax import storage
-  from edl_jax.checkpoint import Provenance, check_workdir, checkpoint_steps
+  from edl_jax.checkpoint import (
+    Provenance,
+    check_unlocked,
+    check_workdir,
+    checkpoint_steps,
+  )
   from edl_jax.text.input_pipeline import train_dataset
   from edl_jax.train import state_bytes
 
@@ -100,6 +106,8 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     raise UserError(
       f"--workdir={workdir} has no checkpoint to evaluate; train first"
     )
+  if mode == "train":
+    check_unlocked(workdir)
   corpus, tokenizer = _load_text(experiment, workdir)
   training = None
   if mode == "train":
@@ -194,21 +202,24 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   import jax
 
   from edl_jax import train
-  from edl_jax.evaluate import evaluate_checkpoint
+  from edl_jax.checkpoint import locked
+  from edl_jax.evaluate import NonFiniteError, evaluate_checkpoint
+  from edl_jax.preemption import Preempted
 
   workdir, provenance, corpus, training = run
   if jax.process_index() == 0:
     lines = train.describe(provenance.experiment, corpus, mesh)
     print("\n".join(lines), flush=True)
-  if training is None:
-    evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
-    return 0
   try:
-    train.train(corpus, *training, provenance, mesh, workdir, verify)
-  except train.NonFiniteError as error:
+    if training is None:
+      evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
+      return 0
+    with locked(workdir), output.named_stdout(lasting=True):
+      train.train(corpus, *training, provenance, mesh, workdir, verify)
+  except NonFiniteError as error:
     print_error(error)
     return 1
-  except train.Preempted as error:
+  except Preempted as error:
     print_error(error)
     # The code by which a shell reports a process that a signal ended.
     return 128 + error.signal
@@ -245,9 +256,14 @@ def main() -> int:
   if not _WORKDIR.value:
     raise UserError("--workdir is missing: name the folder of the run")
   # Imports JAX, which --help and errors in flags do without.
+  import jax
+
   from edl_jax import runtime
 
   runtime.configure()
+  if not _DISTRIBUTED.value:
+    # Processes that join others must do so before they use a device.
+    jax.devices()
   run = prepare(experiment, _WORKDIR.value, _MODE.value)
   if _DISTRIBUTED.value:
     _join_processes(run.provenance)

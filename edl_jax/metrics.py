@@ -6,9 +6,12 @@ This module imports no JAX: reports and sweeps read metrics without a device.
 import contextlib
 import json
 import os
+import re
+import socket
 import tempfile
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,7 +95,9 @@ class MetricsWriter:
       _drop_after(workdir, first_step, path)
       self._file = open(path, "ab")  # noqa: SIM115
       self._tensorboard = _TensorBoard(
-        os.path.join(folder, "tensorboard"), first_step
+        os.path.join(folder, "tensorboard"),
+        first_step,
+        _names(os.path.join(workdir, "tensorboard")),
       )
       self.sync()
     except OSError as error:
@@ -169,28 +174,35 @@ class MetricsWriter:
     self.close()
 
 
+_EVENTS = re.compile(r"events[.]out[.]tfevents[.][0-9]+[.]")
+
+
+def _names(folder: str) -> list[str]:
+  path = epath.Path(folder)
+  return [each.name for each in path.iterdir()] if path.is_dir() else []
+
+
 class _TensorBoard:
   """Writes TensorBoard's event files in the calling thread.
 
   tensorboardX.SummaryWriter has two faults for our use. It writes in a thread
   of its own, which dies on a full disk, and the run then hangs on its queue.
-  And two writers opened within one second share a file name, so that a quick
-  restart overwrites the events of the first.
+  And it names files by the time alone: two writers opened within one second
+  share a name, so that a quick restart overwrites the events of the first.
   """
 
-  def __init__(self, folder: str, first_step: int):
+  def __init__(self, folder: str, first_step: int, others: Iterable[str]):
     # These load protobuf, which readers of metrics do not need.
-    from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto import event_pb2, summary_pb2
+    from tensorboardX.record_writer import RecordWriter
 
     os.makedirs(folder, exist_ok=True)
     # Any: protobuf makes the classes at import.
     events: Any = event_pb2
     summaries: Any = summary_pb2
     self._event, self._summary = events.Event, summaries.Summary
-    self._events = EventsWriter(
-      os.path.join(folder, "events"), filename_suffix=f".{time.time_ns()}"
-    )
+    self._file: Any = RecordWriter(os.path.join(folder, _events_name(others)))
+    self._add(0, file_version="brain.Event:2")
     # TensorBoard then hides events of this step and later in older files.
     self._add(
       first_step + 1,
@@ -205,13 +217,24 @@ class _TensorBoard:
     self._add(step, summary=self._summary(value=values))
 
   def _add(self, step: int, **content: Any) -> None:
-    self._events.write_event(
-      self._event(wall_time=time.time(), step=step, **content)
-    )
-    self._events.flush()
+    event = self._event(wall_time=time.time(), step=step, **content)
+    self._file.write(event.SerializeToString())
+    self._file.flush()
 
   def close(self) -> None:
-    self._events.close()
+    self._file.close()
+
+
+def _events_name(others: Iterable[str]) -> str:
+  """Returns a name for an event file that sorts behind those of `others`.
+
+  TensorBoard reads files in the order of their names, which begin with a time.
+  The clock may stand behind that of an earlier process of the run.
+  """
+  times = [int(name.split(".")[3]) for name in others if _EVENTS.match(name)]
+  now = max(int(time.time()), *(1 + each for each in times), 0)
+  owner = f"{socket.gethostname()}.{uuid.uuid4().hex}"
+  return f"events.out.tfevents.{now:010}.{owner}"
 
 
 def _drop_after(workdir: str, first_step: int, path: str) -> None:

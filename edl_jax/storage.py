@@ -34,9 +34,25 @@ def in_bucket(path: str) -> bool:
 def absolute(path: str) -> str:
   """Returns a path that does not depend on the working directory.
 
-  It ends without a slash.
+  It ends without a slash. A "~" at its start is the user's home.
   """
-  return path.rstrip("/") if in_bucket(path) else os.path.abspath(path)
+  if in_bucket(path):
+    return path.rstrip("/")
+  return os.path.abspath(os.path.expanduser(path))
+
+
+def check_name(path: str) -> None:
+  """Checks that a run can keep checkpoints in `path`, by its name.
+
+  Raises:
+    UserError: Orbax, which writes them, would take the path for a pattern.
+  """
+  whole = absolute(path)
+  if special := set(whole) & set("*?["):
+    raise UserError(
+      f"--workdir={path}: {whole} holds {' '.join(sorted(special))}, which the"
+      " library that writes checkpoints takes for a pattern; choose another"
+    )
 
 
 def make_folder(path: str) -> None:

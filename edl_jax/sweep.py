@@ -26,6 +26,7 @@ report alone:
 """
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -35,7 +36,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
-from edl_jax import config, config_files
+from edl_jax import config, config_files, storage
 from edl_jax.analysis import comparison, sweep_report
 from edl_jax.analysis.carve import report as carve_report
 from edl_jax.analysis.carve import swept
@@ -139,11 +140,24 @@ def points(
       f"{names[key]}={sweep_report.format_value(flat[key])}" for key in grid
     )
     # A name has no slash, and nothing that a shell would need quoted.
-    name = re.sub(r"[^\w.,=+-]+", "_", name)
+    name = _folder_name(re.sub(r"[^\w.,=+-]+", "_", name))
     if name in {point.name for point in made}:
       raise UserError(f"--grid gives the point {name} more than once")
     made.append(Point(name, overrides, loaded))
   return made
+
+
+# Most bytes of a name, on every file system in use.
+_LONGEST_NAME = 255
+
+
+def _folder_name(name: str) -> str:
+  """Returns a name that a folder can have: a long one ends with its hash."""
+  content = name.encode()
+  if len(content) <= _LONGEST_NAME:
+    return name
+  digest = hashlib.sha256(content).hexdigest()[:16]
+  return f"{content[:100].decode(errors='ignore')}...{digest}"
 
 
 def command(point: Point, experiment: str, workdir: str) -> list[str]:
@@ -351,6 +365,7 @@ def main() -> int:
       raise UserError("--report takes --workdir alone: it runs nothing")
     print_report(workdir)
     return 0
+  storage.check_name(workdir)
   made = points(experiment, _GRID.value, COMMAND.overrides)
   keep = _parse_carve(made)
   if _DRY_RUN.value:

@@ -1,18 +1,16 @@
 """The training loop: steps, metrics, evaluations and checkpoints of a run."""
 
-import contextlib
 import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from edl_jax import sharding, storage
@@ -24,12 +22,18 @@ from edl_jax.checkpoint import (
   load,
 )
 from edl_jax.config import Experiment
-from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
+from edl_jax.evaluate import (
+  Evaluation,
+  NonFiniteError,
+  evaluate,
+  make_eval_step,
+)
 from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.metrics import MetricsWriter, read_metrics
 from edl_jax.model.transformer import abstract_model, parameter_counts
 from edl_jax.optim import make_optimizer, trained
+from edl_jax.preemption import Preempted, requests_to_end
 from edl_jax.progress import Progress
 from edl_jax.runtime import compiler_options
 from edl_jax.step import abstract_state, init_state, make_train_step
@@ -37,22 +41,6 @@ from edl_jax.text.batch import Batch
 from edl_jax.text.input_pipeline import eval_batches, train_iterator
 from edl_jax.text.mixture import Corpus, EpochCounter
 from edl_jax.text.prepared import PreparedCorpus
-
-
-class NonFiniteError(Exception):
-  """A loss term or the gradient became infinite or NaN."""
-
-
-class Preempted(Exception):
-  """A signal asked the process to end, after which it wrote a checkpoint.
-
-  Attributes:
-    signal: the number of the signal.
-  """
-
-  def __init__(self, message: str, number: int):
-    super().__init__(message)
-    self.signal = number
 
 
 class _Pending(NamedTuple):
@@ -67,6 +55,13 @@ class _Pending(NamedTuple):
 _training_figures = jax.jit(
   routing_metrics.training_figures, static_argnames="first_layer"
 )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+  """Returns whether every element of every array is finite, bool ()."""
+  parts = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+  return jnp.stack(parts).all()
 
 
 class _Clock:
@@ -224,17 +219,18 @@ class _Loop:
       for name, value in scalars.items()
       if not np.isfinite(value)
     ]
-    if not bad:
-      return
+    if bad:
+      raise self._not_finite(step, ", ".join(bad))
+
+  def _not_finite(self, step: int, what: str) -> NonFiniteError:
     kept = (
       f"the checkpoint of step {self._last_saved} is intact"
       if self._last_saved
       else "there is no checkpoint yet"
     )
-    raise NonFiniteError(
-      f"step {step}: {', '.join(bad)}; {kept}; a lower"
-      " optimizer.learning_rate or a longer optimizer.warmup_steps may help,"
-      " in a new --workdir"
+    return NonFiniteError(
+      f"step {step}: {what}; {kept}; a lower optimizer.learning_rate or a"
+      " longer optimizer.warmup_steps may help, in a new --workdir"
     )
 
   def _log(
@@ -276,14 +272,17 @@ class _Loop:
     """Evaluates the current parameters; `record` adds it to the metrics."""
     self.read_pending()
     started = time.monotonic()
-    self.evaluation = evaluate(
-      self._eval_step,
-      self.state.model,
-      self._eval_batches,
-      self._mesh,
-      self._taxonomy,
-      self._experiment,
-    )
+    try:
+      self.evaluation = evaluate(
+        self._eval_step,
+        self.state.model,
+        self._eval_batches,
+        self._mesh,
+        self._taxonomy,
+        self._experiment,
+      )
+    except NonFiniteError as error:
+      raise self._not_finite(step, str(error)) from error
     if record:
       epochs = self._epochs_at(step).items()
       self.write(
@@ -304,6 +303,8 @@ class _Loop:
     """Starts to write a checkpoint, after a check that the step is finite."""
     self.read_pending()
     started = time.monotonic()
+    if not _all_finite(self.state.model):
+      raise self._not_finite(step, "a parameter is infinite or NaN")
     self._sync()
     self._checkpointer.save(
       step, self.state, self._iterator.get_state(), self._provenance
@@ -341,7 +342,11 @@ class _Loop:
     # This imports Matplotlib, which would delay the start by half a second.
     from edl_jax.analysis.report import write_run_report
 
-    write_run_report(self._workdir)
+    try:
+      write_run_report(self._workdir)
+    except Exception as error:  # Whatever Matplotlib may raise.
+      reason = " ".join(str(error).split()) or type(error).__name__
+      self.progress.print(f"the pictures cannot be drawn: {reason[:200]}")
     # Write this file last: its presence says that the run is complete.
     storage.write_json(os.path.join(self._workdir, "result.json"), result)
 
@@ -378,10 +383,10 @@ def train(
   Raises:
     NonFiniteError: a loss term or the gradient is not finite.
     DamagedError: no checkpoint of the run is intact.
-    Preempted: SIGTERM or SIGINT arrived, and the state was saved.
+    Preempted: SIGTERM, SIGINT or SIGHUP arrived, and the state was saved.
   """
   settings = provenance.experiment.train
-  with _requests_to_end() as asked_to_end, jax.set_mesh(mesh):
+  with requests_to_end() as asked_to_end, jax.set_mesh(mesh):
     loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir, verify)
     try:
       if loop.first_step:
@@ -412,44 +417,6 @@ def train(
       loop.finish()
     finally:
       loop.close()
-
-
-@contextlib.contextmanager
-def _requests_to_end() -> Iterator[Callable[[int], int | None]]:
-  """Catches the signals that ask the process to end, SIGTERM and SIGINT.
-
-  A second signal of the same kind ends the process at once. With several
-  processes only SIGTERM is caught: JAX notes it in any one of them, and all
-  agree on a step that none has passed.
-
-  Yields:
-    A function of the step just taken. It returns the signal's number if the
-    run must end after this step, and None otherwise.
-  """
-  if jax.process_count() > 1:
-
-    def agreed(step: int) -> int | None:
-      reached = multihost_utils.reached_preemption_sync_point(step)
-      return signal.SIGTERM if reached else None
-
-    yield agreed
-    return
-  noted: list[int] = []
-  previous = {}
-
-  def note(number: int, frame: FrameType | None) -> None:
-    del frame
-    noted.append(number)
-    signal.signal(number, previous[number])
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    previous[number] = signal.getsignal(number)
-    signal.signal(number, note)
-  try:
-    yield lambda step: noted[0] if noted else None
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 def state_bytes(experiment: Experiment) -> int:

@@ -204,3 +204,30 @@ def test_help_comes_before_jax_is_loaded(module):
   )
   assert (ended.returncode, ended.stderr) == (0, "")
   assert "\nFlags:\n  --experiment" in ended.stdout
+
+
+def test_home_is_expanded_in_paths_alone(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  command = Command("What it does.")
+  path = command.flag("out", "", "File.")
+  paths = command.flag("dirs", [], "Folders.")
+  text = command.flag("prompt", [], "Text.", literal=True)
+  command.parse(["--out=~/x", "--dirs=~", "--dirs=a~/b", "--prompt=~/x"])
+  assert path.value == "/home/me/x"
+  assert paths.value == ["/home/me", "a~/b"]
+  assert text.value == ["~/x"]
+
+
+def test_a_platform_that_is_not_there_is_one_line(capsys, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  command = Command("What it does.")
+
+  @command.main
+  def main():
+    raise RuntimeError("Unable to initialize backend 'cuda':\nno such thing")
+
+  assert main([]) == 2
+  assert capsys.readouterr().err == (
+    "error: JAX cannot use its devices: Unable to initialize backend 'cuda': no"
+    " such thing; JAX_PLATFORMS=cuda asks for it\n"
+  )

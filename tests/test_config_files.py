@@ -71,7 +71,7 @@ def test_group_cannot_be_set():
     ("model.num_layers", "1.5"),
     ("losses.divergence_weight", "much"),
     ("data.weights", "a,b"),
-    ("data.domains", "1,2"),
+    ("data.domains", "'a',1"),
   ],
 )
 def test_wrong_type_names_key_and_value(key, value):
@@ -168,3 +168,22 @@ def test_file_without_get_config(tmp_path, monkeypatch):
   path.write_text("x = 1\n")
   message = error(config_files.load, str(path))
   assert message == f"{path} defines no get_config()"
+
+
+@pytest.mark.parametrize(
+  ("text", "names"),
+  [
+    ("news,code", ("news", "code")),
+    ("news, code", ("news", "code")),
+    ("(news,g/code)", ("news", "g/code")),
+    ("news", ("news",)),
+    ("old news", ("old news",)),
+    ("('a, b','c')", ("a, b", "c")),
+    ("汉,字", ("汉", "字")),
+    ("()", ()),
+    ("1,2", ("1", "2")),
+  ],
+)
+def test_names_are_separated_by_commas(text, names):
+  experiment = config_files.load(TINY, {"data.domains": text})
+  assert experiment.data.domains == names

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from edl_jax.config import Experiment, MeshConfig, ModelConfig
-from edl_jax.evaluate import Evaluation, evaluate, make_eval_step
+from edl_jax.evaluate import (
+  EvalSums,
+  Evaluation,
+  NonFiniteError,
+  evaluate,
+  make_eval_step,
+  sum_on_host,
+)
 from edl_jax.model.transformer import Model
 from edl_jax.sharding import make_mesh
 from edl_jax.text.batch import Batch
@@ -158,3 +165,28 @@ def test_metrics_are_named_by_figure_and_domain():
     "eval/bits_per_byte/a": 1.0,
     "eval/routing/diversity": 0.5,
   }
+
+
+def test_sums_are_exact_beyond_what_float32_counts():
+  # 2**24 + 1 has no float32.
+  parts = [float(2**24), 1.0, 1.0, 1.0]
+  sums = [
+    EvalSums(*(np.full(2, x, np.float32),) * 3, routing=None) for x in parts
+  ]
+  total = sum_on_host(sums)
+  assert total.tokens_D.dtype == np.float64
+  assert total.tokens_D.tolist() == [2**24 + 3] * 2
+  assert np.float32(2**24) + np.float32(1) == np.float32(2**24)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_is_no_result(evaluation, bad):
+  evaluation.check_finite()
+  domains = evaluation.losses["domains"]
+  one = {**domains, "a": {**domains["a"], "lm_loss": bad}}
+  wrong = evaluation._replace(losses={**evaluation.losses, "domains": one})
+  with pytest.raises(NonFiniteError, match=f"lm_loss of 'a' is {bad}"):
+    wrong.check_finite()
+  wrong = evaluation._replace(losses={**evaluation.losses, "lm_loss": bad})
+  with pytest.raises(NonFiniteError, match=f"held-out lm_loss is {bad}"):
+    wrong.check_finite()

@@ -26,7 +26,7 @@ ARROWS = {
     *("command", "config", "generation", "model", "sharding", "step"),
     *("storage", "text"),
   },
-  "command": {"config", "config_files", "tables"},
+  "command": {"config", "config_files", "output", "tables"},
   "config": {"fields"},
   "config_files": {"config", "fields", "validation"},
   "data": {
@@ -48,19 +48,23 @@ ARROWS = {
   },
   "losses": {"config", "fields", "sharding", "tables"},
   "main": {
-    *("checkpoint", "command", "config", "describe", "evaluate", "runtime"),
-    *("sharding", "storage", "text", "train"),
+    *("checkpoint", "command", "config", "describe", "evaluate", "output"),
+    *("preemption", "runtime", "sharding", "storage", "text", "train"),
   },
   "metrics": {"config", "storage"},
   "model": {"config", "losses", "sharding", "text"},
   "optim": {"config", "fields", "sharding"},
+  "output": {"config"},
+  "preemption": set(),
   "progress": set(),
   "runtime": {"cache"},
   "sharding": {"config"},
   "step": {"config", "losses", "model", "optim", "sharding", "text"},
   "storage": {"config"},
   "launcher": {"config"},
-  "sweep": {"analysis", "command", "config", "config_files", "launcher"},
+  "sweep": {
+    *("analysis", "command", "config", "config_files", "launcher", "storage"),
+  },
   "tables": set(),
   "tasks": {
     *("checkpoint", "command", "config", "losses", "model", "progress"),
@@ -69,8 +73,8 @@ ARROWS = {
   "text": {"cache", "config", "storage"},
   "train": {
     *("analysis", "checkpoint", "config", "evaluate", "losses", "metrics"),
-    *("model", "optim", "progress", "runtime", "sharding", "step"),
-    *("storage", "text"),
+    *("model", "optim", "preemption", "progress", "runtime", "sharding"),
+    *("step", "storage", "text"),
   },
   "validation": {"config", "fields"},
 }

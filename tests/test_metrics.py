@@ -147,3 +147,16 @@ def test_importing_loads_neither_jax_nor_tensorboard():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   ).stdout
   assert output.strip() == "[]"
+
+
+def test_event_files_stay_in_order_when_the_clock_goes_back(
+  tmp_path, monkeypatch
+):
+  # TensorBoard reads them in the order of their names.
+  for step, clock in enumerate((2_000_000_000.0, 1_000_000_000.0, 3.0)):
+    monkeypatch.setattr(metrics.time, "time", lambda now=clock: now)
+    with metrics.MetricsWriter(str(tmp_path), first_step=step) as writer:
+      writer.write(step + 1, {"train/loss": 0.5})
+  scalars, starts = read_tensorboard(tmp_path / "tensorboard")
+  assert starts == [1, 2, 3]
+  assert [step for step, _, _ in scalars] == [1, 2, 3]

@@ -110,7 +110,10 @@ def _table_sections(results: Sequence[Mapping[str, Any]]) -> list[Figures]:
   def held_out(key: str) -> list[dict[str, float]]:
     return [
       {"overall": run["eval"][key]}
-      | {name: part[key] for name, part in run["eval"]["domains"].items()}
+      | {
+        _domain(name): run["eval"]["domains"][name][key]
+        for name in run["eval"]["domains"]
+      }
       for run in results
     ]
 
@@ -178,6 +181,11 @@ def _carved_sections(
       for keep in sorted(keeps, reverse=True)
     ),
   ]
+
+
+def _domain(name: str) -> str:
+  """Returns the name of a domain's row, which is not that of all domains."""
+  return f"{name} (domain)" if name == "overall" else name
 
 
 def layers(

@@ -4,15 +4,19 @@ It reads metrics.jsonl and routing.json of the run's folder alone. This module
 imports no JAX. `edl_jax.losses.routing_metrics` defines the routing metrics.
 """
 
+import contextlib
 import json
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from etils import epath
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -38,6 +42,28 @@ _MAX_NAMED_DOMAINS = 2 * len(COLORS)
 _LOSS = "LM loss (nats per token)"
 
 
+# Fonts with characters that Matplotlib's own lacks, where they are installed.
+_FONTS = (
+  *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP"),
+  *("Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+  *("Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC"),
+  *("Hiragino Sans", "Arial Unicode MS", "Unifont"),
+)
+
+
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+  """Draws names as they are: no mathematics between "$", quiet about glyphs."""
+  known = set(font_manager.get_font_names())
+  family = [*matplotlib.rcParams["font.family"], *known.intersection(_FONTS)]
+  # Any: the stubs list the keys of Matplotlib's settings.
+  style: Any = {"text.parse_math": False, "font.family": family}
+  with matplotlib.rc_context(style), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing from")
+    yield
+
+
+@drawing()
 def write_run_report(workdir: str) -> list[str]:
   """Draws the pictures of a run into `workdir`/report.
 

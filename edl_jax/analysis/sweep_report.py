@@ -178,6 +178,7 @@ def figures(result: Mapping[str, Any]) -> dict[str, float]:
   return flat
 
 
+@report.drawing()
 def write_report(workdir: str, more: Sequence[str] = ()) -> str:
   """Writes report.md, report.csv and plots of the finished runs.
 

@@ -14,6 +14,7 @@ from edl_jax.checkpoint.folders import (
 )
 from edl_jax.checkpoint.items import VERIFY, Verify
 from edl_jax.checkpoint.load import Loaded, checkpoint_provenance, load
+from edl_jax.checkpoint.lock import check_unlocked, locked
 from edl_jax.checkpoint.provenance import Provenance
 from edl_jax.checkpoint.workdir import (
   check_workdir,
@@ -28,12 +29,14 @@ __all__ = [
   "Loaded",
   "Provenance",
   "Verify",
+  "check_unlocked",
   "check_workdir",
   "checkpoint_provenance",
   "checkpoint_steps",
   "describe_workdir",
   "initial_tokenizer",
   "load",
+  "locked",
   "run_folder",
   "saved_provenance",
 ]

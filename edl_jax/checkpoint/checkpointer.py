@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -21,6 +20,7 @@ from edl_jax.checkpoint.folders import (
   sealed,
 )
 from edl_jax.checkpoint.items import Verify, by_name, check_items, like, reading
+from edl_jax.checkpoint.lock import any_process
 from edl_jax.checkpoint.provenance import Provenance
 from edl_jax.step import TrainState
 
@@ -145,7 +145,7 @@ class Checkpointer:
         found = self.restore(step, abstract, verify)
       except DamagedError as error:
         problem = error
-      if _any_process(found is None):
+      if any_process(found is None):
         damaged[step] = problem or DamagedError(
           f"step {step}: another process cannot read it"
         )
@@ -191,12 +191,6 @@ class Checkpointer:
 def _tell(line: str) -> None:
   if jax.process_index() == 0:
     print(line, file=sys.stderr, flush=True)
-
-
-def _any_process(value: bool) -> bool:
-  if jax.process_count() == 1:
-    return value
-  return bool(multihost_utils.process_allgather(np.array(value)).any())
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -93,13 +93,26 @@ def read_provenance(checkpoint: str) -> dict[str, Any]:
   except UserError as error:
     raise DamagedError(f"step {step}: {error}") from error
   seal = content.pop("seal", None)
-  known = {"experiment", "taxonomy", "tokenizer", "content_hash"}
-  whole = content.keys() >= known and (
-    seal == json_digest(content) if seal else content.keys() == known
+  whole = is_provenance(content) and (
+    seal == json_digest(content) if seal else len(content) == len(_KEYS)
   )
   if not whole:
     raise DamagedError(f"step {step}: {path} is not what was written")
   return content
+
+
+# The keys of `Provenance.to_dict`, and the types of their values.
+_KEYS = {
+  "experiment": dict,
+  "taxonomy": dict,
+  "tokenizer": str,
+  "content_hash": str,
+}
+
+
+def is_provenance(content: Mapping[str, Any]) -> bool:
+  """Returns whether a JSON object has the form of a saved `Provenance`."""
+  return all(isinstance(content.get(key), kind) for key, kind in _KEYS.items())
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -139,6 +152,9 @@ def saved_provenance(workdir: str) -> dict[str, Any] | None:
   if not epath.Path(path).exists():
     return None
   try:
-    return read_json(path)
+    content = read_json(path)
+    if not is_provenance(content):
+      raise UserError(f"{path} does not describe a run of edl_jax")
+    return content
   except UserError as error:
     raise UserError(f"{error}; remove it, or choose another folder") from error

@@ -1,5 +1,6 @@
 """The folder of a run, before and at the run's start."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -36,14 +37,19 @@ def check_workdir(
     UserError: the folder cannot be written, has too little room, or belongs to
       another run.
   """
+  storage.check_name(workdir)
+  if not storage.in_bucket(workdir):
+    _check_places(workdir)
   saved = saved_provenance(workdir)
   if saved is not None:
     provenance.check_continues(saved, f"--workdir={workdir}")
   try:
     room = _room(workdir)
   except OSError as error:
+    where = f" ({error.filename})" if error.filename else ""
     raise UserError(
-      f"cannot write to --workdir={workdir}: {error.strerror}; choose another"
+      f"cannot write to --workdir={workdir}: {error.strerror}{where}; choose"
+      " another"
     ) from error
   keep = provenance.experiment.train.keep_checkpoints
   # While a checkpoint is being written, there is one more than is kept.
@@ -53,6 +59,31 @@ def check_workdir(
       f"--workdir={workdir} has room for {room / 2**20:.0f} MiB, but {keep} + 1"
       f" checkpoints take {needed / 2**20:.0f} MiB; make room or choose another"
     )
+
+
+# What a run writes in its folder.
+_FOLDERS = (FOLDER, "damaged", "report", "tensorboard")
+_FILES = ("run.json", "metrics.jsonl", "routing.json", "result.json")
+
+
+def _check_places(workdir: str) -> None:
+  """Raises UserError if something is where a run writes something else."""
+  for names, right, kind in (
+    (_FOLDERS, os.path.isdir, "folder"),
+    (_FILES, os.path.isfile, "file"),
+  ):
+    for name in names:
+      place = os.path.join(workdir, name)
+      if os.path.lexists(place) and not right(place):
+        raise UserError(
+          f"--workdir={workdir}: {place} is no {kind}; move it away, or choose"
+          " another"
+        )
+      if os.path.lexists(place) and not os.access(place, os.W_OK):
+        raise UserError(
+          f"--workdir={workdir}: {place} belongs to another user or cannot be"
+          " written; choose another"
+        )
 
 
 def _room(workdir: str) -> float:
@@ -66,10 +97,21 @@ def _room(workdir: str) -> float:
     return math.inf
   existing = os.path.abspath(workdir)
   while not os.path.lexists(existing):
-    existing = os.path.dirname(existing)
+    existing, name = os.path.split(existing)
+    # A name that is too long does not exist, and never will.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      os.lstat(os.path.join(existing, name))
   # Permission bits say little on read-only or special file systems: write.
   with tempfile.TemporaryFile(dir=existing) as file:
     file.write(b"x")
+  for name in _FOLDERS:
+    if os.path.isdir(folder := os.path.join(workdir, name)):
+      try:
+        with tempfile.TemporaryFile(dir=folder):
+          pass
+      except OSError as error:
+        error.filename = folder
+        raise
   present = _folder_bytes(os.path.join(workdir, FOLDER))
   return present + shutil.disk_usage(existing).free
 

@@ -17,6 +17,8 @@ from edl_jax.text.taxonomy import Taxonomy
 
 # More rows than any run reads. Grain allows no more than 2**63 - 1.
 _ENDLESS = 2**62
+# Of two shares. A domain with less would have a row in longer than any run.
+_LARGEST_RATIO = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,13 +276,23 @@ def _shares(
       f"{name} has {len(weights)} entries for {count} domains:"
       f" {', '.join(taxonomy.sources)}"
     )
-  if data.mixing != "equal":
-    weights = [
-      weight * size ** (1 / data.temperature)
-      for weight, size in zip(weights, sizes, strict=True)
-    ]
-  total = sum(weights)
-  return tuple(weight / total for weight in weights)
+  try:
+    if data.mixing != "equal":
+      weights = [
+        weight * size ** (1 / data.temperature)
+        for weight, size in zip(weights, sizes, strict=True)
+      ]
+    total = sum(weights)
+    shares = tuple(weight / total for weight in weights)
+  except (OverflowError, ZeroDivisionError):
+    shares = (0.0,)
+  positive = [share for share in shares if share > 0]
+  if not positive or max(positive) / min(positive) > _LARGEST_RATIO:
+    raise UserError(
+      f"{name}: the shares of the domains differ by more than"
+      f" {_LARGEST_RATIO:.0e}; set the least to 0, or raise data.temperature"
+    )
+  return shares
 
 
 def _proportions(weights: Sequence[float]) -> list[int]:

@@ -166,7 +166,8 @@ def load_prepared(experiment: Experiment) -> PreparedCorpus:
       the experiment.
   """
   data = experiment.data
-  folder, setting = data.prepared, f"data.prepared={data.prepared}"
+  folder = os.path.expanduser(data.prepared)
+  setting = f"data.prepared={data.prepared}"
   storage.check_access(folder, "data.prepared=")
   manifest = read_manifest(folder)
   if manifest is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,7 +175,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     UserError: the file cannot be read; names file and line.
   """
   try:
-    with open(path, encoding="utf-8") as file:
+    with open(os.path.expanduser(path), encoding="utf-8") as file:
       content = yaml.safe_load(file)
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}") from error

@@ -158,3 +158,23 @@ def test_comparison_table_of_a_run_that_was_not_carved():
   rows = rows_of(comparison.comparison_table(results, carved))
   heading = "LM loss with 4 experts in each layer"
   assert rows[heading, "python"] == ["-", "2.7500", "-"]
+
+
+def test_a_domain_called_overall_has_a_row_of_its_own():
+  result = {
+    "experiment": {},
+    "tokens_per_second": 1.0,
+    "eval": {
+      "lm_loss": 2.5,
+      "bits_per_byte": 1.5,
+      "domains": {"overall": {"lm_loss": 3.5, "bits_per_byte": 4.5}},
+    },
+    "routing": {
+      "layers": [],
+      **dict.fromkeys(("diversity", "inter_fraction", "max_violation"), 0.0),
+    },
+  }
+  table = comparison.comparison_table([("run", result)])
+  rows = [line.split() for line in table.splitlines()]
+  assert ["overall", "2.5000"] in rows
+  assert ["overall", "(domain)", "3.5000"] in rows

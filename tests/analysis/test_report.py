@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import warnings
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib import image
@@ -197,3 +199,14 @@ def test_importing_loads_neither_jax_nor_pyplot():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   ).stdout
   assert output.strip() == "[]"
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+  domains = ["$AAPL_$TSLA", "C$", "新闻", "a_b^c", "\\\\frac{"]
+  write_run(tmp_path / "a$b_$c", 2, domains, 4)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    paths = report.write_run_report(str(tmp_path / "a$b_$c"))
+  assert len(paths) == 3
+  # Outside, mathematics stays what it was.
+  assert matplotlib.rcParams["text.parse_math"]

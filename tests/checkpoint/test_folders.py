@@ -5,6 +5,7 @@ import json
 import pytest
 
 from edl_jax.checkpoint import DamagedError, folders, saved_provenance
+from edl_jax.config import UserError
 from tests.checkpoint.small_run import PROVENANCE
 
 
@@ -51,3 +52,12 @@ def test_the_newest_intact_provenance_speaks_for_the_run(tmp_path):
     saved_provenance(str(tmp_path))
   write_provenance(tmp_path, 4, json.dumps(PROVENANCE.to_dict()))
   assert saved_provenance(str(tmp_path)) == plain()
+
+
+@pytest.mark.parametrize(
+  "content", [{}, {"experiment": 1}, {"name": "of another program"}]
+)
+def test_a_description_of_something_else_is_no_run(tmp_path, content):
+  (tmp_path / "run.json").write_text(json.dumps(content))
+  with pytest.raises(UserError, match=r"run\.json does not describe a run"):
+    saved_provenance(str(tmp_path))

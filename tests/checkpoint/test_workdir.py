@@ -1,11 +1,13 @@
 """The tokenizer of a run that starts from another checkpoint."""
 
 import dataclasses
+import os
 import pathlib
 
 import pytest
 
 from edl_jax.checkpoint import (
+  check_workdir,
   initial_tokenizer,
 )
 from edl_jax.config import (
@@ -49,3 +51,40 @@ def test_tokenizer_of_the_checkpoint_to_start_from(workdir, tmp_path):
   # A run with a checkpoint of its own no longer needs the initial one.
   found = initial_tokenizer(starting_from(tmp_path), workdir)
   assert found.to_json() == PROVENANCE.tokenizer.to_json()
+
+
+@pytest.mark.parametrize("name", ["exp[1]", "a*/run", "what?"])
+def test_a_folder_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+  with pytest.raises(UserError, match="takes for a pattern; choose another"):
+    check_workdir(str(tmp_path / name), PROVENANCE, 0)
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("name", "is_folder"),
+  [
+    ("checkpoints", False),
+    ("tensorboard", False),
+    ("report", False),
+    ("metrics.jsonl", True),
+    ("run.json", True),
+  ],
+)
+def test_what_is_in_the_way_is_named(tmp_path, name, is_folder):
+  place = tmp_path / name
+  place.mkdir() if is_folder else place.write_text("")
+  with pytest.raises(UserError, match=f"{name} is no fil|{name} is no fold"):
+    check_workdir(str(tmp_path), PROVENANCE, 0)
+
+
+def test_a_folder_of_another_user_is_named(tmp_path, monkeypatch):
+  (tmp_path / "checkpoints").mkdir()
+  # Root may write everywhere, so the system's answer stands in.
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  with pytest.raises(UserError, match="checkpoints belongs to another user or"):
+    check_workdir(str(tmp_path), PROVENANCE, 0)
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+  with pytest.raises(UserError, match=r"cannot write to --workdir=.*too long"):
+    check_workdir(str(tmp_path / ("x" * 300)), PROVENANCE, 0)

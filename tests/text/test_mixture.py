@@ -339,3 +339,19 @@ def test_sources_that_begin_an_epoch_together_share_a_line():
   )
   (line,) = counter.repeats(0, 2 * 9 + 2)
   assert line.startswith("a, c: read 1 time(s)")
+
+
+@pytest.mark.parametrize(
+  "weights", [(5e-324, 1.0), (1e308, 1e308), (1e-12, 1.0)]
+)
+def test_weights_that_no_row_can_follow_are_refused(weights):
+  taxonomy = Taxonomy.from_names(["a", "b"])
+  with pytest.raises(UserError, match=r"data\.weights: the shares of"):
+    mixture_weights(DataConfig(weights=weights), taxonomy)
+  assert mixture_weights(DataConfig(weights=(1e-6, 1.0)), taxonomy)[1] < 1
+
+
+def test_a_temperature_that_leaves_one_domain_is_refused():
+  data = DataConfig(mixing="bytes", temperature=1e-3)
+  with pytest.raises(UserError, match=r"raise data\.temperature"):
+    mixture_weights(data, Taxonomy.from_names(["a", "b"]), [10, 1000])
