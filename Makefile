@@ -4,6 +4,7 @@
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
 # make update-tpu  writes the collectives that these find to tests/aot/golden
 # make test-interop  tests against PyTorch and Transformers, installed by it
+# make test-beam   tests of preparation on Apache Beam, installed by it
 # make docs        builds the site from docs/ into site/
 # make clean       removes .venv and what the tests left; runs/ stays
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo types test test-all test-tpu update-tpu test-interop docs clean
+.PHONY: demo types test test-all test-tpu update-tpu test-interop test-beam docs clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -62,6 +63,16 @@ $(VENV)/interop/done: requirements-interop.txt
 test-interop: $(VENV)/test $(VENV)/interop/done
 	EDL_JAX_INTEROP_PYTHON=$(VENV)/interop/bin/python \
 	  $(RUN) -m pytest --quiet tests/interop
+
+# An environment of its own: Beam wants an older pyarrow.
+$(VENV)/beam/done: requirements-beam.txt
+	$(PYTHON) -m venv $(VENV)/beam
+	$(VENV)/beam/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements-beam.txt
+	@touch $@
+
+test-beam: $(VENV)/beam/done
+	$(VENV)/beam/bin/python -m pytest --quiet --noconftest tests/data/test_beam.py
 
 # The pages of settings and losses import the code, and ruff wraps signatures.
 $(VENV)/docs: $(VENV)/test requirements-docs.txt

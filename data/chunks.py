@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from data.labels import Rule, columns_in, load_rules, rule_columns
+from data.columns import columns_in, load_conditions
+from data.labels import Rule, load_rules, rule_columns
 from edl_jax import storage
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest
@@ -62,13 +63,18 @@ def read_chunks(
   for path in paths:
     for where, found in read_records(path, root, columns):
       chunk.append((where, found))
-      # Each record costs some work, however short it is.
-      size += 100 + (len(found["text"]) if isinstance(found, dict) else 0)
+      size += cost(found)
       if size >= characters:
         yield Chunk(next(numbers), chunk)
         chunk, size = [], 0
   if chunk:
     yield Chunk(next(numbers), chunk)
+
+
+def cost(found: Record | UserError) -> int:
+  """Returns what a record adds to the size of its chunk, in characters."""
+  # Each record costs some work, however short it is.
+  return 100 + (len(found["text"]) if isinstance(found, dict) else 0)
 
 
 class Workers:
@@ -158,6 +164,7 @@ class _Worker:
     self.out, self.skip_bad = Path(out), skip_bad
     self.rule: Rule | None = load_rules(rules) if rules else None
     self.columns = rule_columns(rules) if rules else []
+    self.conditions = load_conditions(rules) if rules else []
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -203,9 +210,12 @@ def scan(chunk: Chunk) -> int:
       ids.append((len(columns), str(record["id"]), where))
     name, confidence = record.get("domain"), 1.0
     missing -= columns_in(record, missing)
-    if _worker.rule:
-      name, confidence = _worker.rule(record) or (None, 0.0)
-    label, _ = labels.setdefault(name, (len(labels), where))
+    # No label: the conditions leave the record out.
+    label = -1
+    if all(condition.holds(record) for condition in _worker.conditions):
+      if _worker.rule:
+        name, confidence = _worker.rule(record) or (None, 0.0)
+      label, _ = labels.setdefault(name, (len(labels), where))
     text = record["text"]
     content = text.encode()
     columns.append(
@@ -250,6 +260,25 @@ class Job(NamedTuple):
   texts: list[str]
   source_N: np.ndarray
   held_out_N: np.ndarray
+
+  @classmethod
+  def of_chunk(
+    cls,
+    chunk: Chunk,
+    source_N: np.ndarray,
+    held_out_N: np.ndarray,
+    characters_N: np.ndarray,
+  ) -> Self:
+    """Chooses what to keep of a chunk's N good records; see `plan.Plan`."""
+    texts = [
+      record["text"][:length]
+      for record, length in zip(
+        chunk.records(), characters_N.tolist(), strict=True
+      )
+      if length
+    ]
+    kept = source_N >= 0
+    return cls(chunk.number, texts, source_N[kept], held_out_N[kept])
 
 
 def encode(job: Job) -> int:

@@ -21,18 +21,31 @@ in order, and the first that finds a label decides:
 that `labels` lacks. Without `labels`, what the rule found is the label. A label
 is "fine" or "coarse/fine". A document for which no rule finds a label is
 unlabelled. A dot in the name of a column leads into an object: meta.subject.
+
+Conditions leave documents out before any rule is tried; all must hold, and a
+document without the column is left out. Without `rules`, the label is the key
+"domain":
+
+  keep:
+    - column score >= 0.5                  # <, <=, >, >=, ==, !=
+    - column language in en, zh
 """
 
 import collections
-import contextlib
 import fnmatch
-import json
 import os
 import sys
 import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from data.columns import (
+  MISSING,
+  column_value,
+  columns_in,
+  load_conditions,
+  stored_columns,
+)
 from edl_jax import tables
 from edl_jax.command import Command
 from edl_jax.config import UserError
@@ -90,41 +103,10 @@ def both(coarse: Rule, fine: Rule) -> Rule:
   return rule
 
 
-_MISSING = object()
-
-
-def _value(record: Any, column: str) -> Any:
-  """Returns the value of a column, `_MISSING` if the record lacks it.
-
-  A column may lie in objects: meta.subject. An object may be written as JSON in
-  a text, as some data sets do to keep their columns flat.
-  """
-  if isinstance(record, str) and record[:1] == "{":
-    with contextlib.suppress(ValueError, RecursionError):
-      record = json.loads(record)
-  if not isinstance(record, dict):
-    return _MISSING
-  if column in record:
-    return record[column]
-  # A key may itself have dots, so try the longest first.
-  parts = column.split(".")
-  for cut in range(len(parts) - 1, 0, -1):
-    if (key := ".".join(parts[:cut])) in record:
-      found = _value(record[key], ".".join(parts[cut:]))
-      if found is not _MISSING:
-        return found
-  return _MISSING
-
-
-def columns_in(record: Record, columns: Iterable[str]) -> set[str]:
-  """Returns those of `columns` that a record has."""
-  return {name for name in columns if _value(record, name) is not _MISSING}
-
-
 def _text(record: Record, column: str) -> str:
   """Returns the text of a column, "" where there is none."""
-  value = _value(record, column)
-  return "" if value is _MISSING or value is None else str(value)
+  value = column_value(record, column)
+  return "" if value is MISSING or value is None else str(value)
 
 
 def by_column(column: str) -> Rule:
@@ -277,9 +259,16 @@ def load_rules(path: str) -> Rule:
     UserError: a rule is wrong, or its package is missing; names file and rule.
   """
   content = read_yaml(path)
+  if list(content) == ["keep"]:
+    return by_column("domain")
   rules = content.get("rules")
-  if list(content) != ["rules"] or not isinstance(rules, list) or not rules:
-    raise UserError(f"{path}: must hold a list under 'rules' and nothing else")
+  if not {"rules"} <= set(content) <= {"keep", "rules"} or not (
+    isinstance(rules, list) and rules
+  ):
+    raise UserError(
+      f"{path}: must hold a list under 'rules', conditions under 'keep', and"
+      " nothing else"
+    )
   folder = os.path.dirname(path)
   return first_of(
     [
@@ -334,9 +323,10 @@ def rule_columns(path: str) -> list[str]:
   """Returns the columns that a file of rules reads, in order.
 
   Raises:
-    UserError: the file is not YAML.
+    UserError: the file is not YAML, or a condition is wrong.
   """
-  entries, found = read_yaml(path).get("rules"), []
+  entries = read_yaml(path).get("rules")
+  found = [condition.column for condition in load_conditions(path)]
   waiting = list(entries) if isinstance(entries, list) else []
   while waiting:
     entry = waiting.pop(0)
@@ -350,15 +340,6 @@ def rule_columns(path: str) -> list[str]:
     elif kind == "both":
       waiting[:0] = [entry.get("coarse"), entry.get("fine")]
   return list(dict.fromkeys(found))
-
-
-def stored_columns(columns: Iterable[str]) -> list[str]:
-  """Returns the names that columns may have in a file: all leading parts."""
-  return [
-    ".".join(parts[:cut])
-    for parts in (name.split(".") for name in columns)
-    for cut in range(1, len(parts) + 1)
-  ]
 
 
 def check_columns(path: str, missing: Collection[str]) -> None:
@@ -428,16 +409,22 @@ def main() -> None:
   rule, report = load_rules(_RULES.value), LabelReport()
   root, paths = find_files(_FILES.value, "--files")
   columns = rule_columns(_RULES.value)
+  conditions, dropped = load_conditions(_RULES.value), 0
   missing = set(columns)
   for path in paths:
     for _, record in read_records(path, root, stored_columns(columns)):
       if isinstance(record, UserError):
         raise record
       missing -= columns_in(record, missing)
+      if not all(condition.holds(record) for condition in conditions):
+        dropped += 1
+        continue
       name, confidence = rule(record) or (UNLABELLED, 0.0)
       report.add(name, len(record["text"].encode()), confidence)
   check_columns(_RULES.value, missing)
   print("\n".join(report.lines()))
+  if conditions:
+    print(f"left out by 'keep': {dropped:,} documents")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ class Plan:
   # Number of dropped records by reason, and "messages" about bad ones.
   skipped: dict[str, Any]
 
+  def of_chunk(self, number: int) -> dict[str, np.ndarray]:
+    """Returns `source_N`, `held_out_N` and `characters_N` of a chunk."""
+    part = slice(self.begin[number], self.begin[number + 1])
+    return {
+      name: getattr(self, name)[part]
+      for name in ("source_N", "held_out_N", "characters_N")
+    }
+
   def digests(
     self, source_K: np.ndarray, text_K: Sequence[np.ndarray]
   ) -> list[Iterator[tuple[bytes, bytes]]]:
@@ -117,6 +125,12 @@ class _Selection:
         names.append(error)
     ids = {index: rest for index, *rest in json.loads(str(scan["ids"]))}
     for index, label in enumerate(scan["label"].tolist()):
+      if label < 0:
+        self.skipped.setdefault("not kept", 0)
+        self.skipped["not kept"] += 1
+        self.domain.append(None)
+        self.characters.append(0)
+        continue
       domain = names[label]
       if index in ids:
         identifier, where = ids[index]
@@ -148,7 +162,9 @@ class _Selection:
     elif digest in self._texts:
       reason = "duplicate"
     else:
-      self._texts.add(digest)
+      # A text that occurs once needs no memory, where that is known.
+      if "repeated" not in scan or scan["repeated"][index]:
+        self._texts.add(digest)
       kept = min(int(scan["characters"][index]), self._room[domain])
       self._room[domain] -= kept
       return kept
@@ -166,7 +182,8 @@ def make_plan(
   """Chooses which records to keep and which to hold out.
 
   Args:
-    scans: arrays that `chunks.scan` wrote, one mapping a chunk.
+    scans: arrays that `chunks.scan` wrote, one mapping a chunk. They may have
+      "repeated": whether a record's text occurs in another record too.
     data: gives taxonomy, limit, held-out fraction, and files (for messages).
     skip_bad: whether to drop bad records instead of stopping at the first.
     rules: the file of rules that labelled the records, if any.

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,12 +26,14 @@ from typing import Any
 import numpy as np
 
 from data import chunks
+from data.beam import BeamEngine, load_beam
+from data.engines import Engine, LocalEngine
 from data.labels import LabelReport, rule_columns, stored_columns
 from data.plan import Plan, make_plan
+from data.runs import Text
 from edl_jax import storage
 from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
-from edl_jax.progress import BytesProgress
 from edl_jax.text.files import find_files
 from edl_jax.text.flat_encoder import has_fastokens
 from edl_jax.text.mixture import content_hash
@@ -78,6 +79,21 @@ _MAX_CHARACTERS = COMMAND.flag(
 _SKIP_BAD = COMMAND.flag(
   "skip_bad", False, "Leave out records that are wrong; do not stop at them."
 )
+_RUNNER = COMMAND.flag(
+  "runner",
+  "local",
+  "This machine's processes, or the Apache Beam runner that shares the work.",
+  choices=(
+    "local",
+    "DirectRunner",
+    "DataflowRunner",
+    "FlinkRunner",
+    "SparkRunner",
+  ),
+)
+_BEAM = COMMAND.flag(
+  "beam", [], "Argument for Beam, such as --beam=direct_num_workers=2."
+)
 _WORKERS = COMMAND.flag(
   "workers", os.cpu_count() or 1, "Processes that share the work.", minimum=1
 )
@@ -98,13 +114,17 @@ class Options:
   max_characters_per_domain: int | None = None
   skip_bad: bool = False
   workers: int = 1
+  # "local" for processes of this machine, or a runner of Apache Beam.
+  runner: str = "local"
+  # Arguments for Beam, without the dashes.
+  beam: tuple[str, ...] = ()
   # Size of the chunks in which text is processed and written.
   chunk_characters: int = 4_000_000
 
   def settings(self, paths: Sequence[str]) -> dict[str, Any]:
     """Returns everything that the result depends on, for JSON."""
     settings = dataclasses.asdict(self)
-    for key in ("out", "workers"):
+    for key in ("out", "workers", "runner", "beam"):
       del settings[key]
     for key in ("taxonomy", "labels", "tokenizer"):
       if os.path.isfile(settings[key]):
@@ -124,6 +144,8 @@ def prepare(options: Options) -> dict[str, Any]:
     UserError: the text or an option is wrong, the folder has other options or
       cannot be written. A later call resumes from the finished chunks.
   """
+  if options.runner != "local":
+    load_beam(options.runner, options.beam)
   root, paths = find_files(options.files, "--files")
   settings = options.settings(paths)
   manifest = read_manifest(options.out)
@@ -182,26 +204,26 @@ class _Preparation:
   """Scan, plan, encode, finish: four steps that skip what earlier runs did."""
 
   def __init__(self, options: Options, root: str, paths: Sequence[str]):
-    self._options, self._root, self._paths = options, root, paths
-    self._out = Path(options.out)
-    self._columns = (
+    self._options, self._out = options, Path(options.out)
+    columns = (
       stored_columns(rule_columns(options.labels)) if options.labels else []
+    )
+    self._text = Text(
+      root, tuple(paths), tuple(columns), options.chunk_characters
     )
 
   def run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Takes the four steps; returns the manifest."""
     options = self._options
-    with chunks.Workers(
-      options.workers,
-      chunks.start_worker,
-      options.out,
-      options.labels,
-      options.skip_bad,
-    ) as workers:
-      count = self._scan(workers)
-      paths = [chunks.scan_path(self._out, number) for number in range(count)]
+    arguments = (options.out, options.labels, options.skip_bad)
+    if options.runner != "local":
+      context = BeamEngine(self._text, options.runner, options.beam, *arguments)
+    else:
+      context = LocalEngine(self._text, options.workers, *arguments)
+    with context as engine:
+      count = engine.scan()
       plan = make_plan(
-        map(chunks.read_arrays, paths),
+        map(engine.read_scan, range(count)),
         DataConfig(
           files=options.files,
           taxonomy=options.taxonomy,
@@ -212,32 +234,17 @@ class _Preparation:
         skip_bad=options.skip_bad,
         rules=options.labels,
       )
-      tokenizer = self._tokenizer(plan)
-      self._encode(plan, workers)
+      tokenizer = self._tokenizer(plan, engine)
+      if not has_fastokens():
+        print(
+          "tokenizing takes four times as long without fastokens: pip install"
+          " -r requirements-data.txt",
+          file=sys.stderr,
+        )
+      engine.encode(plan)
     return self._finish(plan, tokenizer, settings)
 
-  def _chunks(self) -> Iterator[chunks.Chunk]:
-    return chunks.read_chunks(
-      self._root, self._paths, self._options.chunk_characters, self._columns
-    )
-
-  def _scan(self, workers: chunks.Workers) -> int:
-    """Scans every chunk; returns their number."""
-    progress, count = BytesProgress("reading"), 0
-
-    def missing() -> Iterator[chunks.Chunk]:
-      nonlocal count
-      for chunk in self._chunks():
-        count = chunk.number + 1
-        if not chunks.scan_path(self._out, chunk.number).exists():
-          yield chunk
-
-    for size in workers.in_order(chunks.scan, missing()):
-      progress.add(size)
-    progress.close(erase=True)
-    return count
-
-  def _tokenizer(self, plan: Plan) -> Tokenizer:
+  def _tokenizer(self, plan: Plan, engine: Engine) -> Tokenizer:
     """Returns the tokenizer, and writes tokenizer.json if it is missing."""
     kind, path = self._options.tokenizer, self._out / TOKENIZER
     if path.exists():
@@ -247,64 +254,12 @@ class _Preparation:
     elif kind.startswith("bpe:"):
       print("training the tokenizer", file=sys.stderr)
       size = int(kind[4:])
-      sample = self._sample(plan, training_characters(size))
+      sample = engine.sample(plan, training_characters(size))
       tokenizer = train_tokenizer(sample, size)
     else:
       tokenizer = open_tokenizer(kind)
     storage.write_bytes(path, tokenizer.to_json().encode())
     return tokenizer
-
-  def _sample(self, plan: Plan, enough: int) -> list[str]:
-    """Returns the training text from which `load_tokenizer` would learn."""
-    train = np.flatnonzero((plan.source_N >= 0) & ~plan.held_out_N)
-    train = train[np.argsort(plan.source_N[train], kind="stable")]
-    size, wanted = 0, {}
-    for number in random.Random(0).sample(train.tolist(), len(train)):
-      if size >= enough:
-        break
-      length = min(int(plan.characters_N[number]), enough - size)
-      wanted[number] = length
-      size += length
-    texts = {}
-    for chunk in self._chunks():
-      for place, record in enumerate(chunk.records()):
-        number = int(plan.begin[chunk.number]) + place
-        if number in wanted:
-          texts[number] = record["text"][: wanted[number]]
-    return [texts[number] for number in train.tolist() if number in texts]
-
-  def _encode(self, plan: Plan, workers: chunks.Workers) -> None:
-    """Writes the tokens of every chunk."""
-    if not has_fastokens():
-      print(
-        "tokenizing takes four times as long without fastokens: pip install -r"
-        " requirements-data.txt",
-        file=sys.stderr,
-      )
-    progress = BytesProgress("tokenizing", plan.num_bytes)
-
-    def missing() -> Iterator[chunks.Job]:
-      for chunk in self._chunks():
-        number = chunk.number
-        if chunks.encoded_path(self._out, number).exists():
-          continue
-        part = slice(plan.begin[number], plan.begin[number + 1])
-        source = plan.source_N[part]
-        kept = source >= 0
-        texts = [
-          record["text"][:length]
-          for record, length in zip(
-            chunk.records(), plan.characters_N[part], strict=True
-          )
-          if length
-        ]
-        yield chunks.Job(
-          number, texts, source[kept], plan.held_out_N[part][kept]
-        )
-
-    for size in workers.in_order(chunks.encode, missing()):
-      progress.add(size)
-    progress.close(erase=True)
 
   def _finish(
     self, plan: Plan, tokenizer: Tokenizer, settings: Mapping[str, Any]
@@ -386,6 +341,8 @@ def _options() -> Options:
     max_characters_per_domain=_MAX_CHARACTERS.value,
     skip_bad=_SKIP_BAD.value,
     workers=_WORKERS.value,
+    runner=_RUNNER.value,
+    beam=tuple(_BEAM.value),
   )
 
 

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from data import labels
+from data.columns import columns_in, stored_columns
 from data.labels import (
   Label,
   LabelReport,
-  columns_in,
   load_rules,
   rule_columns,
-  stored_columns,
 )
 from edl_jax.config import UserError
 from edl_jax.text.streams import need_package

@@ -375,6 +375,14 @@ def test_full_disk_leaves_what_can_be_continued(texts, tmp_path, workers):
 # --- Bad input ---------------------------------------------------------------
 
 
+def test_beam_is_optional(texts, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "apache_beam", None)
+  made = options_for(texts, tmp_path / "out", runner="FlinkRunner")
+  with pytest.raises(UserError, match=r"install -r requirements-beam\.txt"):
+    prepare(made)
+  assert not Path(made.out).exists()
+
+
 def test_bad_records_are_named_or_skipped(tmp_path):
   good = [
     {"text": f"good {d} {n}", "domain": d} for d in "ab" for n in range(9)
