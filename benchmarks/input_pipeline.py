@@ -172,7 +172,7 @@ def row_reader(experiment: Experiment) -> Callable[[], float]:
 @COMMAND.main
 def main() -> None:
   """Measures reading, labelling, preparing and rows; prints the table."""
-  _, documents = read_documents(
+  _, documents, _ = read_documents(
     DataConfig(max_characters_per_domain=_CHARACTERS.value)
   )
   megabytes = sum(len(document.text.encode()) for document in documents) / 1e6

@@ -117,7 +117,7 @@ def measured(
 
 def texts_of_kinds(limit: int) -> dict[str, list[str]]:
   """Returns texts by kind, of about `limit` characters each."""
-  _, documents = read_documents(DataConfig(max_characters_per_domain=limit))
+  _, documents, _ = read_documents(DataConfig(max_characters_per_domain=limit))
   kinds = {"english": ("documentation", "legal"), "code": ("python_source",)}
   texts = {
     kind: [d.text for d in documents if d.domain in domains]

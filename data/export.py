@@ -34,7 +34,7 @@ def export(data: DataConfig, path: str) -> int:
   Raises:
     UserError: the file exists or cannot be written.
   """
-  taxonomy, documents = read_documents(data)
+  taxonomy, documents, _ = read_documents(data)
   label = dict(zip(taxonomy.fine, taxonomy.names))
   if os.path.exists(path):
     raise UserError(f"--out={path}: the file exists; choose another")

@@ -5,7 +5,7 @@ The choice is exactly that of `edl_jax.text`, which reads text into memory.
 
 import dataclasses
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,6 +97,8 @@ class _Selection:
     self._ids, self._texts = SeenIds(), set[bytes]()
     limit = data.max_characters_per_domain
     self._room = defaultdict[str, int](lambda: limit)
+    # Records of each domain, kept or not.
+    self.given = Counter[str]()
     # Domain (None if dropped) and kept characters of each record.
     self.domain: list[str | None] = []
     self.characters: list[int] = []
@@ -139,6 +141,7 @@ class _Selection:
         self._bad(domain)
         domain, kept = None, 0
       else:
+        self.given[domain] += 1
         kept = self._kept(domain, scan, index)
       self.domain.append(domain if kept else None)
       self.characters.append(kept)
@@ -207,17 +210,24 @@ def make_plan(
       found[domain].append(number)
   check_columns(rules, missing or ())
   taxonomy = selection.domains.taxonomy(found, data.files)
+  selection.skipped["messages"] += [
+    f"domain {name!r} is left out: each of its {count:,} texts is empty or"
+    " occurred before"
+    for name, count in selection.given.items()
+    if name not in found
+  ]
   origin_N = np.concatenate(columns["origin"])
   groups = [
-    [origin_N[number].tobytes() for number in found[name]]
-    for name in taxonomy.sources
+    [origin_N[number].tobytes() for number in found[key]]
+    for key in map(selection.domains.key, taxonomy.sources)
   ]
   held_out = held_out_origins(taxonomy.fine, groups, data.held_out_fraction)
   source_N = np.full(len(origin_N), -1, np.int32)
   held_out_N = np.zeros(len(origin_N), bool)
   for source, (name, origins) in enumerate(zip(taxonomy.sources, groups)):
-    source_N[found[name]] = source
-    held_out_N[found[name]] = [origin in held_out for origin in origins]
+    numbers = found[selection.domains.key(name)]
+    source_N[numbers] = source
+    held_out_N[numbers] = [origin in held_out for origin in origins]
   sizes = np.concatenate(columns["bytes"])
   return Plan(
     taxonomy=taxonomy,

@@ -298,6 +298,9 @@ class _Preparation:
     }
     storage.write_json(self._out / MANIFEST, manifest, indent=2)
     shutil.rmtree(self._out / "work")
+    # A worker that was killed while it wrote a file leaves what it had.
+    for part in self._out.glob(".*.tmp"):
+      part.unlink(missing_ok=True)
     return manifest
 
 

@@ -30,7 +30,7 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   if config.schedule == "cosine":
     after = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)
   else:
-    decay = min(left, max(1, round(config.decay_fraction * num_steps)))
+    decay = _decay_steps(config, num_steps)
     after = optax.join_schedules(
       [
         optax.constant_schedule(peak),
@@ -39,6 +39,24 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
       [left - decay],
     )
   return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def _decay_steps(config: OptimizerConfig, num_steps: int) -> int:
+  """Returns the steps of the decay of "wsd"."""
+  left = max(1, num_steps - config.warmup_steps)
+  return min(left, max(1, round(config.decay_fraction * num_steps)))
+
+
+def steps_at_peak(config: OptimizerConfig, num_steps: int) -> int | None:
+  """Returns the number of first steps whose rate `num_steps` has no part in.
+
+  None: of all steps. A run that took no more may become longer or shorter.
+  """
+  if config.final_fraction == 1:
+    return None
+  if config.schedule == "cosine":
+    return config.warmup_steps
+  return num_steps - _decay_steps(config, num_steps)
 
 
 def decays(parameters: Any) -> Any:

@@ -142,7 +142,9 @@ class BytesProgress(ProgressLine):
 
 
 @contextlib.contextmanager
-def elapsed(task: str, stream: IO[str] | None = None) -> Iterator[None]:
+def elapsed(
+  task: str, stream: IO[str] | None = None, after: float = 0
+) -> Iterator[None]:
   """Shows `task` and the seconds that the block has taken so far.
 
   The seconds are shown every second on a terminal, whose line is erased when
@@ -152,16 +154,22 @@ def elapsed(task: str, stream: IO[str] | None = None) -> Iterator[None]:
     task: what the block does, such as "compiling".
     stream: where the line goes; stderr by default. Nothing else may write to
       it while the block runs.
+    after: seconds before anything is shown.
   """
   line = ProgressLine(sys.stderr if stream is None else stream)
   ended = threading.Event()
   start = time.monotonic()
 
   def count() -> None:
+    if after:
+      if ended.wait(after):
+        return
+      line.show(f"{task} ...")
     while not ended.wait(1 if line.live else 30):
       line.show(f"{task} ... {time.monotonic() - start:.0f} s")
 
-  line.show(f"{task} ...")
+  if not after:
+    line.show(f"{task} ...")
   thread = threading.Thread(target=count, daemon=True)
   thread.start()
   try:

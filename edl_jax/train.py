@@ -444,6 +444,7 @@ def describe(
     f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s): {axes}",
     f"{len(corpus.taxonomy.sources)} domains:",
     *_describe_sources(experiment, corpus),
+    *corpus.notes,
     f"{train.num_steps:,} steps of {train.batch_size} rows of"
     f" {train.sequence_length} tokens: {tokens:,} tokens",
   ]

@@ -182,13 +182,16 @@ def _check_mesh(experiment: Experiment) -> None:
 
 
 def _check_domains(data: DataConfig) -> None:
-  names = [full.rpartition("/")[-1] for full in data.domains]
-  for name, full in zip(names, data.domains):
+  fine = [full.rpartition("/")[-1] for full in data.domains]
+  for name, full in zip(fine, data.domains):
     if not name or full.count("/") > 1 or full.startswith("/"):
       raise UserError(
         f"data.domains: {full!r} must be written as fine or coarse/fine"
       )
-    if names.count(name) > 1:
+    # Coarse names tell fine ones apart; a name without one cannot be told.
+    if data.domains.count(full) > 1 or (
+      fine.count(name) > 1 and name in data.domains
+    ):
       raise UserError(f"data.domains: {name!r} occurs more than once")
   if data.taxonomy and data.domains:
     raise UserError(

@@ -23,7 +23,7 @@ ARROWS = {
   },
   "cache": {"storage"},
   "checkpoint": {
-    *("command", "config", "generation", "model", "sharding", "step"),
+    *("command", "config", "generation", "model", "optim", "sharding", "step"),
     *("storage", "text"),
   },
   "command": {"config", "config_files", "output", "tables"},
@@ -70,7 +70,7 @@ ARROWS = {
     *("checkpoint", "command", "config", "losses", "model", "progress"),
     *("runtime", "sharding", "storage", "tables", "text"),
   },
-  "text": {"cache", "config", "storage"},
+  "text": {"cache", "config", "progress", "storage"},
   "train": {
     *("analysis", "checkpoint", "config", "evaluate", "losses", "metrics"),
     *("model", "optim", "preemption", "progress", "runtime", "sharding"),

@@ -47,7 +47,7 @@ INVALID = [
   ({"data.domains": "('a/b/c',)"}, ("a/b/c",)),
   ({"data.domains": "('/a',)"}, ("/a",)),
   ({"data.domains": "('a/',)"}, ("a/",)),
-  ({"data.domains": "('a/x', 'b/x')"}, ("'x'",)),
+  ({"data.domains": "('a/x', 'x')"}, ("'x'",)),
   ({"data.weights": "(1.0, -1.0)"}, ("-1.0",)),
   ({"data.weights": "(0.0, 0.0)"}, ("0.0, 0.0",)),
   ({"data.weights": "(1.0,)", "data.domains": "('a', 'b')"}, ("1", "2")),

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from edl_jax import config
 from edl_jax.config import Experiment, UserError
+from edl_jax.optim import steps_at_peak
 from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import Tokenizer
 
@@ -39,19 +40,33 @@ class Provenance:
       content_hash=saved["content_hash"],
     )
 
-  def check_continues(self, saved: Mapping[str, Any], where: str) -> None:
+  def check_continues(
+    self, saved: Mapping[str, Any], where: str, step: int = 0
+  ) -> None:
     """Checks that this run may resume the one that `saved` describes.
+
+    `train.num_steps` may differ if the steps taken would have been the same:
+    while neither run's learning rate decays, and in the same phase of weights.
 
     Args:
       saved: a `to_dict`.
       where: the folder of that run, for messages.
+      step: steps taken; 0 without a checkpoint.
 
     Raises:
       UserError: the two differ; names what differs.
     """
     current = self.to_dict()
     way_out = "choose another --workdir, or undo the difference"
-    keys = config.differing_keys(saved["experiment"], current["experiment"])
+    before, now = saved["experiment"], current["experiment"]
+    if step and _same_so_far(before, self.experiment, step):
+      before = before | {"train.num_steps": now["train.num_steps"]}
+    keys = config.differing_keys(before, now)
+    if len(keys) == 1 and keys[0].startswith("train.num_steps:"):
+      way_out += (
+        "; a run may become longer before its learning rate decays, with"
+        " optimizer.schedule=wsd or optimizer.final_fraction=1"
+      )
     if keys:
       raise UserError(
         f"{where} belongs to another experiment: {'; '.join(keys)}; {way_out}"
@@ -63,3 +78,26 @@ class Provenance:
     ):
       if json.dumps(saved[name]) != json.dumps(current[name]):
         raise UserError(f"{where} {what}; {way_out}")
+
+
+def _same_so_far(
+  saved: Mapping[str, Any], experiment: Experiment, step: int
+) -> bool:
+  """Returns whether `step` steps are the same for both numbers of steps."""
+  counts: tuple[Any, int] = (
+    saved.get("train.num_steps"),
+    experiment.train.num_steps,
+  )
+  for count in counts:
+    if not isinstance(count, int) or step > count:
+      return False
+    constant = steps_at_peak(experiment.optimizer, count)
+    if constant is not None and step > constant:
+      return False
+  starts = [
+    [round(phase[0] * count) for phase in experiment.data.weight_phases]
+    for count in counts
+  ]
+  return all(
+    before == now or min(before, now) >= step for before, now in zip(*starts)
+  )

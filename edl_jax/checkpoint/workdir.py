@@ -42,7 +42,10 @@ def check_workdir(
     _check_places(workdir)
   saved = saved_provenance(workdir)
   if saved is not None:
-    provenance.check_continues(saved, f"--workdir={workdir}")
+    steps = checkpoint_steps(os.path.join(workdir, FOLDER))
+    provenance.check_continues(
+      saved, f"--workdir={workdir}", max(steps, default=0)
+    )
   try:
     room = _room(workdir)
   except OSError as error:

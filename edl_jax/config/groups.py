@@ -274,6 +274,11 @@ class DataConfig:
   max_characters_per_domain: int = field(
     3_000_000, at_least=1, help="Most characters that are read per domain."
   )
+  skip_bad: bool = field(
+    False,
+    help="Leaves out records of data.files that are wrong, and says how many,"
+    " instead of stopping at the first.",
+  )
   held_out_fraction: float = field(
     0.05, above=0, below=1, help="Fraction of documents to evaluate on."
   )

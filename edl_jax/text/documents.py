@@ -9,6 +9,9 @@ from edl_jax.config import DataConfig, UserError
 from edl_jax.text.taxonomy import (
   UNLABELLED,
   Taxonomy,
+  apart,
+  distinct_names,
+  fine_name,
   join_label,
   load_taxonomy,
   split_label,
@@ -47,11 +50,17 @@ class DomainNames:
     self.setting = "data.taxonomy" if data.taxonomy else "data.domains"
     self._file = load_taxonomy(data.taxonomy) if data.taxonomy else None
     self._names = self._file.names if self._file else data.domains
-    pairs = [split_label(name, self.setting) for name in self._names]
+    pairs = [
+      split_label(name, self.setting) for name in distinct_names(self._names)
+    ]
     # Coarse names ("" for none) of the declared domains by fine label.
     self.declared = {fine: coarse for coarse, fine in pairs}
     # Coarse names that the source gives, by fine label.
     self._coarse: dict[str, str] = {}
+    # Fine labels that several coarse ones share, and those met without one.
+    self._shared, self._bare = set[str](), set[str]()
+    # The label under which `add` knew a source, by its name.
+    self._before: dict[str, str] = {}
 
   def add(self, label: str | None, where: str) -> str:
     """Returns the fine domain of a label that was met at `where`.
@@ -70,7 +79,7 @@ class DomainNames:
         f"{where}: key 'domain' is missing; domain must be a string, unless a"
         " data.taxonomy has 'unlabelled: true'"
       )
-    coarse, fine = split_label(label, where)
+    coarse, fine = self._told_apart(*split_label(label, where), where)
     if self.declared and fine not in self.declared:
       raise UserError(
         f"{where}: unknown domain {label!r}; {self.setting} has"
@@ -90,6 +99,47 @@ class DomainNames:
       )
     self._coarse[fine] = known or coarse
     return fine
+
+  def _told_apart(self, coarse: str, fine: str, where: str) -> tuple[str, str]:
+    """Returns another fine label where coarse ones share it.
+
+    Raises:
+      UserError: nothing tells which of them a label without a coarse name is.
+    """
+    longer = f"{coarse}_{fine}"
+    if self.declared:
+      hidden = coarse and fine not in self.declared and longer in self.declared
+      return coarse, longer if hidden else fine
+    if not coarse:
+      if fine in self._shared:
+        raise UserError(
+          f"{where}: domain {fine!r} occurs under several coarse names; write"
+          " one before it, as coarse/fine"
+        )
+      self._bare.add(fine)
+    known = self._coarse.get(fine)
+    if coarse and known and coarse != known and fine not in self._bare:
+      self._shared.add(fine)
+      return coarse, longer
+    return coarse, fine
+
+  def key(self, source: str) -> str:
+    """Returns what `add` returned for a source of the taxonomy."""
+    return self._before.get(source, source)
+
+  def _named(self, fine: str) -> str:
+    """Returns a domain's name in full, once all labels are known."""
+    label = join_label(self.declared.get(fine) or self._coarse[fine], fine)
+    if fine not in self._shared:
+      return label
+    longer = apart(label)
+    if fine_name(longer) in self._coarse:
+      raise UserError(
+        f"domain {fine!r} occurs under several coarse names and as {longer!r};"
+        " rename one of them"
+      )
+    self._before[fine_name(longer)] = fine
+    return longer
 
   def taxonomy(self, found: Collection[str], source: str) -> Taxonomy:
     """Returns the taxonomy of the declared domains, else of those found.
@@ -115,10 +165,7 @@ class DomainNames:
     if self._file:
       missing = self._file.unlabelled and UNLABELLED not in found
       return self._file.without_unlabelled() if missing else self._file
-    names = [
-      join_label(self.declared.get(fine) or self._coarse[fine], fine)
-      for fine in fine_labels
-    ]
+    names = list(map(self._named, fine_labels))
     return Taxonomy.from_names(names if self.declared else sorted(names))
 
 
@@ -132,6 +179,8 @@ class Gatherer:
     self.documents = collections.defaultdict[str, list[Document]](list)
     self._room = collections.defaultdict[str, int](lambda: max_characters)
     self._seen: set[bytes] = set()
+    # Texts given of each domain, of which some may be left out.
+    self._given = collections.Counter[str]()
 
   def has_room(self, domain: str) -> bool:
     """Returns whether a domain has fewer characters than its limit."""
@@ -139,6 +188,7 @@ class Gatherer:
 
   def add(self, text: str, domain: str, origin: str) -> None:
     """Adds a document, unless it is empty, a duplicate or over the limit."""
+    self._given[domain] += 1
     if not self.has_room(domain) or not text or text.isspace():
       return
     digest = hashlib.sha256(text.encode()).digest()
@@ -148,3 +198,12 @@ class Gatherer:
     text = text[: self._room[domain]]
     self._room[domain] -= len(text)
     self.documents[domain].append(Document(text, domain, origin))
+
+  def vanished(self) -> list[str]:
+    """Returns a message for each domain of which no text is left."""
+    return [
+      f"domain {name!r} is left out: each of its {count:,} texts is empty or"
+      " occurred before"
+      for name, count in self._given.items()
+      if not self.documents.get(name)
+    ]

@@ -32,6 +32,8 @@ class Corpus:
   # SHA-256 of the names of the sources and of the origin and text of every
   # document of both splits, in order.
   content_hash: str
+  # What reading left out, a line each.
+  notes: tuple[str, ...] = ()
 
   def sizes(self) -> list[tuple[int, int]]:
     """Returns the documents and characters of each source, of both splits."""
@@ -60,7 +62,7 @@ def load_corpus(data: DataConfig) -> Corpus:
   Raises:
     UserError: text is missing or wrong, or a domain cannot be split.
   """
-  taxonomy, documents = read_documents(data)
+  taxonomy, documents, notes = read_documents(data)
   by_domain = collections.defaultdict[str, list[Document]](list)
   for document in documents:
     by_domain[document.domain].append(document)
@@ -85,6 +87,7 @@ def load_corpus(data: DataConfig) -> Corpus:
       taxonomy.source_names,
       [[(_digest(d.origin), _digest(d.text)) for d in own] for own in groups],
     ),
+    notes=tuple(notes),
   )
 
 

@@ -122,6 +122,8 @@ class PreparedCorpus:
   tokenizer: Tokenizer
   # Equal to that of a `mixture.Corpus` of the same text.
   content_hash: str
+  # What preparing left out, a line each.
+  notes: Sequence[str]
   # Maps of the token files; the documents, DOCUMENT (documents,), by source.
   _arrays: Sequence[np.ndarray]
   _documents: Sequence[np.ndarray]
@@ -206,12 +208,20 @@ def load_prepared(experiment: Experiment) -> PreparedCorpus:
     taxonomy=taxonomy,
     tokenizer=tokenizer,
     content_hash=manifest["content_hash"],
+    notes=_notes(manifest["skipped"]),
     _arrays=[
       _map(os.path.join(folder, tokens_name(number)), manifest["dtype"])
       for number in range(manifest["token_files"])
     ],
     _documents=[documents[order[ends[at] : ends[at + 1]]] for at in places],
   )
+
+
+def _notes(skipped: dict[str, Any]) -> list[str]:
+  """Returns lines about bad records and domains that preparing left out."""
+  messages = [f"  {message}" for message in skipped["messages"]]
+  bad = f"left out {skipped['bad']:,} bad records when prepared:"
+  return [bad, *messages] if messages else []
 
 
 def _local_copy(folder: str, manifest: dict[str, Any]) -> str:

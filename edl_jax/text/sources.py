@@ -1,5 +1,8 @@
 """Reads the documents of an experiment: the embedded mixture, or files."""
 
+import dataclasses
+from typing import NamedTuple
+
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.documents import Document, DomainNames, Gatherer
 from edl_jax.text.embedded import read_embedded
@@ -7,8 +10,22 @@ from edl_jax.text.files import find_files
 from edl_jax.text.readers import SeenIds, read_records
 from edl_jax.text.taxonomy import Taxonomy
 
+# Bad records of which a message is kept.
+_MESSAGES = 5
 
-def read_documents(data: DataConfig) -> tuple[Taxonomy, list[Document]]:
+
+class Documents(NamedTuple):
+  """What `read_documents` found."""
+
+  taxonomy: Taxonomy
+  # Source by source. Within a source their order depends on their origins
+  # (embedded mixture) or places (files) alone.
+  documents: list[Document]
+  # What was left out, a line each.
+  notes: list[str]
+
+
+def read_documents(data: DataConfig) -> Documents:
   """Reads the documents of every domain, without duplicates or empty texts.
 
   A record (see `readers.read_records`) has a text and a domain. It may have an
@@ -17,18 +34,15 @@ def read_documents(data: DataConfig) -> tuple[Taxonomy, list[Document]]:
   `data.max_characters_per_domain` is reached. `DomainNames` names and selects
   the domains.
 
-  Returns:
-    The taxonomy; and the documents, source by source. Within a source their
-    order depends on their origins (embedded mixture) or places (files) alone.
-
   Raises:
-    UserError: there is nothing to read, a bad record, an unknown or an empty
-      domain.
+    UserError: there is nothing to read, a bad record without `data.skip_bad`,
+      an unknown or an empty domain.
   """
   domains = DomainNames(data)
   gathered = Gatherer(data.max_characters_per_domain)
+  notes = []
   if data.files:
-    _read_files(data, domains, gathered)
+    notes = _read_files(data, domains, gathered)
     source = data.files
   else:
     read_embedded(data, domains, gathered)
@@ -36,24 +50,35 @@ def read_documents(data: DataConfig) -> tuple[Taxonomy, list[Document]]:
   taxonomy = domains.taxonomy(gathered.documents, source)
   documents = [
     document
-    for fine in taxonomy.sources
-    for document in gathered.documents[fine]
+    if document.domain == name
+    else dataclasses.replace(document, domain=name)
+    for name in taxonomy.sources
+    for document in gathered.documents[domains.key(name)]
   ]
-  return taxonomy, documents
+  return Documents(taxonomy, documents, [*notes, *gathered.vanished()])
 
 
 def _read_files(
   data: DataConfig, domains: DomainNames, gathered: Gatherer
-) -> None:
-  """Adds every record of every file."""
+) -> list[str]:
+  """Adds every record of every file; returns lines about bad ones."""
   root, paths = find_files(data.files, "data.files")
-  seen = SeenIds()
+  seen, bad, messages = SeenIds(), 0, []
   for path in paths:
     for where, record in read_records(path, root):
-      if isinstance(record, UserError):
-        raise record
-      if problem := seen.problem(record, where):
-        raise problem
+      try:
+        if isinstance(record, UserError):
+          raise record
+        if problem := seen.problem(record, where):
+          raise problem
+        fine = domains.add(record.get("domain"), where)
+      except UserError as error:
+        if not data.skip_bad:
+          raise
+        bad += 1
+        if bad <= _MESSAGES:
+          messages.append(f"  {error}")
+        continue
       text = record["text"]
-      fine = domains.add(record.get("domain"), where)
       gathered.add(text, fine, record.get("origin") or text)
+  return [f"left out {bad:,} bad records:", *messages] if bad else []

@@ -117,6 +117,25 @@ def fine_name(label: str) -> str:
   return label.rpartition("/")[-1]
 
 
+def distinct_names(names: Sequence[str]) -> list[str]:
+  """Returns names of which no two share the fine part.
+
+  Fine labels that several coarse ones share take these into their names:
+  en/news and de/news become en/en_news and de/de_news.
+  """
+  fine = list(map(fine_name, names))
+  return [
+    label if fine.count(name) == 1 or label == name else apart(label)
+    for name, label in zip(fine, names)
+  ]
+
+
+def apart(label: str) -> str:
+  """Returns "coarse/coarse_fine" of "coarse/fine"."""
+  coarse, fine = label.rsplit("/", 1)
+  return f"{coarse}/{coarse}_{fine}"
+
+
 def load_taxonomy(path: str) -> Taxonomy:
   """Reads a taxonomy file:
 
@@ -145,7 +164,9 @@ def load_taxonomy(path: str) -> Taxonomy:
         f"{where}: the name {UNLABELLED!r} is reserved; for rows without a"
         " domain set the key of that name"
       )
-    if fine in map(fine_name, names):
+    others = [name for name in names if fine_name(name) == fine]
+    # Coarse names tell fine ones apart, if each has one of its own.
+    if others and (not coarse or {fine, f"{coarse}/{fine}"} & {*others}):
       raise UserError(f"{where}: {fine!r} occurs more than once")
     names.append(join_label(coarse, fine))
     weights.append(_weight(entry, where))
@@ -164,7 +185,7 @@ def load_taxonomy(path: str) -> Taxonomy:
   if not any(weights):
     raise UserError(f"{path}: all weights are zero")
   return Taxonomy.from_names(
-    names, weights=tuple(weights), unlabelled=rest is not False
+    distinct_names(names), weights=tuple(weights), unlabelled=rest is not False
   )
 
 

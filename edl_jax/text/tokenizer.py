@@ -1,7 +1,9 @@
 """Lossless tokenizers: byte-level BPE, plain bytes, or one from a file."""
 
 import functools
+import itertools
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -10,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment, UserError
+from edl_jax.progress import elapsed
 from edl_jax.text.flat_encoder import FlatEncoder, flat_encoder
 from edl_jax.text.mixture import Corpus
 from edl_jax.text.tokenizer_files import (
@@ -26,6 +29,9 @@ from edl_jax.text.tokenizer_files import (
 # this many for each token.
 _TRAINING_CHARACTERS = 6_000_000
 _TRAINING_CHARACTERS_PER_TOKEN = 1_000
+# A longer run of letters, signs or blanks, such as a genome, is cut before the
+# trainer sees it: it takes a time that grows with the square of a run.
+_LONG_RUN = re.compile(r"[^\W\d_]{1000}|(?:[^\w\s]|_){1000}|\s{1000}")
 # Characters encoded in one call, which bounds the library's memory.
 _ENCODING_CHARACTERS = 4_000_000
 
@@ -179,8 +185,19 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> Tokenizer:
     initial_alphabet=list(byte_characters().values()),
     show_progress=False,
   )
-  library.train_from_iterator(sample, trainer)
+  parts = itertools.chain.from_iterable(map(_cut_runs, sample))
+  with elapsed("training the tokenizer", after=5):
+    library.train_from_iterator(parts, trainer)
   return Tokenizer(library)
+
+
+def _cut_runs(text: str) -> Iterator[str]:
+  """Splits a text inside of its long runs, and nowhere else."""
+  start = 0
+  for found in _LONG_RUN.finditer(text):
+    yield text[start : found.end()]
+    start = found.end()
+  yield text[start:]
 
 
 def open_tokenizer(path: str) -> Tokenizer:

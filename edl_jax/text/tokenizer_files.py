@@ -35,6 +35,8 @@ _STARTS = (
 )
 _SPACE = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+# The bytes that UTF-8 can have; the other 13 need no token.
+_USED_BYTES = [byte for byte in range(0xF5) if byte not in (0xC0, 0xC1)]
 # Each of these texts detects a way of losing text.
 PROBES = (
   " two  spaces, a\ttab \r\n\n and an end \n",
@@ -120,24 +122,29 @@ def _check_alphabet(model: dict[str, Any], byte_level: bool) -> None:
   pieces = model["vocab"]
   if model["type"] == "Unigram":
     pieces = [piece for piece, _ in pieces]
-  wanted = byte_characters().values()
+  characters = byte_characters()
+  wanted = [characters[byte] for byte in _USED_BYTES]
   if not byte_level:
     if not model.get("byte_fallback"):
       raise UserError(
         f"a {model['type']} model that neither works on bytes nor falls back"
         " to them has unknown characters"
       )
-    wanted = [f"<0x{byte:02X}>" for byte in range(256)]
+    wanted = [f"<0x{byte:02X}>" for byte in _USED_BYTES]
   missing = set(wanted) - set(pieces)
   if missing:
-    raise UserError(f"it has no token for {len(missing)} of the 256 bytes")
+    raise UserError(
+      f"it has no token for {len(missing)} of the {len(wanted)} bytes that"
+      " UTF-8 can have"
+    )
 
 
 def read_tokenizer(path: str) -> tokenizers.Tokenizer:
   """Reads a `tokenizer.json` or a SentencePiece `.model`.
 
   This switches off needless steps that lose text: a space before the text, NFC,
-  truncation, padding, dropout. A tokenizer without a token that may open
+  truncation, padding, dropout, added tokens that swallow the blanks beside
+  them. A tokenizer without a token that may open
   documents gets "<|document|>" as its last id.
 
   Raises:
@@ -183,10 +190,15 @@ def _shield(library: tokenizers.Tokenizer) -> None:
 def _probe(library: tokenizers.Tokenizer) -> None:
   """Raises UserError if a difficult text is not restored by decoding."""
   meaning = token_bytes(library)
-  for text in PROBES:
-    ids = library.encode(text, add_special_tokens=False).ids
-    if b"".join(meaning[i] for i in ids) != text.encode():
-      raise UserError(f"it does not keep the text {text[:20]!r}")
+  added = library.get_added_tokens_decoder().values()
+  texts = [*PROBES, *(f"a {token.content}  b\n" for token in added)]
+  for text, found in zip(
+    texts, library.encode_batch(texts, add_special_tokens=False), strict=True
+  ):
+    kept = b"".join(meaning[i] for i in found.ids).decode(errors="replace")
+    # A token may be called after the sign that stands for a space.
+    if kept.replace(_SPACE, " ") != text.replace(_SPACE, " "):
+      raise UserError(f"it does not keep the text {text[:40]!r}")
 
 
 def _from_json(content: bytes) -> tokenizers.Tokenizer:
@@ -210,6 +222,8 @@ def _from_json(content: bytes) -> tokenizers.Tokenizer:
     (step for step, keep in zip(steps, lossless) if keep), None
   )
   settings |= {"truncation": None, "padding": None}
+  for token in settings.get("added_tokens") or []:
+    token |= {"lstrip": False, "rstrip": False}
   if "dropout" in settings["model"]:
     settings["model"]["dropout"] = None
   try:

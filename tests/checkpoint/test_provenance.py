@@ -3,10 +3,18 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from edl_jax.checkpoint import Provenance
-from edl_jax.config import UserError
+from edl_jax.config import (
+  DataConfig,
+  Experiment,
+  OptimizerConfig,
+  TrainConfig,
+  UserError,
+)
+from edl_jax.optim import make_schedule
 from tests.checkpoint.small_run import PROVENANCE
 
 
@@ -25,3 +33,60 @@ def test_other_text_and_other_settings_are_named():
   other = dataclasses.replace(PROVENANCE, experiment=experiment)
   with pytest.raises(UserError, match=r"seed: 0 -> 7"):
     other.check_continues(PROVENANCE.to_dict(), "here")
+
+
+def of(num_steps, phases=(), **optimizer):
+  return dataclasses.replace(
+    PROVENANCE,
+    experiment=Experiment(
+      train=TrainConfig(num_steps=num_steps),
+      optimizer=OptimizerConfig(warmup_steps=10, **optimizer),
+      data=DataConfig(weight_phases=phases),
+    ),
+  )
+
+
+WSD = {"schedule": "wsd", "decay_fraction": 0.2}
+CONSTANT = {"final_fraction": 1.0}
+PHASES = ((0.5, 1.0, 2.0),)
+
+
+@pytest.mark.parametrize(
+  ("step", "phases", "optimizer", "allowed"),
+  [
+    (80, (), WSD, True),
+    (81, (), WSD, False),
+    (100, (), CONSTANT, True),
+    (100, (), WSD, False),
+    (10, (), {}, True),
+    (11, (), {}, False),
+    (0, (), WSD, False),
+    (50, PHASES, WSD, True),
+    (51, PHASES, WSD, False),
+  ],
+)
+def test_the_number_of_steps_may_change_while_it_had_no_part(
+  step, phases, optimizer, allowed
+):
+  saved = of(100, phases, **optimizer)
+  longer = of(200, phases, **optimizer)
+  if allowed:
+    # The definition: the same rates, and the same rows, in all steps taken.
+    rates = [
+      make_schedule(run.experiment.optimizer, run.experiment.train.num_steps)(
+        np.arange(step)
+      )
+      for run in (saved, longer)
+    ]
+    np.testing.assert_array_equal(*rates)
+  for before, now in ((saved, longer), (longer, saved)):
+    content = json.loads(json.dumps(before.to_dict()))
+    if allowed:
+      now.check_continues(content, "w", step)
+    else:
+      with pytest.raises(UserError, match=r"num_steps: .* may become longer"):
+        now.check_continues(content, "w", step)
+  with pytest.raises(UserError, match=r"num_steps: 100 -> 40;"):
+    of(40, phases, **optimizer).check_continues(
+      json.loads(json.dumps(saved.to_dict())), "w", 41
+    )

@@ -23,7 +23,7 @@ def by_domain(documents, domain):
 
 
 def test_embedded_domains_are_named_by_place(embedded):
-  taxonomy, documents = embedded
+  taxonomy, documents, _ = embedded
   assert taxonomy.names == (
     "code/c_headers",
     "code/python_source",
@@ -38,7 +38,7 @@ def test_embedded_domains_are_named_by_place(embedded):
 
 
 def test_embedded_mixture_respects_the_cap_and_has_no_duplicates(embedded):
-  taxonomy, documents = embedded
+  taxonomy, documents, _ = embedded
   for fine in taxonomy.fine:
     own = by_domain(documents, fine)
     # Every machine has more of each than this, so that the cap is met exactly.
@@ -65,7 +65,7 @@ def test_docstrings_share_the_origin_of_their_source():
     domains=("python_source", "documentation"),
     max_characters_per_domain=600_000,
   )
-  _, documents = read_documents(data)
+  _, documents, _ = read_documents(data)
   code = {d.origin: d.text for d in by_domain(documents, "python_source")}
   prose = {d.origin: d.text for d in by_domain(documents, "documentation")}
   shared = [o for o in code.keys() & prose.keys() if _parses(code[o])]
@@ -79,12 +79,12 @@ def test_topics_of_help_are_prose_only():
   data = DataConfig(
     domains=("documentation",), max_characters_per_domain=90_000
   )
-  _, prose = read_documents(data)
+  _, prose, _ = read_documents(data)
   assert any("pydoc_data" in document.origin for document in prose)
   everything = DataConfig(
     domains=("python_source",), max_characters_per_domain=10**9
   )
-  _, code = read_documents(everything)
+  _, code, _ = read_documents(everything)
   assert any(document.origin == "python/pydoc.py" for document in code)
   assert not any("pydoc_data" in document.origin for document in code)
 
@@ -101,7 +101,7 @@ def test_headers_of_packages_replace_those_of_the_interpreter(
   tmp_path, monkeypatch
 ):
   monkeypatch.setattr(embedded_lib, "_HEADERS", tmp_path / "not-installed")
-  _, documents = read_documents(DataConfig(domains=("c_headers",)))
+  _, documents, _ = read_documents(DataConfig(domains=("c_headers",)))
   assert len(documents) > 10
   assert all(d.origin.startswith("packages/") for d in documents)
   assert any("numpy" in document.origin for document in documents)
@@ -131,19 +131,19 @@ def test_packages_that_other_platforms_require_add_no_text(
     (info / "METADATA").write_text("\n".join(lines) + "\n")
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setattr(embedded_lib, "_REQUIRED", ("top",))
-  _, documents = read_documents(DataConfig(domains=("legal",)))
+  _, documents, _ = read_documents(DataConfig(domains=("legal",)))
   texts = {d.text for d in documents if d.text.startswith("The licence of")}
   assert texts == {"The licence of top.\n", "The licence of needed.\n"}
 
 
 def test_copies_of_a_licence_share_an_origin():
   data = DataConfig(domains=("legal",))
-  _, documents = read_documents(data)
+  _, documents, _ = read_documents(data)
   assert len({d.origin for d in documents}) < len(documents)
 
 
 def test_declared_domains_select_order_and_regroup():
-  taxonomy, documents = read_documents(
+  taxonomy, documents, _ = read_documents(
     DataConfig(
       domains=("data/unicode", "arithmetic"), max_characters_per_domain=9000
     )

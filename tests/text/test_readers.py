@@ -93,9 +93,9 @@ def test_plain_files_are_labelled_by_folder(tmp_path):
     ("x/y/z/c.py\n", "x/y"),
     ("x/z.txt\n", "x"),
   ]
-  taxonomy, documents = read_documents(DataConfig(files=f"{tmp_path}/*/**"))
+  taxonomy, documents, _ = read_documents(DataConfig(files=f"{tmp_path}/*/**"))
   assert taxonomy.names == ("x", "x/y")
-  taxonomy, documents = read_documents(
+  taxonomy, documents, _ = read_documents(
     DataConfig(files=f"{tmp_path}/x/y/**/*.py")
   )
   assert (taxonomy.fine, documents[0].text) == (("z",), "x/y/z/c.py\n")

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from edl_jax.text.mixture import Corpus, Taxonomy
 from edl_jax.text.tokenizer import (
   DOCUMENT_START,
   Tokenizer,
+  _cut_runs,
   byte_tokenizer,
   load_tokenizer,
   train_tokenizer,
@@ -151,3 +154,22 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
   monkeypatch.setenv("EDL_JAX_CACHE", str(tmp_path / "file" / "cache"))
   tokenizer = load_tokenizer(bpe_experiment(), corpus_of(TEXTS, []))
   assert tokenizer.to_json() == BPE.to_json()
+
+
+@pytest.mark.parametrize("run", ["a", "ACGT", "-=", " ", "漢字"])
+def test_long_runs_do_not_stop_training(run):
+  # Uncut, the trainer takes minutes: its time grows with the square.
+  text = run * (300_000 // len(run))
+  begun = time.process_time()
+  tokenizer = train_tokenizer([text, "plain words"], 400)
+  assert time.process_time() - begun < 60
+  assert tokenizer.decode(tokenizer.encode(text[:5000])) == text[:5000]
+
+
+def test_cutting_leaves_other_text_alone():
+  # Runs below the limit, numbers, and a long text of short runs.
+  for text in ("a" * 999, "1" * 5000, "word, " * 5000, ""):
+    assert list(_cut_runs(text)) == [text]
+  parts = list(_cut_runs("x " + "a" * 2500 + " y"))
+  assert "".join(parts) == "x " + "a" * 2500 + " y"
+  assert list(map(len, parts)) == [1002, 1000, 502]

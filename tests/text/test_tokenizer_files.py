@@ -1,4 +1,5 @@
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from edl_jax.text.tokenizer import (
   load_tokenizer,
   open_tokenizer,
 )
+from edl_jax.text.tokenizer_files import byte_characters
 
 spm = pytest.importorskip("sentencepiece")
 
@@ -201,7 +203,7 @@ def splitting():
   [
     (word_piece, "normalizer BertNormalizer changes the text"),
     (lower, "normalizer Lowercase changes the text"),
-    (no_alphabet, "no token for 255 of the 256 bytes"),
+    (no_alphabet, "no token for 242 of the 243 bytes"),
     (plain_bpe, "BPE model that neither works on bytes nor falls back"),
     (lambda: unigram(byte_fallback=False), "unknown characters"),
     (splitting, "does not keep the text"),
@@ -339,3 +341,57 @@ def test_bytes_of_pieces(tmp_path):
   # "▁cat" and "cat", then a token for each byte of a character it lacks.
   tokens = tokenizer.encode(" catcat漢")
   assert tokenizer.byte_lengths_V[tokens].tolist() == [4, 3, 1, 1, 1]
+
+
+# --- Tokenizers of others, whose kinds were refused or lost text -------------
+
+
+def changed(make, change, tmp_path):
+  """Opens a tokenizer whose JSON `change` has altered."""
+  settings_of = json.loads(make().to_str())
+  change(settings_of)
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps(settings_of))
+  return open_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+  "sides", [["lstrip"], ["rstrip"], ["lstrip", "rstrip"]]
+)
+@pytest.mark.parametrize("special", [False, True])
+def test_added_tokens_do_not_swallow_blanks(tmp_path, sides, special):
+  def change(content):
+    for token in content["added_tokens"]:
+      if token["content"] == "<tool>":
+        token |= {"special": special} | dict.fromkeys(sides, True)
+
+  tokenizer = changed(with_nfc, change, tmp_path)
+  for text in ("a <tool>  b", "<tool>\n\n<tool> ", " \t<tool>"):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_bytes_that_utf8_never_has_need_no_token(tmp_path):
+  never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+  characters = byte_characters()
+  # Python's own decoder is the judge.
+  for byte in never:
+    for tail in (b"", b"\x80", b"\x80\x80", b"\x80\x80\x80"):
+      with pytest.raises(UnicodeDecodeError):
+        (bytes([byte]) + tail).decode()
+
+  def without(bytes_left_out):
+    def change(content):
+      gone = {characters[byte] for byte in bytes_left_out}
+      model = content["model"]
+      names = [name for name in model["vocab"] if name not in gone]
+      model["vocab"] = {name: place for place, name in enumerate(names)}
+      model["merges"] = []
+      content["added_tokens"] = []
+
+    return change
+
+  tokenizer = changed(byte_level, without(never), tmp_path)
+  text = "a é 漢 \U0010ffff \u07ff"
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+  with pytest.raises(UserError, match="no token for 1 of the 243 bytes"):
+    changed(byte_level, without({*never, 0xF4}), tmp_path)
