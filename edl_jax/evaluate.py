@@ -17,7 +17,7 @@ from edl_jax.losses import routing, routing_metrics
 from edl_jax.model.transformer import Model
 from edl_jax.sharding import put_batch
 from edl_jax.text.batch import Batch
-from edl_jax.text.input_pipeline import eval_batches
+from edl_jax.text.input_pipeline import eval_batches, held_out_rows
 from edl_jax.text.mixture import Corpus, Taxonomy
 from edl_jax.text.prepared import PreparedCorpus
 from edl_jax.text.tokenizer import Tokenizer
@@ -75,16 +75,63 @@ class Evaluation(NamedTuple):
         raise NonFiniteError(f"held-out lm_loss{where} is {figures['lm_loss']}")
 
 
-def make_eval_step(
-  num_domains: int, tokenizer: Tokenizer
+def token_classes(
+  corpus: Corpus | PreparedCorpus, tokenizer: Tokenizer, experiment: Experiment
+) -> np.ndarray:
+  """Returns the class of every token id, int32 (V,), for `make_eval_step`.
+
+  The most frequent tokens of the held-out text have a class of their own, and
+  all others share one; in small vocabularies every token has its own.
+  Every process sees all held-out text, so that all agree on the classes.
+  """
+  size = experiment.model.vocabulary_size
+  counted = routing.COUNTED_TOKENS
+  if size <= counted:
+    return np.arange(size, dtype=np.int32)
+  count_V = np.zeros(size, np.int64)
+  for rows in held_out_rows(corpus, tokenizer, experiment):
+    for row in rows:
+      count_V += np.bincount(row.tokens_BT[row.weights_BT > 0], minlength=size)
+  class_V = np.full(size, counted, np.int32)
+  # Among equals, those of the lowest ids.
+  frequent_I = np.argsort(-count_V, kind="stable")[:counted]
+  class_V[frequent_I] = np.arange(counted)
+  return class_V
+
+
+def eval_step_for(
+  corpus: Corpus | PreparedCorpus, provenance: Provenance
 ) -> Callable[[Model, Batch], EvalSums]:
-  """Returns the jitted function that sums up one batch; see `evaluate`."""
+  """Returns `make_eval_step` of a run, with the classes of its text."""
+  return make_eval_step(
+    len(corpus.taxonomy.fine),
+    provenance.tokenizer,
+    token_classes(corpus, provenance.tokenizer, provenance.experiment),
+  )
+
+
+def make_eval_step(
+  num_domains: int,
+  tokenizer: Tokenizer,
+  token_class_V: np.ndarray | None = None,
+) -> Callable[[Model, Batch], EvalSums]:
+  """Returns the jitted function that sums up one batch; see `evaluate`.
+
+  Args:
+    num_domains: D.
+    tokenizer: says how many bytes a token stands for.
+    token_class_V: see `routing.token_assignments`; None does not count them.
+  """
   byte_lengths_V = np.asarray(tokenizer.byte_lengths_V, np.float32)
 
   @jax.jit
   def eval_step(model: Model, batch: Batch) -> EvalSums:
     sums, nats_BT = model.batch_sums(
-      batch, num_domains, routing.Summaries(outputs=routing.output_stats)
+      batch,
+      num_domains,
+      routing.Summaries(
+        outputs=routing.output_stats, token_class_V=token_class_V
+      ),
     )
     bytes_BT = jnp.asarray(byte_lengths_V)[batch.targets_BT] * batch.weights_BT
     by_domain = functools.partial(
@@ -231,7 +278,7 @@ def evaluate_checkpoint(
   with jax.set_mesh(mesh):
     loaded = load(workdir, mesh=mesh, verify=verify)
     evaluation = evaluate(
-      make_eval_step(len(corpus.taxonomy.fine), provenance.tokenizer),
+      eval_step_for(corpus, provenance),
       loaded.model,
       eval_batches(
         corpus, provenance.tokenizer, provenance.experiment, *process

@@ -25,8 +25,8 @@ from edl_jax.config import Experiment
 from edl_jax.evaluate import (
   Evaluation,
   NonFiniteError,
+  eval_step_for,
   evaluate,
-  make_eval_step,
 )
 from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
@@ -125,7 +125,7 @@ class _Loop:
       experiment, optimizer, corpus.taxonomy, mesh
     )
     self._compiled_step: jax.stages.Compiled | None = None
-    self._eval_step = make_eval_step(num_domains, provenance.tokenizer)
+    self._eval_step = eval_step_for(corpus, provenance)
     self._eval_batches = eval_batches(
       corpus, provenance.tokenizer, experiment, *process
     )

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from edl_jax import evaluate as module
 from edl_jax.config import Experiment, MeshConfig, ModelConfig
 from edl_jax.evaluate import (
   EvalSums,
@@ -15,6 +16,7 @@ from edl_jax.evaluate import (
   make_eval_step,
   sum_on_host,
 )
+from edl_jax.losses import routing
 from edl_jax.model.transformer import Model
 from edl_jax.sharding import make_mesh
 from edl_jax.text.batch import Batch
@@ -66,18 +68,26 @@ def batches():
   return [make_batch(seed, domains) for seed, domains in enumerate(DOMAINS)]
 
 
-@pytest.fixture(scope="module")
-def evaluation(model, batches):
-  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+# Classes of several tokens.
+CLASS_V = (np.arange(257) % 7).astype(np.int32)
+
+
+def evaluate_on(mesh, model, batches):
   with jax.set_mesh(mesh):
     return evaluate(
-      make_eval_step(4, byte_tokenizer()),
+      make_eval_step(4, byte_tokenizer(), CLASS_V),
       model,
       batches,
       mesh,
       TAXONOMY,
       Experiment(model=CONFIG),
     )
+
+
+@pytest.fixture(scope="module")
+def evaluation(model, batches):
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  return evaluate_on(mesh, model, batches)
 
 
 def counted(model, batches):
@@ -146,6 +156,61 @@ def test_routing_figures_are_means_over_layers(evaluation):
   for name in names:
     values = [layer[name] for layer in layers]
     assert evaluation.routing[name] == pytest.approx(np.mean(values))
+
+
+def entropy(count):
+  share = count[count > 0] / count.sum()
+  return -(share * np.log(share)).sum()
+
+
+def test_token_information_is_that_of_every_counted_token(
+  model, batches, evaluation
+):
+  token_routing = jax.jit(lambda model, tokens: model.token_routing(tokens))
+  count_LVE = np.zeros((2, 7, 5))
+  for batch in batches:
+    _, expert_LBTA = token_routing(model, batch.tokens_BT)
+    for b, t in np.argwhere(batch.weights_BT):
+      for layer, expert_BTA in enumerate(np.asarray(expert_LBTA)):
+        count_LVE[layer, batch.tokens_BT[b, t] % 7, expert_BTA[b, t]] += 1
+  for count_VE, figures in zip(count_LVE, evaluation.routing["layers"]):
+    token, expert = entropy(count_VE.sum(1)), entropy(count_VE.sum(0))
+    information = token + expert - entropy(count_VE.reshape(-1))
+    assert figures["token_mutual_information"] == pytest.approx(
+      information / ((token + expert) / 2), rel=1e-4
+    )
+    assert information > 0.01
+
+
+def test_token_information_is_that_of_any_mesh(model, batches, evaluation):
+  mesh = make_mesh(MeshConfig(data=2, sequence=2), jax.devices()[:4])
+  spread = evaluate_on(mesh, model, batches)
+  for one, four in zip(evaluation.routing["layers"], spread.routing["layers"]):
+    assert four["token_mutual_information"] == pytest.approx(
+      one["token_mutual_information"], rel=1e-5
+    )
+
+
+def test_the_most_frequent_tokens_are_classes(monkeypatch):
+  row = make_batch(0, DOMAINS[0])
+  tokens_BT = np.array([[5, 5, 5, 9, 9, 2], [7, 7, 7, 7, 1, 3]], np.int32)
+  rows = [
+    row._replace(tokens_BT=tokens_T, weights_BT=weights_T)
+    for tokens_T, weights_T in zip(
+      tokens_BT, np.array([[1] * 6, [1, 1, 1, 1, 1, 0]])
+    )
+  ]
+  monkeypatch.setattr(routing, "COUNTED_TOKENS", 3)
+  monkeypatch.setattr(
+    module, "held_out_rows", lambda *_: [[rows[0]], [rows[1]]]
+  )
+  model = ModelConfig(vocabulary_size=12)
+  class_V = module.token_classes(None, None, Experiment(model=model))
+  # By frequency: 7, 5, 9. All others are of one more class.
+  assert class_V.tolist() == [3, 3, 3, 3, 3, 1, 3, 0, 3, 2, 3, 3]
+  model = ModelConfig(vocabulary_size=3)
+  class_V = module.token_classes(None, None, Experiment(model=model))
+  assert class_V.tolist() == [0, 1, 2]
 
 
 def test_metrics_are_named_by_figure_and_domain():

@@ -29,8 +29,6 @@ from edl_jax.text.taxonomy import Taxonomy
 
 # Router probabilities (L P E) of the rows that run at once, 32 MiB.
 _CHUNK_ELEMENTS = 2**23
-# An expert's tokens are sought among this many of the most frequent tokens.
-_COUNTED_TOKENS = 8192
 # Tokens of each list of an expert; contexts of an expert; tokens that a context
 # shows before and after its own.
 TOP_TOKENS = 8
@@ -216,7 +214,7 @@ class _Counter:
     ids_I = rows.tokens_BT[rows.weights_BT > 0]
     known_I, count_I = np.unique(ids_I, return_counts=True)
     # The most frequent tokens; among equals those of the lowest ids.
-    order_I = np.argsort(-count_I, kind="stable")[:_COUNTED_TOKENS]
+    order_I = np.argsort(-count_I, kind="stable")[: routing.COUNTED_TOKENS]
     # V is the counted tokens alone. Their last place takes all others.
     self._id_V = np.sort(known_I[order_I])
     self._count_LVE = np.zeros(
@@ -295,9 +293,8 @@ class _Counter:
     divergence_LDD = routing_metrics.pairwise_divergence(
       jax.tree.map(jnp.float32, stats)
     )
-    # The formula of domain and expert, with tokens in the domains' place.
-    token_information_L = routing_metrics.normalized_mutual_information(
-      stats._replace(assignments_LDE=jnp.float32(self._count_LVE))
+    token_information_L = routing_metrics.token_mutual_information(
+      stats._replace(token_assignments_LVE=jnp.float32(self._count_LVE))
     )
     frequent, typical = _top_tokens(self._id_V, self._count_LVE)
     used = {token for lists in (frequent, typical) for token in _ids(lists)}

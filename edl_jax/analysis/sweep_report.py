@@ -45,6 +45,7 @@ _COLUMNS = (
   ("MaxVio", "max_violation", ".3f"),
   ("purity", "purity", ".3f"),
   ("NMI", "normalized_mutual_information", ".3f"),
+  ("token NMI", "token_mutual_information", ".3f"),
   ("routing variance", "routing_variance", ".4f"),
   ("expert overlap", "expert_overlap", ".3f"),
   ("output similarity", "output_similarity", ".4f"),

@@ -11,9 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import entr
 
 from edl_jax import sharding
+
+# Assignments are counted for this many of the most frequent tokens of held-out
+# text, and for all others as one.
+COUNTED_TOKENS = 8192
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -98,6 +103,9 @@ class RoutingStats(NamedTuple):
   outputs: OutputStats | None = None
   # From `divergence.token_pair_sums`, (L, 2, 2), where pairs were sampled.
   token_pairs_L22: jax.Array | None = None
+  # Routed assignments by class of the token, (L, V, E), where classes were
+  # given; see `token_assignments`.
+  token_assignments_LVE: jax.Array | None = None
 
   def output_sums(self) -> OutputStats:
     """Returns `outputs`.
@@ -299,10 +307,40 @@ class Summaries(NamedTuple):
   # tokens, which are then added over devices. None skips this. The dispatch
   # "ring" has no outputs by token to sum up.
   outputs: Callable[..., OutputStats] | None = None
+  # The class of every token id, int32 (V,): asks for `token_assignments`.
+  token_class_V: np.ndarray | None = None
 
 
 # Leaves the experts' outputs alone.
 ROUTING_ONLY = Summaries()
+
+
+def token_assignments(
+  token_class_V: np.ndarray,
+  tokens_BT: jax.Array,
+  expert_BTA: jax.Array,
+  weights_BT: jax.Array,
+  num_experts: int,
+) -> jax.Array:
+  """Counts one layer's assignments by class of the token and by expert.
+
+  Args:
+    token_class_V: the class of every token id, from 0; every id may be its own.
+    tokens_BT: token ids.
+    expert_BTA: the active experts of each token.
+    weights_BT: 1 where a token counts.
+    num_experts: E.
+
+  Returns:
+    Float32 (V, E), with V as many as there are classes.
+  """
+  num_classes = int(token_class_V.max()) + 1
+  class_BT1 = jnp.asarray(token_class_V)[tokens_BT][..., None]
+  place_BTA = class_BT1 * num_experts + expert_BTA
+  weights_BTA = jnp.broadcast_to(weights_BT[..., None], expert_BTA.shape)
+  return jax.ops.segment_sum(
+    weights_BTA.reshape(-1), place_BTA.reshape(-1), num_classes * num_experts
+  ).reshape(num_classes, num_experts)
 
 
 def collect(
@@ -311,6 +349,7 @@ def collect(
   num_domains: int,
   outputs: OutputStats | None = None,
   token_pairs_L22: jax.Array | None = None,
+  token_assignments_LVE: jax.Array | None = None,
 ) -> RoutingStats:
   """Sums rows by domain, for all layers at once.
 
@@ -325,6 +364,8 @@ def collect(
     num_domains: D.
     outputs: stacked over layers, if the experts' outputs were summed.
     token_pairs_L22: sums over pairs of tokens, if these were sampled.
+    token_assignments_LVE: assignments by class of the token, if there are
+      classes.
   """
   member_BD = jax.nn.one_hot(domain_B, num_domains, dtype=jnp.float32)
   counted_LB = (rows.tokens_B > 0).astype(jnp.float32)
@@ -357,6 +398,7 @@ def collect(
     assignments_LE=rows.assignments_BE.sum(1),
     outputs=outputs,
     token_pairs_L22=token_pairs_L22,
+    token_assignments_LVE=token_assignments_LVE,
   )
 
 

@@ -132,6 +132,23 @@ def normalized_mutual_information(stats: RoutingStats) -> jax.Array:
   ).clip(0, 1)
 
 
+def token_mutual_information(stats: RoutingStats) -> jax.Array:
+  """NMI(token, expert) of routed assignments, in [0, 1]; (L,).
+
+  A control of `normalized_mutual_information` with tokens in the domains'
+  place: where it is high, an expert may serve words rather than topics
+  (arXiv:2604.09780).
+
+  Raises:
+    ValueError: assignments were not counted by token.
+  """
+  if stats.token_assignments_LVE is None:
+    raise ValueError("assignments were not counted by token")
+  return normalized_mutual_information(
+    stats._replace(assignments_LDE=stats.token_assignments_LVE)
+  )
+
+
 def routing_variance(stats: RoutingStats) -> jax.Array:
   """Mean over tokens of the variance over experts of the routing weights, (L,).
 
@@ -238,6 +255,10 @@ _OUTPUT_METRICS: dict[str, Callable[[RoutingStats], jax.Array]] = {
   "output_similarity": output_similarity,
   "silhouette": silhouette,
 }
+# These need the assignments by token.
+_TOKEN_METRICS: dict[str, Callable[[RoutingStats], jax.Array]] = {
+  "token_mutual_information": token_mutual_information,
+}
 # Training computes these at every logged step; evaluation computes all.
 TRAINING_METRICS = (
   "diversity",
@@ -264,9 +285,13 @@ def metrics_by_layer(
   Args:
     stats: routing sums.
     names: which metrics; by default all that the sums allow, which includes
-      those of the experts' outputs only where these were summed.
+      those of the experts' outputs and of tokens only where these were summed.
   """
-  metrics = _METRICS | (_OUTPUT_METRICS if stats.outputs is not None else {})
+  metrics = dict(_METRICS)
+  if stats.outputs is not None:
+    metrics |= _OUTPUT_METRICS
+  if stats.token_assignments_LVE is not None:
+    metrics |= _TOKEN_METRICS
   names = metrics.keys() if names is None else names
   return {name: metrics[name](stats) for name in names}
 

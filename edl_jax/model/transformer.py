@@ -249,23 +249,36 @@ class Model(nnx.Module):
     """Runs a device's share of `batch_sums`.
 
     Returns:
-      nats_1, nats_BT, the routing of rows (L, B, ...), and the sums of outputs
-      and the probabilities of pairs, each (L, 1, ...) or None. The axes of size
-      1 become Z.
+      nats_1, nats_BT, the routing of rows (L, B, ...), and the sums of outputs,
+      the probabilities of pairs and the assignments of tokens, each (L, 1, ...)
+      or None. The axes of size 1 become Z.
     """
 
-    def routing_and_pairs(logits_BTE, probs_BTE, *rest):
-      rows = summaries.routing(logits_BTE, probs_BTE, *rest)
-      if pairs is None:
-        return rows, None
-      return rows, local_probabilities(probs_BTE, pairs)[None]
+    def rows_and_tokens(
+      logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT
+    ):
+      rows = summaries.routing(
+        logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT
+      )
+      probs_1I2E = count_1VE = None
+      if pairs is not None:
+        probs_1I2E = local_probabilities(probs_BTE, pairs)[None]
+      if summaries.token_class_V is not None:
+        count_1VE = routing.token_assignments(
+          summaries.token_class_V,
+          batch.tokens_BT,
+          expert_BTA,
+          weights_BT,
+          self.config.num_experts,
+        )[None]
+      return rows, probs_1I2E, count_1VE
 
-    x_BTM, (routing_LB, probs_L1I2E), outputs_L = self.hidden(
+    x_BTM, (routing_LB, probs_L1I2E, count_L1VE), outputs_L = self.hidden(
       batch.tokens_BT,
       batch.segments_BT,
       batch.positions_BT,
       batch.weights_BT,
-      summaries._replace(routing=routing_and_pairs),
+      summaries._replace(routing=rows_and_tokens),
       moe,
       choice,
     )
@@ -280,7 +293,7 @@ class Model(nnx.Module):
         self.head_MV is None,
       )
     outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
-    return nats[None], nats_BT, routing_LB, outputs_L1, probs_L1I2E
+    return nats[None], nats_BT, routing_LB, outputs_L1, probs_L1I2E, count_L1VE
 
   def batch_sums(
     self,
@@ -316,7 +329,7 @@ class Model(nnx.Module):
     def of_shard(model: Model, batch: Batch, *rest: Any):
       return model._shard_sums(batch, summaries, moe, *rest)
 
-    nats_Z, nats_BT, routing_LB, outputs_LZ, probs_LZI2E = sharding.per_shard(
+    nats_Z, nats_BT, routing_LB, *by_shard_L = sharding.per_shard(
       of_shard,
       (
         sharding.parameter_specs(self),
@@ -331,6 +344,7 @@ class Model(nnx.Module):
         PartitionSpec(None, sharding.ROW_AXES),
         PartitionSpec(None, by_shard),
         PartitionSpec(None, by_shard),
+        PartitionSpec(None, by_shard),
       ),
     )(
       self,
@@ -342,12 +356,13 @@ class Model(nnx.Module):
     )
     # Rows of different devices are added here and nowhere else, so every sum is
     # that of the global batch.
+    outputs_L, probs_LI2E, count_LVE = jax.tree.map(
+      lambda x: x.sum(1), by_shard_L
+    )
     if pairs is None:
       pairs_L22 = None
     else:
-      pairs_L22 = token_pair_sums(
-        probs_LZI2E.sum(1), pairs.domain_I2, pairs.counted_I
-      )
+      pairs_L22 = token_pair_sums(probs_LI2E, pairs.domain_I2, pairs.counted_I)
     sums = routing.BatchSums(
       nats=nats_Z.sum(),
       tokens=batch.weights_BT.sum(),
@@ -355,8 +370,9 @@ class Model(nnx.Module):
         routing_LB,
         batch.domain_B,
         num_domains,
-        jax.tree.map(lambda x: x.sum(1), outputs_LZ),
+        outputs_L,
         pairs_L22,
+        count_LVE,
       ),
     )
     return sums, nats_BT

@@ -11,6 +11,7 @@ from edl_jax import config
 from edl_jax.analysis import atlas_data
 from edl_jax.checkpoint import Loaded
 from edl_jax.evaluate import make_eval_step, summarize
+from edl_jax.losses import routing
 from edl_jax.model.transformer import Model
 from edl_jax.text.input_pipeline import eval_batches
 from edl_jax.text.mixture import load_corpus
@@ -254,7 +255,7 @@ def test_chunks_and_their_padding_change_nothing(run, collected, monkeypatch):
 
 
 def test_only_the_most_frequent_tokens_are_listed(run, tokens, monkeypatch):
-  monkeypatch.setattr(atlas_data, "_COUNTED_TOKENS", 10)
+  monkeypatch.setattr(routing, "COUNTED_TOKENS", 10)
   few = atlas_data.collect(*run, "name")
   # Among equally frequent tokens those of the lowest ids.
   count = sorted(collections.Counter(t for t, *_ in tokens).items())

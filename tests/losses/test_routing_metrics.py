@@ -265,3 +265,12 @@ def test_output_metrics_against_definitions():
   assert float(routing_metrics.silhouette(stats)[0]) == pytest.approx(
     np.mean(values), rel=1e-4
   )
+
+
+def test_token_information_needs_assignments_by_token():
+  stats = stats_of(BATCH)
+  assert "token_mutual_information" not in routing_metrics.metrics_by_layer(
+    stats
+  )
+  with pytest.raises(ValueError, match="not counted by token"):
+    routing_metrics.token_mutual_information(stats)
