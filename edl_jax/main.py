@@ -30,6 +30,7 @@ if TYPE_CHECKING:
   from jax.sharding import Mesh
 
   from edl_jax.checkpoint import Provenance, Verify
+  from edl_jax.tasks.evaluation import EncodedTasks
   from edl_jax.text.batch import Batch
   from edl_jax.text.mixture import Corpus, EpochCounter
   from edl_jax.text.prepared import PreparedCorpus
@@ -76,6 +77,8 @@ class Run(NamedTuple):
   corpus: "Corpus | PreparedCorpus"
   # Training rows and what counts their epochs; None to evaluate.
   training: "tuple[grain.MapDataset[Batch], EpochCounter] | None"
+  # What to evaluate on in training, if anything.
+  tasks: "EncodedTasks | None" = None
 
 
 def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
@@ -109,14 +112,15 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
   if mode == "train":
     check_unlocked(workdir)
   corpus, tokenizer = _load_text(experiment, workdir)
-  training = None
+  training = tasks = None
   if mode == "train":
     training = train_dataset(corpus, tokenizer, experiment)
+    tasks = _load_tasks(experiment, tokenizer)
   provenance = Provenance(
     experiment, corpus.taxonomy, tokenizer, corpus.content_hash
   )
   check_workdir(workdir, provenance, state_bytes(experiment) if training else 0)
-  return Run(workdir, provenance, corpus, training)
+  return Run(workdir, provenance, corpus, training, tasks)
 
 
 def _load_text(
@@ -145,7 +149,25 @@ def _load_text(
   return corpus, corpus.tokenizer
 
 
-def _join_processes(provenance: "Provenance") -> None:
+def _load_tasks(
+  experiment: Experiment, tokenizer: "Tokenizer"
+) -> "EncodedTasks | None":
+  """Returns the tasks to evaluate in training; None without `task_every`.
+
+  Raises:
+    UserError: an unknown task, a damaged file, text that is not encoded.
+  """
+  from edl_jax.tasks.evaluation import encode_tasks
+  from edl_jax.tasks.selection import select_tasks
+
+  train = experiment.train
+  if not train.task_every:
+    return None
+  selected = select_tasks(train.task_files, train.tasks, train.task_documents)
+  return encode_tasks(selected, tokenizer, train.sequence_length)
+
+
+def _join_processes(run: Run) -> None:
   """Joins the run's other processes and checks that all run the same thing.
 
   Raises:
@@ -169,7 +191,12 @@ def _join_processes(provenance: "Provenance") -> None:
       " needs JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and, from 0,"
       " JAX_PROCESS_ID"
     ) from error
-  digest = hashlib.sha256(json.dumps(provenance.to_dict()).encode()).digest()
+  files = run.tasks.selected.items() if run.tasks else ()
+  same = [
+    run.provenance.to_dict(),
+    [(name, each.sha256) for name, each in files],
+  ]
+  digest = hashlib.sha256(json.dumps(same).encode()).digest()
   own = np.frombuffer(digest, np.uint8)
   if (multihost_utils.process_allgather(own) != own).any():
     raise UserError(
@@ -191,6 +218,44 @@ def _make_mesh(experiment: Experiment) -> "Mesh":
   return mesh
 
 
+def _description(
+  experiment: Experiment, corpus: "Corpus | PreparedCorpus", mesh: "Mesh"
+) -> list[str]:
+  """Returns the lines that a run prints at its start."""
+  from edl_jax.model.transformer import parameter_counts
+
+  total, active = parameter_counts(experiment.model)
+  axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+  train = experiment.train
+  tokens = train.num_steps * train.batch_size * train.sequence_length
+  return [
+    f"{experiment.name}: {total:,} parameters, {active:,} active per token",
+    f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s): {axes}",
+    f"{len(corpus.taxonomy.sources)} domains:",
+    *_describe_sources(experiment, corpus),
+    *corpus.notes,
+    f"{train.num_steps:,} steps of {train.batch_size} rows of"
+    f" {train.sequence_length} tokens: {tokens:,} tokens",
+  ]
+
+
+def _describe_sources(
+  experiment: Experiment, corpus: "Corpus | PreparedCorpus"
+) -> list[str]:
+  """Returns a line for each source, with its size and whether it was cut."""
+  limit = experiment.data.max_characters_per_domain
+  lines = []
+  for name, (documents, characters) in zip(
+    corpus.taxonomy.sources, corpus.sizes()
+  ):
+    line = f"  {name}: {documents:,} documents, {characters:,} characters"
+    # The limit of a prepared corpus was that of its preparation.
+    if characters >= limit and not experiment.data.prepared:
+      line += " (cut at data.max_characters_per_domain)"
+    lines.append(line)
+  return lines
+
+
 def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   """Trains, or evaluates the newest checkpoint; returns the exit code.
 
@@ -206,16 +271,16 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   from edl_jax.evaluate import NonFiniteError, evaluate_checkpoint
   from edl_jax.preemption import Preempted
 
-  workdir, provenance, corpus, training = run
+  workdir, provenance, corpus, training, tasks = run
   if jax.process_index() == 0:
-    lines = train.describe(provenance.experiment, corpus, mesh)
+    lines = _description(provenance.experiment, corpus, mesh)
     print("\n".join(lines), flush=True)
   try:
     if training is None:
       evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
       return 0
     with locked(workdir), output.named_stdout(lasting=True):
-      train.train(corpus, *training, provenance, mesh, workdir, verify)
+      train.train(corpus, *training, provenance, mesh, workdir, verify, tasks)
   except NonFiniteError as error:
     print_error(error)
     return 1
@@ -266,7 +331,7 @@ def main() -> int:
     jax.devices()
   run = prepare(experiment, _WORKDIR.value, _MODE.value)
   if _DISTRIBUTED.value:
-    _join_processes(run.provenance)
+    _join_processes(run)
   return execute(run, _make_mesh(experiment), _verify())
 
 

@@ -37,6 +37,8 @@ from edl_jax.preemption import Preempted, requests_to_end
 from edl_jax.progress import Progress
 from edl_jax.runtime import compiler_options
 from edl_jax.step import abstract_state, init_state, make_train_step
+from edl_jax.tasks.evaluation import EncodedTasks
+from edl_jax.tasks.training import TrainingTasks
 from edl_jax.text.batch import Batch
 from edl_jax.text.input_pipeline import eval_batches, train_iterator
 from edl_jax.text.mixture import Corpus, EpochCounter
@@ -112,6 +114,7 @@ class _Loop:
     mesh: Mesh,
     workdir: str,
     verify: Verify,
+    tasks: EncodedTasks | None,
   ):
     experiment = provenance.experiment
     self._experiment, self._provenance = experiment, provenance
@@ -142,6 +145,7 @@ class _Loop:
     )
     self._pending: _Pending | None = None
     self.evaluation: Evaluation | None = None
+    self._tasks = tasks and TrainingTasks(tasks, experiment.train, mesh)
     restored = self._checkpointer.restore_newest(
       abstract_state(experiment, optimizer, mesh), verify
     )
@@ -299,6 +303,25 @@ class _Loop:
     )
     self._clock.exclude(started)
 
+  def evaluate_tasks(self, step: int, *, record: bool = True) -> None:
+    """Evaluates the tasks, if it is time; `record` adds it to the metrics."""
+    if self._tasks is None or not self._tasks.is_due(step):
+      return
+    self.read_pending()
+    started = time.monotonic()
+    figures = self._tasks.evaluate(
+      self.state.model,
+      # The last step has just been evaluated on held-out text.
+      self.evaluation.report
+      if self.evaluation and step == self._experiment.train.num_steps
+      else None,
+      lambda text: self.progress.print(f"step {step}: {text}"),
+    )
+    if record:
+      self.write(step, figures)
+      self._sync()
+    self._clock.exclude(started)
+
   def save(self, step: int) -> None:
     """Starts to write a checkpoint, after a check that the step is finite."""
     self.read_pending()
@@ -322,6 +345,8 @@ class _Loop:
     storage.write_json(
       os.path.join(self._workdir, "routing.json"), self.evaluation.report
     )
+    if self._tasks:
+      self._tasks.write(self._workdir, self._experiment.train.num_steps)
     result = {
       "experiment": self._provenance.to_dict()["experiment"],
       "step": self._experiment.train.num_steps,
@@ -366,6 +391,7 @@ def train(
   mesh: Mesh,
   workdir: str,
   verify: Verify = "full",
+  tasks: EncodedTasks | None = None,
 ) -> None:
   """Trains until `train.num_steps`, from the newest checkpoint if there is one.
 
@@ -379,6 +405,7 @@ def train(
     mesh: all devices.
     workdir: the run's folder, which `checkpoint.check_workdir` has checked.
     verify: how much of a checkpoint is compared with its digests.
+    tasks: what to evaluate on every `train.task_every` steps, if anything.
 
   Raises:
     NonFiniteError: a loss term or the gradient is not finite.
@@ -387,7 +414,7 @@ def train(
   """
   settings = provenance.experiment.train
   with requests_to_end() as asked_to_end, jax.set_mesh(mesh):
-    loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir, verify)
+    loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir, verify, tasks)
     try:
       if loop.first_step:
         loop.progress.print(
@@ -402,6 +429,7 @@ def train(
         # has all figures up to its step.
         if last or step % settings.eval_every == 0:
           loop.evaluate(step)
+        loop.evaluate_tasks(step)
         if last or number or step % settings.checkpoint_every == 0:
           loop.save(step)
         if number and not last:
@@ -414,6 +442,7 @@ def train(
       if loop.evaluation is None:
         # An earlier process was killed between last checkpoint and report.
         loop.evaluate(settings.num_steps, record=False)
+        loop.evaluate_tasks(settings.num_steps, record=False)
       loop.finish()
     finally:
       loop.close()
@@ -429,39 +458,3 @@ def state_bytes(experiment: Experiment) -> int:
   part = trained(experiment.optimizer, model)
   leaves = [*jax.tree.leaves(model), *2 * jax.tree.leaves(part)]
   return 4 * sum(leaf.size for leaf in leaves)
-
-
-def describe(
-  experiment: Experiment, corpus: Corpus | PreparedCorpus, mesh: Mesh
-) -> list[str]:
-  """Returns the lines that a run prints at its start."""
-  total, active = parameter_counts(experiment.model)
-  axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  train = experiment.train
-  tokens = train.num_steps * train.batch_size * train.sequence_length
-  return [
-    f"{experiment.name}: {total:,} parameters, {active:,} active per token",
-    f"{mesh.size} {mesh.devices.flat[0].device_kind} device(s): {axes}",
-    f"{len(corpus.taxonomy.sources)} domains:",
-    *_describe_sources(experiment, corpus),
-    *corpus.notes,
-    f"{train.num_steps:,} steps of {train.batch_size} rows of"
-    f" {train.sequence_length} tokens: {tokens:,} tokens",
-  ]
-
-
-def _describe_sources(
-  experiment: Experiment, corpus: Corpus | PreparedCorpus
-) -> list[str]:
-  """Returns a line for each source, with its size and whether it was cut."""
-  limit = experiment.data.max_characters_per_domain
-  lines = []
-  for name, (documents, characters) in zip(
-    corpus.taxonomy.sources, corpus.sizes()
-  ):
-    line = f"  {name}: {documents:,} documents, {characters:,} characters"
-    # The limit of a prepared corpus was that of its preparation.
-    if characters >= limit and not experiment.data.prepared:
-      line += " (cut at data.max_characters_per_domain)"
-    lines.append(line)
-  return lines

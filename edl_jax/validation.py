@@ -94,6 +94,11 @@ def _check_router(experiment: Experiment) -> None:
   if model.router != "domain":
     return
   name = "model.router='domain'"
+  if experiment.train.task_every:
+    raise UserError(
+      f"{name} with train.task_every={experiment.train.task_every}: documents"
+      " of tasks have no domain; set it to 0"
+    )
   if least:
     raise UserError(
       f"{name} with {shown}: domains have fixed experts already; set"

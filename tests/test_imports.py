@@ -48,8 +48,9 @@ ARROWS = {
   },
   "losses": {"config", "fields", "sharding", "tables"},
   "main": {
-    *("checkpoint", "command", "config", "describe", "evaluate", "output"),
-    *("preemption", "runtime", "sharding", "storage", "text", "train"),
+    *("checkpoint", "command", "config", "describe", "evaluate", "model"),
+    *("output", "preemption", "runtime", "sharding", "storage", "tasks"),
+    *("text", "train"),
   },
   "metrics": {"config", "storage"},
   "model": {"config", "losses", "sharding", "text"},
@@ -74,7 +75,7 @@ ARROWS = {
   "train": {
     *("analysis", "checkpoint", "config", "evaluate", "losses", "metrics"),
     *("model", "optim", "preemption", "progress", "runtime", "sharding"),
-    *("step", "storage", "text"),
+    *("step", "storage", "tasks", "text"),
   },
   "validation": {"config", "fields"},
 }

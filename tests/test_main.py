@@ -170,6 +170,7 @@ def test_bad_line_names_file_and_line_and_makes_nothing(tmp_path, files):
     ({"train.sequence_length": 4000}, "less than one row"),
     ({"train.sequence_length": 600}, "more than any training document"),
     ({"data.weights": "(1.0, 1.0)"}, "3 domains"),
+    ({"train.task_every": 5, "train.task_files": "none"}, "no task files"),
   ],
 )
 def test_unfit_text_makes_nothing(tmp_path, files, overrides, named):

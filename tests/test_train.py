@@ -160,24 +160,29 @@ def restored(workdir):
   return jax.device_get(jax.tree.leaves(state)), data
 
 
+def figures(workdir):
+  """Returns the lines of metrics, but for what depends on the clock."""
+  return [
+    {
+      key: value
+      for key, value in line.items()
+      if key not in ("train/tokens_per_second", "train/input_wait_fraction")
+    }
+    for line in read_metrics(str(workdir))
+  ]
+
+
 def assert_bitwise_equal(workdir, other):
   """Compares all that two runs leave, but for what depends on the clock."""
-
-  def figures(folder):
-    return [
-      {
-        key: value
-        for key, value in line.items()
-        if key not in ("train/tokens_per_second", "train/input_wait_fraction")
-      }
-      for line in read_metrics(str(folder))
-    ]
-
   assert figures(workdir) == figures(other)
   for name in ("routing.json", "run.json"):
     assert (workdir / name).read_text() == (other / name).read_text()
   for key in ("eval", "routing", "step", "content_hash", "experiment"):
     assert result(workdir)[key] == result(other)[key], key
+  assert_equal_states(workdir, other)
+
+
+def assert_equal_states(workdir, other):
   leaves, data = restored(workdir)
   other_leaves, other_data = restored(other)
   assert data == other_data
@@ -309,6 +314,30 @@ def test_terminated_run_saves_and_goes_on(runs, uninterrupted):
   assert ended.returncode == 128 + TERMINATE
   assert "checkpoint of step 13" in ended.stderr.splitlines()[-1]
   assert_bitwise_equal(runs.finish("terminated"), uninterrupted)
+
+
+def test_tasks_change_nothing_and_survive(runs, uninterrupted):
+  files = runs.folder / "task files"
+  files.mkdir()
+  document = {"context": "a", "continuations": [" b", " c"], "gold": 1}
+  (files / "letters.jsonl").write_text(json.dumps(document))
+  arguments = (
+    "--experiment.train.task_every=4",
+    f"--experiment.train.task_files={files}",
+  )
+  killed = runs("tasks", *arguments, strike=("written", 8, KILL))
+  assert killed.returncode == -KILL, killed.stderr
+  workdir = runs.finish("tasks", *arguments)
+  key = "eval/task/letters/bpb"
+  lines = figures(workdir)
+  logged = {line["step"]: line[key] for line in lines if key in line}
+  assert list(logged) == [4, 8, 12, 16, 20]
+  assert [x for x in lines if key not in x] == figures(uninterrupted)
+  assert_equal_states(workdir, uninterrupted)
+  written = json.loads((workdir / "tasks.json").read_text())
+  bits = written["tasks"]["letters"]["figures"]["bits_per_byte"]["mean"]
+  assert (written["step"], bits) == (20, logged[20])
+  assert written["routing"]["domains"] == ["digits", "high", "low"]
 
 
 @pytest.mark.slow

@@ -123,6 +123,7 @@ INVALID = [
     for others, named in (
       ({"model.pool_min": 2, "model.pool_max": 3}, ("pool_min=2", "learned")),
       ({"losses.divergence_weight": 0.1}, ("divergence_weight=0.1",)),
+      ({"train.task_every": 5}, ("train.task_every=5", "no domain")),
       (
         {"losses.divergence_weight": 0, "data.granularity": "shuffled"},
         ("shuffled", "random labels"),

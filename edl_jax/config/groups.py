@@ -173,6 +173,30 @@ class TrainConfig:
     help="Largest number of held-out rows that are evaluated per domain. -1"
     " evaluates all of them.",
   )
+  task_every: int = field(
+    0,
+    at_least=0,
+    resumable=True,
+    help="Steps between two evaluations on benchmark tasks, which also follow"
+    " the last step. 0 evaluates none.",
+  )
+  task_files: str = field(
+    "benchmarks_data",
+    resumable=True,
+    help="Folder of the task files, which python -m data.benchmarks writes.",
+  )
+  tasks: tuple[str, ...] = field(
+    (),
+    resumable=True,
+    help="The tasks, groups or files, such as piqa.rc, of train.task_files. If"
+    " empty, all of them.",
+  )
+  task_documents: int = field(
+    100,
+    at_least=0,
+    resumable=True,
+    help="Most documents of a task file, taken evenly from it. 0 takes all.",
+  )
   checkpoint_every: int = field(
     100, at_least=1, resumable=True, help="Steps between two checkpoints."
   )
