@@ -99,8 +99,8 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     check_workdir,
     checkpoint_steps,
   )
+  from edl_jax.step import state_bytes
   from edl_jax.text.input_pipeline import train_dataset
-  from edl_jax.train import state_bytes
 
   storage.check_access(workdir, "--workdir=")
   if mode == "eval" and not checkpoint_steps(

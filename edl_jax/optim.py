@@ -1,6 +1,7 @@
-"""AdamW, its learning-rate schedule, gradient clipping, frozen parts."""
+"""AdamW and Muon, their learning rates, gradient clipping, frozen parts."""
 
 import fnmatch
+import math
 from typing import Any
 
 import jax
@@ -9,16 +10,18 @@ import optax
 
 from edl_jax.config import OptimizerConfig, UserError
 from edl_jax.fields import nearest
+from edl_jax.muon import is_matrix, scale_by_muon
 from edl_jax.sharding import is_state, last_name, path_name
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   """Returns the learning rate by step (counted from 0).
 
-  Both schedules warm up linearly and end at `final_fraction` of the peak.
+  All schedules warm up linearly and end at `final_fraction` of the peak.
   After warm-up, "cosine" follows half a cosine (Loshchilov and Hutter,
   arXiv:1608.03983). "wsd" stays at the peak and falls linearly over the last
-  `decay_fraction` of all steps (Hu et al., arXiv:2404.06395).
+  `decay_fraction` of all steps (Hu et al., arXiv:2404.06395). "linear" falls
+  linearly from warm-up on.
   """
   peak = config.learning_rate
   final = config.final_fraction * peak
@@ -29,6 +32,8 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   left = max(1, num_steps - config.warmup_steps)
   if config.schedule == "cosine":
     after = optax.cosine_decay_schedule(peak, left, alpha=config.final_fraction)
+  elif config.schedule == "linear":
+    after = optax.linear_schedule(peak, final, left)
   else:
     decay = _decay_steps(config, num_steps)
     after = optax.join_schedules(
@@ -131,17 +136,89 @@ def _clip_by_global_norm(largest: float) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
+def rate_factors(config: OptimizerConfig, parameters: Any) -> Any:
+  """Returns the factor of each parameter's learning rate, as the same pytree.
+
+  Args:
+    config: for its rates; the first pattern that matches a name counts.
+    parameters: a pytree of parameters, or of one value for each of them.
+
+  Raises:
+    UserError: an entry has another form than PATTERN=FACTOR, its factor is not
+      a number of at least 0, or its pattern matches no parameter.
+  """
+  flat, structure = jax.tree_util.tree_flatten_with_path(parameters)
+  names = [path_name(path) for path, _ in flat]
+  factors: dict[str, float] = {}
+  for entry in filter(None, map(str.strip, config.rates.split(","))):
+    pattern, _, text = entry.rpartition("=")
+    shown = f"optimizer.rates={config.rates}: {entry!r}"
+    try:
+      factor = float(text)
+    except ValueError:
+      factor = math.nan
+    if not pattern or not 0 <= factor < math.inf:
+      raise UserError(
+        f"{shown} must be PATTERN=FACTOR, such as *router_ME=0.1, with a factor"
+        " of at least 0"
+      )
+    matched = fnmatch.filter(names, pattern)
+    if not matched:
+      raise UserError(
+        f"{shown} matches no trained parameter; {nearest(pattern, names)}"
+      )
+    for name in matched:
+      factors.setdefault(name, factor)
+  return jax.tree.unflatten(
+    structure, [factors.get(name, 1.0) for name in names]
+  )
+
+
+def _scale_by_rates(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Multiplies updates by `rate_factors`."""
+
+  def update(updates: Any, parameters: Any) -> Any:
+    del parameters
+    return jax.tree.map(
+      lambda factor, x: x if factor == 1 else factor * x,
+      rate_factors(config, updates),
+      updates,
+    )
+
+  return optax.stateless(update)
+
+
 def make_optimizer(
   config: OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
-  """Returns clipping by global norm followed by AdamW (arXiv:1711.05101)."""
-  return optax.chain(
-    _clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      make_schedule(config, num_steps),
-      b1=config.beta1,
-      b2=config.beta2,
-      weight_decay=config.weight_decay,
-      mask=decays,
-    ),
+  """Returns clipping by global norm followed by the algorithm's update.
+
+  "adamw" is AdamW (arXiv:1711.05101). "muon" is Muon for the stacks of matrices
+  and AdamW for embedding, head and norms.
+  """
+  schedule = make_schedule(config, num_steps)
+  rule = optax.adamw(
+    schedule,
+    b1=config.beta1,
+    b2=config.beta2,
+    weight_decay=config.weight_decay,
+    mask=decays,
+  )
+  if config.algorithm == "muon":
+    matrices = optax.chain(
+      scale_by_muon(config.muon_momentum),
+      optax.add_decayed_weights(config.weight_decay),
+      optax.scale_by_learning_rate(schedule),
+    )
+    rule = optax.partition({"adamw": rule, "muon": matrices}, _algorithms)
+  parts = [_clip_by_global_norm(config.clip_norm), rule]
+  if config.rates:
+    parts.append(_scale_by_rates(config))
+  return optax.chain(*parts)
+
+
+def _algorithms(parameters: Any) -> Any:
+  """Returns "muon" or "adamw" for each parameter, as the same pytree."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "muon" if is_matrix(path) else "adamw", parameters
   )

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sys
 from typing import Any
 
@@ -37,6 +38,32 @@ _SPARSE_CORE_KINDS = ("TPU v5", "TPU v5p", "TPU v6 lite")
 
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+# Published peaks of dense bfloat16 products, in FLOP/s of a JAX device, by the
+# start of its kind. The first that fits counts.
+_PEAKS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100 PCIe": 756e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+  """Returns a device's published FLOP/s in bfloat16; None if not known here.
+
+  Args:
+    device: a `jax.Device`, which jaxlib does not declare as a type.
+  """
+  kind = device.device_kind
+  return next((x for name, x in _PEAKS.items() if kind.startswith(name)), None)
 
 
 def configure() -> None:
@@ -69,6 +96,27 @@ def compiler_options(device: Any) -> dict[str, str | bool]:
     return {}
   sparse = device.device_kind in _SPARSE_CORE_KINDS
   return _TPU_OPTIONS | (_SPARSE_CORE_OPTIONS if sparse else {})
+
+
+def compile_program(
+  lowered: jax.stages.Lowered, device: Any
+) -> jax.stages.Compiled:
+  """Compiles a training step for `device` with `compiler_options`.
+
+  Options come and go between versions of XLA: those that the installed one does
+  not know are left out, with a line on stderr.
+  """
+  options = compiler_options(device)
+  while True:
+    try:
+      return lowered.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+      found = re.search(r"No such compile option: '(\w+)'", str(error))
+      if found is None or found[1] not in options:
+        raise
+      name = found[1]
+    del options[name]
+    print(f"left out {name}, which this XLA does not know", file=sys.stderr)
 
 
 def _processor() -> str:

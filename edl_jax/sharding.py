@@ -57,6 +57,9 @@ class ParameterRule(NamedTuple):
   is_float32: bool = False
   # Has no gradient, no moments and no decay: a rule of its own moves it.
   is_state: bool = False
+  # The letters of the rows and of the columns of its matrices, which Muon
+  # orthogonalises one by one; None where AdamW is the better rule.
+  matrix: tuple[str, str] | None = None
 
 
 # A rule for each parameter, by the last part of its name, whose suffix gives
@@ -67,24 +70,26 @@ PARAMETER_RULES: dict[str, ParameterRule] = {
     (("tensor", "fsdp"), "expert"), gathered=(*STORAGE_AXES, "tensor")
   ),
   "head_MV": ParameterRule((_STORAGE, "tensor")),
-  "query_MNH": ParameterRule((_STORAGE, "tensor", None)),
-  "key_MKH": ParameterRule((_STORAGE, "tensor", None)),
-  "value_MKH": ParameterRule((_STORAGE, "tensor", None)),
-  "out_NHM": ParameterRule(("tensor", None, _STORAGE)),
+  "query_MNH": ParameterRule((_STORAGE, "tensor", None), matrix=("M", "NH")),
+  "key_MKH": ParameterRule((_STORAGE, "tensor", None), matrix=("M", "KH")),
+  "value_MKH": ParameterRule((_STORAGE, "tensor", None), matrix=("M", "KH")),
+  "out_NHM": ParameterRule(("tensor", None, _STORAGE), matrix=("NH", "M")),
+  "router_ME": ParameterRule(
+    ("fsdp", None), is_float32=True, matrix=("M", "E")
+  ),
   "query_bias_NH": ParameterRule(("tensor", None)),
   "key_bias_KH": ParameterRule(("tensor", None)),
   "value_bias_KH": ParameterRule(("tensor", None)),
   "out_bias_M": ParameterRule((None,)),
-  "router_ME": ParameterRule(("fsdp", None), is_float32=True),
   "bias_E": ParameterRule((None,), is_float32=True, is_state=True),
   "gate_up_EM2F": ParameterRule(
-    ("expert", "fsdp", None, "tensor"), is_expert=True
+    ("expert", "fsdp", None, "tensor"), is_expert=True, matrix=("M", "F")
   ),
   "down_EFM": ParameterRule(
-    ("expert", ("tensor", "fsdp"), None), is_expert=True
+    ("expert", ("tensor", "fsdp"), None), is_expert=True, matrix=("F", "M")
   ),
-  "gate_up_M2F": ParameterRule((_STORAGE, None, "tensor")),
-  "down_FM": ParameterRule(("tensor", _STORAGE)),
+  "gate_up_M2F": ParameterRule((_STORAGE, None, "tensor"), matrix=("M", "F")),
+  "down_FM": ParameterRule(("tensor", _STORAGE), matrix=("F", "M")),
   "shared_gate_M": ParameterRule((None,), is_float32=True),
   # Norms.
   "scale": ParameterRule((None,), is_float32=True),
@@ -260,19 +265,24 @@ def is_state(path: Sequence[Any]) -> bool:
   return rule is not None and rule.is_state
 
 
+def parameter_spec(path: Sequence[Any], leaf: Any) -> PartitionSpec:
+  """Returns the PartitionSpec of a parameter.
+
+  Raises:
+    ValueError: the parameter has no rule, or another rank than its rule.
+  """
+  rule = parameter_rule(path, leaf)
+  layers = leaf.ndim - len(rule.spec)
+  return PartitionSpec(*(None,) * layers, *rule.spec)
+
+
 def parameter_specs(parameters: Any) -> Any:
   """Returns the PartitionSpec of every parameter, as the same pytree.
 
   Raises:
     ValueError: a parameter has no rule, or another rank than its rule.
   """
-
-  def spec(path, leaf) -> PartitionSpec:
-    rule = parameter_rule(path, leaf)
-    layers = leaf.ndim - len(rule.spec)
-    return PartitionSpec(*(None,) * layers, *rule.spec)
-
-  return jax.tree_util.tree_map_with_path(spec, parameters)
+  return jax.tree_util.tree_map_with_path(parameter_spec, parameters)
 
 
 def parameter_shardings(parameters: Any, mesh: Mesh) -> Any:

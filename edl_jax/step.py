@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from edl_jax import sharding
-from edl_jax.config import Experiment, LossesConfig
+from edl_jax.config import Experiment, LossesConfig, TrainConfig
 from edl_jax.losses import routing, token_pairs
 from edl_jax.losses.objective import (
   LossContext,
@@ -22,7 +22,14 @@ from edl_jax.losses.objective import (
 from edl_jax.model.balancing import balanced
 from edl_jax.model.choice import draw_pool_sizes
 from edl_jax.model.transformer import Model
-from edl_jax.optim import make_schedule, merged, trained
+from edl_jax.optim import (
+  make_optimizer,
+  make_schedule,
+  merged,
+  rate_factors,
+  trained,
+)
+from edl_jax.spikes import Spikes, judge, no_spikes
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
 
@@ -36,14 +43,25 @@ class TrainState(NamedTuple):
   optimizer: Any
   # The "auto:TARGET" loss weights that the first batch set, float32 scalars.
   auto_weights: dict[str, jax.Array]
+  # Moving average of the trained parameters; None without `train.ema`.
+  ema: Any = None
+  # What `train.skip_spikes` remembers; None without it.
+  spikes: Spikes | None = None
 
 
 class StepOutput(NamedTuple):
   """What a training step reports; arrays stay on the device until read."""
 
-  # Float32 scalars: the loss terms, "grad_norm" and "learning_rate".
+  # Scalars: the loss terms, "grad_norm" and "learning_rate"; with
+  # `train.skip_spikes` also "grad_norm_median", "skipped", whether the step
+  # was, and "skipped_steps", the number of steps that were.
   scalars: dict[str, jax.Array]
   routing: routing.RoutingStats
+
+
+def averaged(state: TrainState) -> Model:
+  """Returns the model to evaluate: that of averages, where there are some."""
+  return state.model if state.ema is None else merged(state.ema, state.model)
 
 
 def _coarse_weight(experiment: Experiment) -> float:
@@ -246,25 +264,67 @@ def make_train_step(
       state.auto_weights,
       state.step,
     )
+    norm = optax.tree.norm(gradient)
     with jax.named_scope("optimizer"):
       moments = state.optimizer
       if experiment.optimizer.offload:
         moments = jax.device_put(moments, on_device.optimizer)
       updates, optimizer_state = optimizer.update(gradient, moments, part)
-      model = merged(optax.apply_updates(part, updates), state.model)
+      learned: Any = optax.apply_updates(part, updates)
       model = balanced(
-        model, sums.routing.assignments_LE, experiment.optimizer.bias_rate
+        merged(learned, state.model),
+        sums.routing.assignments_LE,
+        experiment.optimizer.bias_rate,
       )
+    # The optimizer has not seen the steps that were skipped.
+    skipped = 0 if state.spikes is None else state.spikes.skipped
     scalars = {
       **terms,
-      "grad_norm": optax.tree.norm(gradient),
-      "learning_rate": schedule(state.step),
+      "grad_norm": norm,
+      "learning_rate": schedule(state.step - skipped),
     }
-    auto_weights = {key: terms[key] for key in state.auto_weights}
-    state = TrainState(state.step + 1, model, optimizer_state, auto_weights)
-    return state, StepOutput(scalars, sums.routing)
+    new = TrainState(
+      state.step + 1,
+      model,
+      optimizer_state,
+      {key: terms[key] for key in state.auto_weights},
+      _average(state.ema, learned, experiment.train.ema),
+      state.spikes,
+    )
+    if state.spikes is not None:
+      # The old moments on the device, where the new ones are.
+      old = state._replace(optimizer=moments)
+      new, told = _unless_spike(old, new, norm, experiment.train)
+      scalars |= told
+    return new, StepOutput(scalars, sums.routing)
 
   return train_step
+
+
+def _average(average: Any, learned: Any, decay: float) -> Any:
+  """Moves the average of parameters, if there is one, by one step."""
+  if average is None:
+    return None
+  return jax.tree.map(
+    lambda old, new: decay * old + (1 - decay) * new, average, learned
+  )
+
+
+def _unless_spike(
+  old: TrainState, new: TrainState, norm: jax.Array, train: TrainConfig
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Returns the next state, and what to report of spikes."""
+  assert old.spikes is not None, "the caller checks"
+  skip, median, spikes = judge(
+    old.spikes, norm, train.skip_spikes, train.skip_at_most
+  )
+  kept = jax.tree.map(lambda a, b: jnp.where(skip, a, b), old, new)
+  told = {
+    "grad_norm_median": median,
+    "skipped": skip.astype(jnp.float32),
+    "skipped_steps": spikes.skipped.astype(jnp.float32),
+  }
+  return kept._replace(step=new.step, spikes=spikes), told
 
 
 def _new_state(
@@ -272,11 +332,15 @@ def _new_state(
 ) -> TrainState:
   # Any: see `make_train_step`.
   model: Any = Model(experiment.model, jax.random.key(experiment.seed))
+  part = trained(experiment.optimizer, model)
   return TrainState(
     jnp.int32(0),
     model,
-    optimizer.init(trained(experiment.optimizer, model)),
+    optimizer.init(part),
     auto_weights(experiment.losses),
+    # A copy: the training step donates both.
+    jax.tree.map(jnp.copy, part) if experiment.train.ema else None,
+    no_spikes() if experiment.train.skip_spikes else None,
   )
 
 
@@ -291,21 +355,26 @@ def state_shardings(
   abstract = jax.eval_shape(lambda: _new_state(experiment, optimizer))
   everywhere = NamedSharding(mesh, PartitionSpec())
   by_parameter = sharding.parameter_shardings(abstract.model, mesh)
+  offload = experiment.optimizer.offload
+
+  def place(path: Any, leaf: Any) -> NamedSharding:
+    # A moment is named after its parameter. optax.tree.map_params cannot tell
+    # where several algorithms share out the parameters.
+    if sharding.last_name(path) not in sharding.PARAMETER_RULES:
+      return everywhere
+    spec = sharding.parameter_spec(path, leaf)
+    kind = "pinned_host" if offload else None
+    return NamedSharding(mesh, spec, memory_kind=kind)
+
   return abstract._replace(
     step=everywhere,
     model=by_parameter,
-    optimizer=optax.tree.map_params(
-      optimizer,
-      lambda _, placed: (
-        placed.with_memory_kind("pinned_host")
-        if experiment.optimizer.offload
-        else placed
-      ),
-      abstract.optimizer,
-      trained(experiment.optimizer, by_parameter),
-      transform_non_params=lambda _: everywhere,
-    ),
+    optimizer=jax.tree_util.tree_map_with_path(place, abstract.optimizer),
     auto_weights={key: everywhere for key in abstract.auto_weights},
+    ema=None
+    if abstract.ema is None
+    else trained(experiment.optimizer, by_parameter),
+    spikes=jax.tree.map(lambda _: everywhere, abstract.spikes),
   )
 
 
@@ -330,3 +399,15 @@ def init_state(
     lambda: _new_state(experiment, optimizer),
     out_shardings=state_shardings(experiment, optimizer, mesh),
   )()
+
+
+def state_bytes(experiment: Experiment) -> int:
+  """Returns the bytes of a checkpoint's arrays.
+
+  Raises:
+    UserError: a pattern of `optimizer` matches no parameter.
+  """
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
+  state = jax.eval_shape(lambda: _new_state(experiment, optimizer))
+  rate_factors(experiment.optimizer, trained(experiment.optimizer, state.model))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

@@ -21,6 +21,7 @@ from edl_jax.checkpoint import (
   describe_workdir,
   load,
 )
+from edl_jax.clock import Clock, goodput, read_records, write_record
 from edl_jax.config import Experiment
 from edl_jax.evaluate import (
   Evaluation,
@@ -31,12 +32,17 @@ from edl_jax.evaluate import (
 from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.metrics import MetricsWriter, read_metrics
-from edl_jax.model.transformer import abstract_model, parameter_counts
-from edl_jax.optim import make_optimizer, trained
+from edl_jax.model.transformer import parameter_counts, training_flops
+from edl_jax.optim import make_optimizer
 from edl_jax.preemption import Preempted, requests_to_end
 from edl_jax.progress import Progress
-from edl_jax.runtime import compiler_options
-from edl_jax.step import abstract_state, init_state, make_train_step
+from edl_jax.runtime import compile_program, peak_flops
+from edl_jax.step import (
+  abstract_state,
+  averaged,
+  init_state,
+  make_train_step,
+)
 from edl_jax.tasks.evaluation import EncodedTasks
 from edl_jax.tasks.training import TrainingTasks
 from edl_jax.text.batch import Batch
@@ -64,42 +70,6 @@ def _all_finite(tree: Any) -> jax.Array:
   """Returns whether every element of every array is finite, bool ()."""
   parts = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
   return jnp.stack(parts).all()
-
-
-class _Clock:
-  """Measures the throughput and the input wait of training steps.
-
-  The caller excludes the time of compilation, evaluation and checkpoints.
-  """
-
-  def __init__(self, tokens_per_step: int, step: int):
-    self._tokens_per_step = tokens_per_step
-    self.restart(step)
-
-  def restart(self, step: int) -> None:
-    """Starts to measure after step number `step`."""
-    self._step = step
-    self._start = time.monotonic()
-    self._waited = 0.0
-
-  def exclude(self, started: float) -> None:
-    """Leaves out the time since `started`, a value of `time.monotonic`."""
-    self._start += time.monotonic() - started
-
-  def add_wait(self, seconds: float) -> None:
-    """Counts `seconds` as time in which no input was ready."""
-    self._waited += seconds
-
-  def read(self, step: int) -> dict[str, float]:
-    """Returns the figures since the last restart, and restarts."""
-    seconds = max(time.monotonic() - self._start, 1e-9)
-    rate = (step - self._step) * self._tokens_per_step / seconds
-    figures = {
-      "train/tokens_per_second": rate,
-      "train/input_wait_fraction": min(self._waited / seconds, 1.0),
-    }
-    self.restart(step)
-    return figures
 
 
 class _Loop:
@@ -159,10 +129,13 @@ class _Loop:
         loaded = load(initial, mesh=mesh, verify=verify)
         self.state = self.state._replace(model=loaded.model)
     self._last_saved = self._last_shown = self.first_step
-    self._clock = _Clock(
+    self._clock = Clock(
       experiment.train.batch_size * experiment.train.sequence_length,
       self.first_step,
+      _peak_rate(experiment, mesh),
     )
+    # Names sort by start, and no two processes of a run start at once.
+    self._process = f"{time.time_ns()}"
     if self._is_first:
       describe_workdir(workdir, provenance)
     self._writer = (
@@ -183,10 +156,12 @@ class _Loop:
     batch = sharding.put_batch(next(self._iterator), self._mesh)
     self._clock.add_wait(time.monotonic() - started)
     if self._compiled_step is None:
+      started = time.monotonic()
       # Compile ahead of the step, so that the clock can exclude it.
-      self._compiled_step = self._train_step.lower(self.state, batch).compile(
-        compiler_options(self._mesh.devices.flat[0])
+      self._compiled_step = compile_program(
+        self._train_step.lower(self.state, batch), self._mesh.devices.flat[0]
       )
+      self._clock.exclude(started, "compile")
       self._clock.restart(step - 1)
       self.progress.restart(step - 1)
     self.state, output = self._compiled_step(self.state, batch)
@@ -198,6 +173,7 @@ class _Loop:
       logged = _training_figures(output.routing, first_layer=first_layer)
     self.read_pending()
     self._pending = _Pending(step, output.scalars, logged)
+    self._clock.end_step()
 
   def _is_logged(self, step: int) -> bool:
     settings = self._experiment.train
@@ -213,7 +189,14 @@ class _Loop:
       return
     step, scalars, figures = jax.device_get(self._pending)
     self._pending = None
-    self._check_finite(step, scalars)
+    if scalars.get("skipped"):
+      self.progress.print(
+        f"step {step}: skipped, with a gradient norm of"
+        f" {scalars['grad_norm']:.4g} where the median is"
+        f" {scalars['grad_norm_median']:.4g}"
+      )
+    else:
+      self._check_finite(step, scalars)
     if figures is not None:
       self._log(step, scalars, figures)
 
@@ -248,6 +231,7 @@ class _Loop:
     values |= self._clock.read(step)
     values |= {f"routing/{name}": float(x) for name, x in figures.items()}
     self.write(step, values)
+    self._record(step)
     shown = (
       "train/lm_loss",
       *(f"train/{term.name}" for term in LOSS_TERMS if term.in_progress_line),
@@ -259,6 +243,11 @@ class _Loop:
     for line in self._epochs.repeats(self._last_shown * rows, step * rows):
       self.progress.print(f"step {step}: {line}")
     self._last_shown = step
+
+  def _record(self, step: int) -> None:
+    """Writes where this process's time went, on the first process."""
+    if self._is_first:
+      write_record(self._workdir, self._process, self._clock.record(step))
 
   def _epochs_at(self, step: int) -> dict[str, float]:
     return self._epochs.at(step * self._experiment.train.batch_size)
@@ -279,7 +268,7 @@ class _Loop:
     try:
       self.evaluation = evaluate(
         self._eval_step,
-        self.state.model,
+        averaged(self.state),
         self._eval_batches,
         self._mesh,
         self._taxonomy,
@@ -301,7 +290,7 @@ class _Loop:
       f" {self.evaluation.losses['bits_per_byte']:.4f} bits/byte,"
       f" routing diversity {self.evaluation.routing['diversity']:.4f}"
     )
-    self._clock.exclude(started)
+    self._clock.exclude(started, "evaluation")
 
   def evaluate_tasks(self, step: int, *, record: bool = True) -> None:
     """Evaluates the tasks, if it is time; `record` adds it to the metrics."""
@@ -310,7 +299,7 @@ class _Loop:
     self.read_pending()
     started = time.monotonic()
     figures = self._tasks.evaluate(
-      self.state.model,
+      averaged(self.state),
       # The last step has just been evaluated on held-out text.
       self.evaluation.report
       if self.evaluation and step == self._experiment.train.num_steps
@@ -320,7 +309,7 @@ class _Loop:
     if record:
       self.write(step, figures)
       self._sync()
-    self._clock.exclude(started)
+    self._clock.exclude(started, "evaluation")
 
   def save(self, step: int) -> None:
     """Starts to write a checkpoint, after a check that the step is finite."""
@@ -333,7 +322,7 @@ class _Loop:
       step, self.state, self._iterator.get_state(), self._provenance
     )
     self._last_saved = step
-    self._clock.exclude(started)
+    self._clock.exclude(started, "checkpoint")
 
   def finish(self) -> None:
     """Waits for the last checkpoint, then writes the run's results."""
@@ -341,6 +330,7 @@ class _Loop:
     if not self._is_first:
       return
     assert self.evaluation is not None, "the last step is evaluated"
+    self._record(self._experiment.train.num_steps)
     total, active = parameter_counts(self._experiment.model)
     storage.write_json(
       os.path.join(self._workdir, "routing.json"), self.evaluation.report
@@ -358,6 +348,8 @@ class _Loop:
         for line in read_metrics(self._workdir)
         if "train/tokens_per_second" in line
       ),
+      # Where the time of all processes of the run went.
+      "time": goodput(list(read_records(self._workdir))),
       # How often the run read each source's training text.
       "epochs": self._epochs_at(self._experiment.train.num_steps),
       "eval": self.evaluation.losses,
@@ -448,13 +440,13 @@ def train(
       loop.close()
 
 
-def state_bytes(experiment: Experiment) -> int:
-  """Returns the bytes of a checkpoint: parameters and moments.
-
-  Raises:
-    UserError: `optimizer.trainable` has a pattern that matches no parameter.
-  """
-  model = abstract_model(experiment.model)
-  part = trained(experiment.optimizer, model)
-  leaves = [*jax.tree.leaves(model), *2 * jax.tree.leaves(part)]
-  return 4 * sum(leaf.size for leaf in leaves)
+def _peak_rate(experiment: Experiment, mesh: Mesh) -> float | None:
+  """Returns the steps per second of devices at their peak, None if unknown."""
+  peak = peak_flops(mesh.devices.flat[0])
+  if peak is None:
+    return None
+  train = experiment.train
+  flops = training_flops(
+    experiment.model, train.batch_size, train.sequence_length
+  )
+  return mesh.size * peak / sum(flops.values())

@@ -38,6 +38,7 @@ from edl_jax.optim import make_optimizer
 from edl_jax.step import init_state, loss_and_gradient, make_train_step
 from edl_jax.text.batch import Batch
 from edl_jax.text.mixture import Taxonomy
+from tests.xla import FAST_OPTIONS
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -132,7 +133,7 @@ def shuffled(batch):
 @functools.partial(
   jax.jit,
   static_argnums=2,
-  compiler_options={"xla_cpu_use_fusion_emitters": False},
+  compiler_options=FAST_OPTIONS,
 )
 def step(model, batch, experiment):
   sums, terms, gradient = loss_and_gradient(model, batch, experiment, TAXONOMY)

@@ -185,6 +185,7 @@ def figures(workdir):
     for line in read_metrics(str(workdir))
     for name, value in line.items()
     if name not in ("train/tokens_per_second", "train/input_wait_fraction")
+    and not name.startswith("time/")
   }
 
 

@@ -1,4 +1,4 @@
-"""Schedules in closed form, and steps against AdamW in NumPy float64."""
+"""Schedules in closed form, rates, and steps against AdamW in float64."""
 
 import math
 
@@ -15,6 +15,7 @@ from edl_jax.optim import (
   make_optimizer,
   make_schedule,
   merged,
+  rate_factors,
   trained,
 )
 from edl_jax.sharding import path_name
@@ -29,7 +30,7 @@ def rate(step, **settings):
   return float(make_schedule(config, STEPS)(step))
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear"])
 def test_warm_up_is_linear_and_loses_no_step(schedule):
   for step in range(20):
     assert rate(step, schedule=schedule) == pytest.approx(
@@ -45,6 +46,12 @@ def test_cosine_in_closed_form():
     assert rate(step, schedule="cosine") == pytest.approx(want, rel=1e-5)
 
 
+def test_linear_in_closed_form():
+  for step in (20, 50, 75, 99, 100, 130):
+    want = 0.2 - (0.2 - 0.02) * min((step - 20) / 80, 1)
+    assert rate(step, schedule="linear") == pytest.approx(want, rel=1e-5)
+
+
 def test_wsd_in_closed_form():
   for step in (20, 50, 74, 75, 76, 90, 99, 100, 130):
     share = min(max(step - 75, 0) / 25, 1)
@@ -53,7 +60,7 @@ def test_wsd_in_closed_form():
     assert got == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear"])
 @pytest.mark.parametrize("warmup", [0, 1, STEPS])
 def test_extreme_warm_up(schedule, warmup):
   config = OptimizerConfig(
@@ -130,6 +137,56 @@ def test_pattern_without_a_match_names_the_nearest(patterns, message):
   with pytest.raises(UserError) as caught:
     trained(OptimizerConfig(trainable=patterns), model)
   assert message in str(caught.value)
+
+
+def test_the_first_matching_pattern_sets_the_rate_of_a_part():
+  model = abstract_model(ModelConfig())
+  part = trained(OptimizerConfig(trainable="blocks/*,head_MV"), model)
+  config = OptimizerConfig(rates="*router_ME=0.5, blocks/moe/*=0,head_MV=2e-1")
+  leaves = jax.tree_util.tree_leaves_with_path(rate_factors(config, part))
+  found = {path_name(path): factor for path, factor in leaves}
+  assert found.keys() == names(part)
+  for name, factor in found.items():
+    if name.endswith("router_ME"):
+      assert factor == 0.5
+    elif name.startswith("blocks/moe/"):
+      assert factor == 0
+    else:
+      assert factor == (0.2 if name == "head_MV" else 1)
+
+
+@pytest.mark.parametrize(
+  ("rates", "message"),
+  [
+    ("head_MV", "'head_MV' must be PATTERN=FACTOR"),
+    ("head_MV=fast", "'head_MV=fast' must be PATTERN=FACTOR"),
+    ("head_MV=-1", "at least 0"),
+    ("head_MV=nan", "at least 0"),
+    ("=1", "'=1' must be PATTERN=FACTOR"),
+    ("head_M=1", "matches no trained parameter; did you mean head_MV?"),
+  ],
+)
+def test_wrong_rates_are_named(rates, message):
+  model = abstract_model(ModelConfig())
+  with pytest.raises(UserError) as caught:
+    rate_factors(OptimizerConfig(rates=rates), model)
+  assert f"optimizer.rates={rates}: " in str(caught.value)
+  assert message in str(caught.value)
+
+
+def test_rates_scale_the_updates():
+  config = OptimizerConfig(warmup_steps=0)
+  parts = OptimizerConfig(warmup_steps=0, rates="a*=0.25,c=0")
+  tree = {"a_MV": jnp.ones((2, 2)), "b_MV": jnp.ones(3), "c": jnp.ones(2)}
+  gradient = jax.tree.map(lambda x: 0.1 * x, tree)
+  whole, scaled = (
+    optimizer.update(gradient, optimizer.init(tree), tree)[0]
+    for optimizer in (make_optimizer(x, STEPS) for x in (config, parts))
+  )
+  assert np.all(whole["a_MV"] < -1e-4)
+  np.testing.assert_array_equal(scaled["a_MV"], 0.25 * whole["a_MV"])
+  np.testing.assert_array_equal(scaled["b_MV"], whole["b_MV"])
+  assert not np.any(scaled["c"])
 
 
 def test_steps_against_numpy_float64():

@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import pytest
+
+from edl_jax import runtime
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,3 +98,41 @@ def test_freed_memory_is_not_faulted_in_again():
   if by_default < pages // 2:
     pytest.skip("pages are not faulted in one by one here")
   assert configured < pages // 100
+
+
+@pytest.mark.parametrize(
+  ("kind", "peak"),
+  [
+    ("TPU v5 lite", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6 lite", 918e12),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("cpu", None),
+  ],
+)
+def test_peaks_of_devices(kind, peak):
+  device = types.SimpleNamespace(device_kind=kind)
+  assert runtime.peak_flops(device) == peak
+
+
+def test_options_that_xla_does_not_know_are_left_out(monkeypatch, capsys):
+  # Of options for TPUs, a CPU's compiler knows none.
+  known = {"xla_backend_optimization_level": 0}
+  monkeypatch.setattr(
+    runtime, "compiler_options", lambda _: {**runtime._TPU_OPTIONS, **known}
+  )
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  assert runtime.compile_program(lowered, jax.devices()[0])(1.0) == 2
+  told = capsys.readouterr().err
+  for name in runtime._TPU_OPTIONS:
+    assert f"left out {name}, which this XLA does not know\n" in told
+  assert "optimization_level" not in told
+
+
+def test_other_errors_of_the_compiler_stay(monkeypatch):
+  options = {"xla_backend_optimization_level": "high"}
+  monkeypatch.setattr(runtime, "compiler_options", lambda _: options)
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="optimization_level"):
+    runtime.compile_program(lowered, jax.devices()[0])

@@ -29,6 +29,7 @@ from edl_jax.text import input_pipeline
 from edl_jax.text.input_pipeline import train_dataset
 from edl_jax.text.mixture import load_corpus
 from edl_jax.text.tokenizer import load_tokenizer
+from tests.xla import FAST_FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -130,7 +131,7 @@ def runs(tmp_path_factory):
   # Unoptimised machine code: compiles in a third of the time.
   return Runs(
     tmp_path_factory.mktemp("runs"),
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    FAST_FLAGS,
   )
 
 
@@ -167,6 +168,7 @@ def figures(workdir):
       key: value
       for key, value in line.items()
       if key not in ("train/tokens_per_second", "train/input_wait_fraction")
+      and not key.startswith("time/")
     }
     for line in read_metrics(str(workdir))
   ]

@@ -13,7 +13,7 @@ from edl_jax import sharding
 from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment
 from edl_jax.optim import make_optimizer
-from edl_jax.runtime import compiler_options
+from edl_jax.runtime import compile_program
 from edl_jax.step import abstract_state, make_train_step
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy, load_taxonomy
@@ -215,7 +215,7 @@ def compile_step(
     traced = step.trace(state, batch)
     lowered = traced.lower()
     try:
-      compiled = lowered.compile(compiler_options(topology.devices[0]))
+      compiled = compile_program(lowered, topology.devices[0])
     except jax.errors.JaxRuntimeError as error:
       overflow = parse_overflow(str(error))
       if overflow is None:

@@ -115,6 +115,11 @@ class Checkpointer:
       model=like(abstract.model, arrays["parameters"]),
       optimizer=like(abstract.optimizer, arrays["optimizer"]),
       auto_weights=arrays.get("auto_weights", {}),
+      **{
+        name: like(getattr(abstract, name), arrays[name])
+        for name in ("ema", "spikes")
+        if name in arrays
+      },
     )
     return state, data_state
 
@@ -202,4 +207,8 @@ def _items(state: TrainState) -> dict[str, Any]:
   # Orbax refuses to write an empty tree.
   if state.auto_weights:
     items["auto_weights"] = dict(state.auto_weights)
+  if state.ema is not None:
+    items["ema"] = by_name(state.ema)
+  if state.spikes is not None:
+    items["spikes"] = by_name(state.spikes)
   return items

@@ -19,6 +19,7 @@ from edl_jax.config import Experiment, UserError
 from edl_jax.generation.generator import Generated, generate
 from edl_jax.generation.settings import Settings
 from edl_jax.model.transformer import Model, abstract_model
+from edl_jax.optim import merged, trained
 from edl_jax.sharding import parameter_shardings
 from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import Tokenizer
@@ -68,6 +69,8 @@ def load(
 ) -> Loaded:
   """Loads a model; needs nothing but its checkpoint.
 
+  With `train.ema` it is the model of averaged parameters.
+
   Args:
     path: a run's workdir, its `checkpoints` folder, or the folder of one step,
       on this machine or in a bucket (gs://...).
@@ -87,7 +90,8 @@ def load(
   checkpoint, step = find_checkpoint(path, step)
   saved = read_provenance(checkpoint)
   provenance = Provenance.from_dict(saved)
-  abstract = abstract_model(provenance.experiment.model)
+  experiment = provenance.experiment
+  abstract = abstract_model(experiment.model)
   if mesh is None:
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: one_device, abstract)
@@ -102,18 +106,21 @@ def load(
   )
   if mesh is not None:
     _check_divides(abstract, mesh)
-  parameters = read_item(checkpoint, "parameters", by_name(abstract))
-  check_items(
-    checkpoint,
-    {"parameters": parameters},
-    saved.get("digests", {}),
-    verify,
-  )
+  items = {"parameters": abstract}
+  if experiment.train.ema:
+    items["ema"] = trained(experiment.optimizer, abstract)
+  arrays = {
+    item: read_item(checkpoint, item, by_name(target))
+    for item, target in items.items()
+  }
+  check_items(checkpoint, arrays, saved.get("digests", {}), verify)
+  models = [like(target, arrays[item]) for item, target in items.items()]
   return Loaded(
-    model=like(abstract, parameters),
+    # Averages of the parameters, where the run kept some.
+    model=models[0] if len(models) == 1 else merged(models[1], models[0]),
     tokenizer=provenance.tokenizer,
     taxonomy=provenance.taxonomy,
-    experiment=provenance.experiment,
+    experiment=experiment,
     step=step,
     content_hash=provenance.content_hash,
   )

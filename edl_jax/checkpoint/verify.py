@@ -15,7 +15,9 @@ from edl_jax.checkpoint.folders import (
 from edl_jax.checkpoint.items import check_items, read_item, reading
 from edl_jax.config import UserError
 
-_ARRAYS = ("parameters", "optimizer", "auto_weights")
+_ARRAYS = ("parameters", "optimizer")
+# Items that only some runs have.
+_OPTIONAL = ("auto_weights", "ema", "spikes")
 
 
 def verify_run(workdir: str) -> Iterator[str | UserError]:
@@ -53,10 +55,8 @@ def verify_checkpoint(checkpoint: str) -> str:
   if saved and saved.get("data") != json_digest(data_state):
     raise DamagedError(f"step {step}: {data_path} is not what was saved")
   count = 0
-  for item in _ARRAYS:
-    if item != "auto_weights" or any(
-      name.startswith("auto_weights/") for name in saved
-    ):
+  for item in (*_ARRAYS, *_OPTIONAL):
+    if item in _ARRAYS or any(name.startswith(f"{item}/") for name in saved):
       # One item at a time, as all may not fit the memory.
       arrays = {item: read_item(checkpoint, item)}
       count += check_items(checkpoint, arrays, saved, "full")

@@ -91,14 +91,25 @@ class LossesConfig:
 
 @dataclasses.dataclass(unsafe_hash=True)
 class OptimizerConfig:
-  """AdamW and its schedule."""
+  """AdamW or Muon, and the learning rate."""
+
+  algorithm: str = field(
+    "adamw",
+    choices=("adamw", "muon"),
+    help="AdamW for all parameters, or Muon for the matrices of layers and"
+    " AdamW for embedding, head and norms. Muon's updates are of AdamW's size,"
+    " so that both take the same learning rate.",
+  )
+  muon_momentum: float = field(
+    0.95, at_least=0, below=1, help="Decay of Muon's momentum, per step."
+  )
 
   learning_rate: float = field(1e-3, above=0, help="Peak learning rate.")
   schedule: str = field(
     "cosine",
-    choices=("cosine", "wsd"),
-    help="Learning rate after warm-up: half a cosine, or stable and then a"
-    " linear decay (wsd).",
+    choices=("cosine", "wsd", "linear"),
+    help="Learning rate after warm-up: half a cosine, stable and then a linear"
+    " decay (wsd), or a linear decay.",
   )
   warmup_steps: int = field(
     50, at_least=0, help="Steps of linear warm-up to the peak."
@@ -126,6 +137,12 @@ class OptimizerConfig:
     above=0,
     help="Change of an expert's bias per step, in units of router scores, where"
     " model.balancing has a bias.",
+  )
+  rates: str = field(
+    "",
+    help="Factors of the learning rate of parts, as PATTERN=FACTOR entries that"
+    " commas separate, such as *router_ME=0.1,embedding_VM=2. The first pattern"
+    " that matches a parameter's name counts; others learn at the rate itself.",
   )
   trainable: str = field(
     "*",
@@ -202,6 +219,24 @@ class TrainConfig:
   )
   keep_checkpoints: int = field(
     2, at_least=1, resumable=True, help="Newest checkpoints that are kept."
+  )
+  skip_spikes: float = field(
+    0.0,
+    at_least=1,
+    also=0,
+    help="Skips a step whose gradient norm is not finite, or exceeds this times"
+    " the median of the last 128 steps. A skipped step changes nothing but the"
+    " data that were read. 0 skips none.",
+  )
+  skip_at_most: int = field(
+    10, at_least=1, help="Most steps to skip in a row; the next one is taken."
+  )
+  ema: float = field(
+    0.0,
+    at_least=0,
+    below=1,
+    help="Decay per step of the moving average of parameters, such as 0.999."
+    " Evaluation, loading and export then use the average. 0 keeps none.",
   )
   initial_checkpoint: str = field(
     "",
