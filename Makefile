@@ -5,6 +5,7 @@
 # make update-tpu  writes the collectives that these find to tests/aot/golden
 # make test-interop  tests against PyTorch and Transformers, installed by it
 # make test-beam   tests of preparation on Apache Beam, installed by it
+# make campaign    kills, damages and fills up runs for two minutes
 # make docs        builds the site from docs/ into site/
 # make clean       removes .venv and what the tests left; runs/ stays
 
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo types test test-all test-tpu update-tpu test-interop test-beam docs clean
+.PHONY: demo types test test-all campaign test-tpu update-tpu test-interop test-beam docs clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -40,6 +41,9 @@ test: $(VENV)/test
 
 test-all: test
 	$(RUN) -m pytest --quiet -m slow
+
+campaign: $(VENV)/test
+	$(RUN) -m tests.campaign --minutes=2
 
 # Installed beside the environment: inside it, JAX would look for a TPU.
 $(VENV)/tpu: $(VENV)/test requirements-tpu.txt

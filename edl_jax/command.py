@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -193,7 +194,7 @@ class Command:
       except UserError as error:
         print_error(error)
         return 2
-      except RuntimeError as error:
+      except (RuntimeError, AssertionError) as error:
         if message := _missing_platform(error):
           print_error(message)
           return 2
@@ -320,10 +321,16 @@ class _Parser(flags.ArgumentParser):
     return self.kind.__name__
 
 
-def _missing_platform(error: RuntimeError) -> str | None:
+def _missing_platform(error: Exception) -> str | None:
   """Returns the line for JAX's error that a platform is not there."""
   text = " ".join(str(error).split())
-  if "nable to initialize backend" not in text:
+  if isinstance(error, AssertionError):
+    # JAX says nothing of a platform that it knows and has no library for.
+    (*_, last) = traceback.extract_tb(error.__traceback__)
+    if not last.filename.endswith("xla_bridge.py"):
+      return None
+    text = text or "none of its platforms is installed"
+  elif "nable to initialize backend" not in text:
     return None
   asked = os.environ.get("JAX_PLATFORMS")
   way_out = f"; JAX_PLATFORMS={asked} asks for it" if asked else ""

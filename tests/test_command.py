@@ -1,6 +1,7 @@
 """Flags, --help and the one-line errors that all commands share."""
 
 import importlib
+import os
 import re
 import signal
 import subprocess
@@ -216,6 +217,37 @@ def test_home_is_expanded_in_paths_alone(monkeypatch):
   assert path.value == "/home/me/x"
   assert paths.value == ["/home/me", "a~/b"]
   assert text.value == ["~/x"]
+
+
+def test_other_errors_of_a_program_pass():
+  command = Command("What it does.")
+  for kind in (RuntimeError, AssertionError):
+
+    def main(kind=kind):
+      raise kind("other")
+
+    with pytest.raises(kind, match="other"):
+      command.main(main)([])
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "nonsense"])
+def test_platforms_that_jax_does_not_find(platform):
+  ended = subprocess.run(
+    [
+      *(sys.executable, "-m", "edl_jax.main", "--workdir=nowhere"),
+      "--experiment=experiments/tiny.py",
+    ],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": platform},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert ended.returncode == 2
+  assert re.fullmatch(
+    f"error: JAX cannot use.*JAX_PLATFORMS={platform} asks for it\n",
+    ended.stderr.splitlines(keepends=True)[-1],
+  )
 
 
 def test_a_platform_that_is_not_there_is_one_line(capsys, monkeypatch):

@@ -1,0 +1,1 @@
+"""Faults on purpose: runs that are killed, damaged, filled up and poisoned."""
