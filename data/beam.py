@@ -21,6 +21,7 @@ import numpy as np
 
 from data import chunks
 from data.engines import choose_sample
+from data.near import Near
 from data.plan import Plan
 from data.runs import Run, Text, divide
 from edl_jax import storage
@@ -36,6 +37,7 @@ class _Task(NamedTuple):
   out: str
   rules: str
   skip_bad: bool
+  near: Near | None
 
   def path(self, kind: str, number: int, suffix: str = "npz") -> Path:
     """Returns the path of an intermediate result of a file or a chunk."""
@@ -59,8 +61,8 @@ def load_beam(runner: str, options: Sequence[str]) -> tuple[Any, Any]:
       f"--runner={runner} needs the package apache-beam: pip install -r"
       " requirements-beam.txt"
     ) from error
-  # Beam tells every step of a pipeline.
-  logging.getLogger("apache_beam").setLevel(logging.ERROR)
+  # Beam tells every step of a pipeline, and prints what it raises too.
+  logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
   made = module.pipeline_options.PipelineOptions(
     [f"--runner={runner}", *(f"--{option}" for option in options)]
   )
@@ -104,20 +106,20 @@ class BeamEngine:
     self._each_run("reading", _scan, self._scanned)
     self._raise_problem()
     count = sum(len(run.counts) for run in self._runs)
-    done = self._task.path("repeated", count, "done")
-    if not done.exists():
-      self._find_repeated(count)
-      storage.write_bytes(done, b"")
+    self._compare("repeated", _digests, count)
+    if self._task.near:
+      self._compare("similar", _buckets, count)
     return count
 
   def read_scan(self, number: int) -> Mapping[str, np.ndarray]:
     """See `Engine`."""
     scan = chunks.read_arrays(chunks.scan_path(self._task.out, number))
-    repeated = np.zeros(len(scan["label"]), bool)
-    path = self._task.path("repeated", number)
-    if path.exists():
-      repeated[chunks.read_arrays(path)["records"]] = True
-    return scan | {"repeated": repeated}
+    for kind in ("repeated", "similar")[: 2 if self._task.near else 1]:
+      scan[kind] = np.zeros(len(scan["label"]), bool)
+      path = self._task.path(kind, number)
+      if path.exists():
+        scan[kind][chunks.read_arrays(path)["records"]] = True
+    return scan
 
   def sample(self, plan: Plan, enough: int) -> list[str]:
     """See `Engine`."""
@@ -187,37 +189,53 @@ class BeamEngine:
         pipeline
         | beam.Create(missing)
         | beam.Reshuffle()
-        | beam.Map(functools.partial(function, self._task))
+        | "do" >> beam.Map(functools.partial(function, self._task))
       )
 
     self._run(f"{title} on {self._runner}: {len(missing)} parts", build)
 
-  def _find_repeated(self, count: int) -> None:
-    """Writes, by chunk, which records have a text that another has too."""
+  def _compare(
+    self,
+    kind: str,
+    keys: Callable[["_Task", int], Iterator[tuple[Any, "_Place"]]],
+    count: int,
+  ) -> None:
+    """Writes, by chunk, which records have a key that another has too."""
     beam, task = self._beam, self._task
+    done = task.path(kind, count, "done")
+    if done.exists():
+      return
 
     def build(pipeline: Any) -> Any:
       return (
         pipeline
         | beam.Create(range(count))
         | beam.Reshuffle()
-        | beam.FlatMap(functools.partial(_digests, task))
-        | "by text" >> beam.GroupByKey()
-        | beam.FlatMap(_repeated)
+        | "keys" >> beam.FlatMap(functools.partial(keys, task))
+        | "by key" >> beam.GroupByKey()
+        | "shared" >> beam.FlatMap(_shared)
         | "by chunk" >> beam.GroupByKey()
-        | beam.Map(functools.partial(_write_repeated, task))
+        | "write" >> beam.Map(functools.partial(_write_records, task, kind))
       )
 
-    self._run(f"comparing on {self._runner}", build)
+    self._run(f"finding {kind} texts on {self._runner}", build)
+    storage.write_bytes(done, b"")
 
   def _run(self, title: str, build: Callable[[Any], Any]) -> None:
     try:
       with elapsed(title), self._beam.Pipeline(options=self._options) as p:
         build(p)
     except Exception as error:  # Of the runner; a worker's error is its text.
-      reason = str(error).strip().splitlines() or [type(error).__name__]
+      # The last line of a traceback that is not part of a quotation.
+      lines = [
+        line
+        for line in str(error).splitlines()
+        if line.strip() and not line.startswith((" ", "\t", "[", "Traceback"))
+      ]
+      reason = lines[-1] if lines else type(error).__name__
+      reason = reason.partition(" [while running")[0]
       raise UserError(
-        f"{title} failed ({reason[0]}); the same command resumes"
+        f"{title} failed ({reason}); the same command resumes"
       ) from error
 
   def _raise_problem(self) -> None:
@@ -234,12 +252,12 @@ class BeamEngine:
 
 
 @functools.lru_cache(maxsize=1)
-def _start(out: str, rules: str, skip_bad: bool) -> None:
+def _start(out: str, rules: str, skip_bad: bool, near: Near | None) -> None:
   """Prepares a process for the functions of `chunks`."""
   # Beam runs several parts at once.
   os.environ["RAYON_NUM_THREADS"] = "1"
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  chunks.start_worker(out, rules, skip_bad)
+  chunks.start_worker(out, rules, skip_bad, near)
 
 
 def _measure(task: _Task, file: int) -> None:
@@ -291,14 +309,26 @@ def _digests(task: _Task, number: int) -> Iterator[tuple[bytes, _Place]]:
     yield digest.tobytes(), (number, place)
 
 
-def _repeated(group: tuple[bytes, Iterable[_Place]]) -> Iterator[_Place]:
-  """Yields the places of a text that has more than one."""
+def _buckets(task: _Task, number: int) -> Iterator[tuple[Any, _Place]]:
+  """Yields the buckets and the place of each record; see `near.Near`."""
+  assert task.near is not None
+  ranges = task.near.ranges()
+  scan = chunks.read_arrays(chunks.scan_path(task.out, number))
+  for place, signature in enumerate(scan["signature"]):
+    for start, stop in ranges:
+      yield (start, signature[start:stop].tobytes()), (number, place)
+
+
+def _shared(group: tuple[Any, Iterable[_Place]]) -> Iterator[_Place]:
+  """Yields the places of a key that has more than one."""
   places = list(group[1])
   if len(places) > 1:
     yield from places
 
 
-def _write_repeated(task: _Task, group: tuple[int, Iterable[int]]) -> None:
+def _write_records(
+  task: _Task, kind: str, group: tuple[int, Iterable[int]]
+) -> None:
   number, places = group
-  records = np.sort(np.array(list(places), np.int64))
-  chunks.write_arrays(task.path("repeated", number), records=records)
+  records = np.unique(np.array(list(places), np.int64))
+  chunks.write_arrays(task.path(kind, number), records=records)

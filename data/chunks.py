@@ -23,6 +23,7 @@ import numpy as np
 
 from data.columns import columns_in, load_conditions
 from data.labels import Rule, load_rules, rule_columns
+from data.near import Near
 from edl_jax import storage
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest
@@ -160,8 +161,8 @@ def write_arrays(path: Path, **arrays: Any) -> None:
 class _Worker:
   """The state of a process."""
 
-  def __init__(self, out: str, rules: str, skip_bad: bool):
-    self.out, self.skip_bad = Path(out), skip_bad
+  def __init__(self, out: str, rules: str, skip_bad: bool, near: Near | None):
+    self.out, self.skip_bad, self.near = Path(out), skip_bad, near
     self.rule: Rule | None = load_rules(rules) if rules else None
     self.columns = rule_columns(rules) if rules else []
     self.conditions = load_conditions(rules) if rules else []
@@ -176,10 +177,12 @@ class _Worker:
 _worker: _Worker
 
 
-def start_worker(out: str, rules: str, skip_bad: bool) -> None:
+def start_worker(
+  out: str, rules: str, skip_bad: bool, near: Near | None = None
+) -> None:
   """Prepares this process for `scan` and `encode`."""
   global _worker
-  _worker = _Worker(out, rules, skip_bad)
+  _worker = _Worker(out, rules, skip_bad, near)
 
 
 def scan_path(out: str | Path, number: int) -> Path:
@@ -229,6 +232,12 @@ def scan(chunk: Chunk) -> int:
         origin_digest(record.get("origin") or text),
       )
     )
+  more: dict[str, Any] = {}
+  if _worker.near:
+    good = [(place, r) for place, r in chunk.found if isinstance(r, dict)]
+    more = _worker.near.columns(
+      [place for place, _ in good], [record["text"] for _, record in good]
+    )
   values = zip(*columns) if columns else [[]] * 7
   label, confidence, characters, size, blank, text, origin = values
   write_arrays(
@@ -245,6 +254,7 @@ def scan(chunk: Chunk) -> int:
     ids=json.dumps(ids),
     problems=json.dumps([len(problems), problems[:_MESSAGES]]),
     missing=json.dumps(sorted(missing)),
+    **more,
   )
   return sum(size)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.labels import check_columns
+from data.near import Near, NearDuplicates
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.documents import DomainNames
 from edl_jax.text.mixture import held_out_origins
@@ -42,6 +43,8 @@ class Plan:
   num_bytes: int
   # Number of dropped records by reason, and "messages" about bad ones.
   skipped: dict[str, Any]
+  # What `NearDuplicates.report` tells, if they were looked for.
+  near_duplicates: dict[str, Any] | None = None
 
   def of_chunk(self, number: int) -> dict[str, np.ndarray]:
     """Returns `source_N`, `held_out_N` and `characters_N` of a chunk."""
@@ -92,8 +95,9 @@ class Plan:
 class _Selection:
   """Chooses record by record, in the order of reading."""
 
-  def __init__(self, data: DataConfig, skip_bad: bool):
+  def __init__(self, data: DataConfig, skip_bad: bool, near: Near | None):
     self.domains, self._skip_bad = DomainNames(data), skip_bad
+    self.near = NearDuplicates(near) if near else None
     self._ids, self._texts = SeenIds(), set[bytes]()
     limit = data.max_characters_per_domain
     self._room = defaultdict[str, int](lambda: limit)
@@ -119,6 +123,9 @@ class _Selection:
     count, messages = json.loads(str(scan["problems"]))
     self.skipped["bad"] += count
     self.skipped["messages"] += messages
+    if self.near:
+      lists = {key: json.loads(str(scan[key])) for key in ("places", "heads")}
+      scan = {**scan, **lists}
     names: list[str | UserError] = []
     for name, where in json.loads(str(scan["labels"])):
       try:
@@ -168,6 +175,10 @@ class _Selection:
       # A text that occurs once needs no memory, where that is known.
       if "repeated" not in scan or scan["repeated"][index]:
         self._texts.add(digest)
+      if self.near and self.near.seen(domain, scan, index):
+        self.skipped.setdefault("near duplicate", 0)
+        self.skipped["near duplicate"] += 1
+        return 0
       kept = min(int(scan["characters"][index]), self._room[domain])
       self._room[domain] -= kept
       return kept
@@ -181,6 +192,7 @@ def make_plan(
   *,
   skip_bad: bool,
   rules: str = "",
+  near: Near | None = None,
 ) -> Plan:
   """Chooses which records to keep and which to hold out.
 
@@ -190,12 +202,13 @@ def make_plan(
     data: gives taxonomy, limit, held-out fraction, and files (for messages).
     skip_bad: whether to drop bad records instead of stopping at the first.
     rules: the file of rules that labelled the records, if any.
+    near: which near duplicates to drop, if any. Scans then have its columns.
 
   Raises:
     UserError: a record is bad, no record has a column of the rules, there is no
       text, or a domain has none or too little to split.
   """
-  selection = _Selection(data, skip_bad)
+  selection = _Selection(data, skip_bad, near)
   columns: dict[str, list[np.ndarray]] = defaultdict(list)
   missing: set[str] | None = None
   for scan in scans:
@@ -239,4 +252,5 @@ def make_plan(
     begin=np.cumsum([0, *map(len, columns["bytes"])]),
     num_bytes=int(sizes[source_N >= 0].sum(dtype=np.int64)),
     skipped=selection.skipped,
+    near_duplicates=selection.near.report() if selection.near else None,
   )

@@ -29,6 +29,7 @@ from data import chunks
 from data.beam import BeamEngine, load_beam
 from data.engines import Engine, LocalEngine
 from data.labels import LabelReport, rule_columns, stored_columns
+from data.near import Near
 from data.plan import Plan, make_plan
 from data.runs import Text
 from edl_jax import storage
@@ -79,6 +80,19 @@ _MAX_CHARACTERS = COMMAND.flag(
 _SKIP_BAD = COMMAND.flag(
   "skip_bad", False, "Leave out records that are wrong; do not stop at them."
 )
+_NEAR = COMMAND.flag(
+  "near_duplicates",
+  None,
+  "Leave out texts at least so similar to an earlier one, such as 0.8.",
+  kind=float,
+  between=(0, 1),
+)
+_SHINGLE = COMMAND.flag(
+  "near_shingle", 5, "Words of the runs that similarity compares.", minimum=1
+)
+_PERMUTATIONS = COMMAND.flag(
+  "near_permutations", 128, "Hashes that estimate similarity.", minimum=16
+)
 _RUNNER = COMMAND.flag(
   "runner",
   "local",
@@ -113,6 +127,10 @@ class Options:
   # None: no limit.
   max_characters_per_domain: int | None = None
   skip_bad: bool = False
+  # None: near duplicates stay. Else see `near.Near`.
+  near_duplicates: float | None = None
+  near_shingle: int = 5
+  near_permutations: int = 128
   workers: int = 1
   # "local" for processes of this machine, or a runner of Apache Beam.
   runner: str = "local"
@@ -121,11 +139,21 @@ class Options:
   # Size of the chunks in which text is processed and written.
   chunk_characters: int = 4_000_000
 
+  @property
+  def near(self) -> Near | None:
+    """Which near duplicates to leave out, if any."""
+    if self.near_duplicates is None:
+      return None
+    return Near(self.near_duplicates, self.near_shingle, self.near_permutations)
+
   def settings(self, paths: Sequence[str]) -> dict[str, Any]:
     """Returns everything that the result depends on, for JSON."""
     settings = dataclasses.asdict(self)
     for key in ("out", "workers", "runner", "beam"):
       del settings[key]
+    if self.near is None:
+      for key in ("near_duplicates", "near_shingle", "near_permutations"):
+        del settings[key]
     for key in ("taxonomy", "labels", "tokenizer"):
       if os.path.isfile(settings[key]):
         settings[f"content of {key}"] = checksum(settings[key])["sha256"]
@@ -144,6 +172,8 @@ def prepare(options: Options) -> dict[str, Any]:
     UserError: the text or an option is wrong, the folder has other options or
       cannot be written. A later call resumes from the finished chunks.
   """
+  if options.near:
+    options.near.new_index()
   if options.runner != "local":
     load_beam(options.runner, options.beam)
   root, paths = find_files(options.files, "--files")
@@ -215,7 +245,12 @@ class _Preparation:
   def run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Takes the four steps; returns the manifest."""
     options = self._options
-    arguments = (options.out, options.labels, options.skip_bad)
+    arguments = (
+      options.out,
+      options.labels,
+      options.skip_bad,
+      options.near,
+    )
     if options.runner != "local":
       context = BeamEngine(self._text, options.runner, options.beam, *arguments)
     else:
@@ -233,6 +268,7 @@ class _Preparation:
         ),
         skip_bad=options.skip_bad,
         rules=options.labels,
+        near=options.near,
       )
       tokenizer = self._tokenizer(plan, engine)
       if not has_fastokens():
@@ -296,6 +332,8 @@ class _Preparation:
       "skipped": plan.skipped,
       "files": files,
     }
+    if plan.near_duplicates is not None:
+      manifest["near_duplicates"] = plan.near_duplicates
     storage.write_json(self._out / MANIFEST, manifest, indent=2)
     shutil.rmtree(self._out / "work")
     # A worker that was killed while it wrote a file leaves what it had.
@@ -319,8 +357,24 @@ def main() -> None:
     *(f"  {line}" for line in report.lines()),
     f"left out: {counts}",
     *(f"  {message}" for message in messages),
+    *_near_lines(manifest.get("near_duplicates")),
   ]
   print("\n".join(lines))
+
+
+def _near_lines(report: Mapping[str, Any] | None) -> list[str]:
+  """Returns what to tell of near duplicates, if they were looked for."""
+  if report is None:
+    return []
+  counts = ", ".join(f"{n:,} of {d}" for d, n in report["removed"].items())
+  return [
+    f"near duplicates: {counts or 'none'}",
+    *(
+      f"  {e['removed']} is like {e['like']} ({e['similarity']:.2f}):"
+      f" {e['text']!r}"
+      for e in report["examples"]
+    ),
+  ]
 
 
 def _options() -> Options:
@@ -343,6 +397,9 @@ def _options() -> Options:
     held_out_fraction=_HELD_OUT_FRACTION.value,
     max_characters_per_domain=_MAX_CHARACTERS.value,
     skip_bad=_SKIP_BAD.value,
+    near_duplicates=_NEAR.value,
+    near_shingle=_SHINGLE.value,
+    near_permutations=_PERMUTATIONS.value,
     workers=_WORKERS.value,
     runner=_RUNNER.value,
     beam=tuple(_BEAM.value),

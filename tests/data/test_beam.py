@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from data import chunks
 from data.prepare import Options, prepare
 from edl_jax.config import UserError
 
@@ -75,12 +76,15 @@ def contents(folder):
     {},
     {"beam": PROCESSES},
     {"max_characters_per_domain": 6000, "tokenizer": "byte"},
+    {"near_duplicates": 0.2, "near_shingle": 1, "near_permutations": 32},
   ],
 )
 def test_same_bytes_as_one_machine(texts, tmp_path, changes):
   options = {key: value for key, value in changes.items() if key != "beam"}
   one = prepare(options_for(texts, tmp_path / "one", **options))
   assert one["token_files"] > 20 and one["skipped"]["duplicate"]
+  if "near_duplicates" in changes:
+    assert one["skipped"]["near duplicate"] > 50
   made = options_for(texts, tmp_path / "beam", runner="DirectRunner", **changes)
   assert prepare(made) == one
   assert contents(made.out) == contents(tmp_path / "one")
@@ -148,6 +152,20 @@ def test_killed_and_continued(texts, tmp_path):
   assert contents(made.out) == contents(one.out)
   # The last two may have been under way, one in each process.
   assert sum(path.stat().st_mtime == 1 for path in done) >= len(done) - 2
+
+
+def test_a_failing_worker_is_one_line(texts, tmp_path, monkeypatch):
+  def fail(*arguments, **columns):
+    raise OSError(28, "No space left on device")
+
+  made = options_for(texts, tmp_path / "out", runner="DirectRunner")
+  monkeypatch.setattr(chunks, "write_arrays", fail)
+  with pytest.raises(UserError, match="No space left on device") as error:
+    prepare(made)
+  assert "the same command resumes" in str(error.value)
+  assert "\n" not in str(error.value)
+  monkeypatch.undo()
+  assert prepare(made)
 
 
 def test_a_wrong_argument_is_one_line(texts, tmp_path):
