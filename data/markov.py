@@ -28,18 +28,18 @@ _OUT = COMMAND.flag("out", "", "Folder to write.", required=True)
 _SHARED = COMMAND.flag(
   "shared",
   0.5,
-  "Share of the contexts after which all sources go on alike.",
-  between=(0, 1),
+  "Share of the symbols after which all sources go on alike, from 0 to 1.",
+  minimum=0,
 )
 _SOURCES = COMMAND.flag("sources", 8, "Number of sources.", minimum=1)
 _SYMBOLS = COMMAND.flag(
-  "symbols", 32, "Number of symbols.", between=(4, len(ALPHABET))
+  "symbols", 48, f"Number of symbols, at most {len(ALPHABET)}.", minimum=4
 )
 _MEAN_LENGTH = COMMAND.flag(
   "mean_length", 500.0, "Mean symbols of a document.", minimum=2
 )
 _CHARACTERS = COMMAND.flag(
-  "characters", 1_000_000, "Symbols of each source.", minimum=1
+  "characters", 1_000_000, "Length of each source's text.", minimum=1
 )
 _SEED = COMMAND.flag("seed", 0, "Seed of the mixture and text.", minimum=0)
 
@@ -71,7 +71,14 @@ def write(mixture: MarkovMixture, characters: int, out: Path) -> None:
 
 @COMMAND.main
 def main() -> None:
-  """Writes the mixture that the flags describe."""
+  """Writes the mixture that the flags describe.
+
+  Raises:
+    UserError: a flag is too large, or the folder cannot be written.
+  """
+  for flag, most in ((_SHARED, 1), (_SYMBOLS, len(ALPHABET))):
+    if flag.value > most:
+      raise UserError(f"--{flag.name}={flag.value}: at most {most}")
   mixture = MarkovMixture(
     shared=_SHARED.value,
     num_sources=_SOURCES.value,

@@ -12,6 +12,12 @@ scope of the balance loss and the seed.
 - `:router`: each source has fixed experts, as a reference.
 - `:micro_batches`: the losses of micro-batches of 8 rows, averaged, as trainers
   compute them that do not sum statistics over the global batch.
+
+A smaller model on text of Markov sources, whose best loss is known (`python -m
+data.markov`), 2.5M tokens a run:
+
+- `:truth`: L_ED compares the sources.
+- `:truth_pools` and `:truth_router`: as `:pools` and `:router` above.
 """
 
 from edl_jax.config import (
@@ -26,11 +32,14 @@ from edl_jax.config import (
 )
 
 LABELS = choices("data.granularity")
-VARIANTS = (*LABELS, "pools", "router", "micro_batches")
+TRUTH = ("truth", "truth_pools", "truth_router")
+VARIANTS = (*LABELS, "pools", "router", "micro_batches", *TRUTH)
 
 
 def get_config(variant: str = "") -> Experiment:
   variant = choose_variant(variant, VARIANTS)
+  if variant in TRUTH:
+    return _truth(variant)
   pools, micro = variant == "pools", variant == "micro_batches"
   return Experiment(
     name=f"study_{variant}",
@@ -72,4 +81,38 @@ def get_config(variant: str = "") -> Experiment:
       temperature=2.0,
       max_characters_per_domain=1_500_000,
     ),
+  )
+
+
+def _truth(variant: str) -> Experiment:
+  pools, router = variant == "truth_pools", variant == "truth_router"
+  return Experiment(
+    name=f"study_{variant}",
+    model=ModelConfig(
+      vocabulary_size=257,
+      num_layers=2,
+      width=64,
+      num_heads=4,
+      num_kv_heads=2,
+      head_width=16,
+      num_experts=16,
+      num_active_experts=2,
+      expert_width=64,
+      pool_min=2 if pools else 0,
+      pool_max=16 if pools else 0,
+      router="domain" if router else "learned",
+    ),
+    losses=LossesConfig(divergence_weight=0.01 if variant == "truth" else 0.0),
+    optimizer=OptimizerConfig(learning_rate=6e-3, warmup_steps=20),
+    train=TrainConfig(
+      num_steps=400,
+      batch_size=48,
+      sequence_length=128,
+      log_every=20,
+      eval_every=200,
+      eval_rows=64,
+      checkpoint_every=400,
+      keep_checkpoints=1,
+    ),
+    data=DataConfig(files="markov/0.5/text/*.jsonl.gz", tokenizer="byte"),
   )

@@ -24,6 +24,7 @@ VARIANTS = {
   "study": [
     *("", ":fine", ":coarse", ":hierarchical", ":shuffled"),
     *(":pools", ":router", ":micro_batches"),
+    *(":truth", ":truth_pools", ":truth_router"),
   ],
   "tiny": [""],
 }

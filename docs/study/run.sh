@@ -1,19 +1,32 @@
 #!/usr/bin/env bash
 # The runs of the study, in the order in which they matter. Started again, it
-# skips what is done and resumes what was stopped.
+# skips what is done and resumes what was stopped. Two runs share the machine,
+# each on its own cores; JOBS=1 makes one at a time.
 #
 #   python -m data.corpora --mixture=web3 --out=corpora
 #   docs/study/run.sh runs/study
 set -euo pipefail
 out=${1:?usage: run.sh FOLDER}
 python=${PYTHON:-python}
+jobs=${JOBS:-2}
 
 sweep() {  # QUESTION VARIANT GRIDS...
   local question=$1 variant=$2
   shift 2
   "$python" -m edl_jax.sweep --experiment="experiments/study.py:$variant" \
-    --workdir="$out/$question" "${@/#/--grid=}"
+    --workdir="$out/$question" --jobs="$jobs" "${@/#/--grid=}"
 }
+
+# Text whose best loss is known.
+files=
+for shared in 0.0 0.25 0.5 0.75 1.0; do
+  "$python" -m data.markov --out="markov/$shared" --shared="$shared"
+  files="$files${files:+,}markov/$shared/text/*.jsonl.gz"
+done
+sweep truth truth seed=0,1,2 losses.divergence_weight=0,0.01 \
+  data.files="$files"
+sweep truth_pools truth_pools seed=0,1,2 data.files="$files"
+sweep truth_router truth_router seed=0,1,2 data.files="$files"
 
 for seed in 0 1 2 3 4; do
   # Where the load is balanced, against the weight of the divergence loss.

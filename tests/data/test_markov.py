@@ -9,6 +9,7 @@ from edl_jax.text.markov import MarkovMixture
 
 def test_text_is_that_of_the_manifest(tmp_path):
   out = tmp_path / "markov"
+  assert not markov.main([f"--out={tmp_path / 'edge'}", "--shared=0"])
   arguments = ["--shared=0.25", "--sources=2", "--symbols=6", "--seed=3"]
   assert not markov.main([f"--out={out}", "--characters=5000", *arguments])
   manifest = json.loads((out / "manifest.json").read_text())
@@ -29,7 +30,8 @@ def test_bad_usage_is_one_line(tmp_path, capsys):
   for flags, word in (
     ([f"--out={tmp_path / 'file'}"], "file"),
     ([f"--out={tmp_path}", "--shared=1.5"], "shared"),
-    ([f"--out={tmp_path}", "--symbols=99"], "symbols"),
+    ([f"--out={tmp_path}", "--symbols=99"], "--symbols=99: at most 52"),
+    ([f"--out={tmp_path}", "--symbols=3"], "symbols"),
   ):
     assert markov.main(flags) == 2
     error = capsys.readouterr().err

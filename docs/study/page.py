@@ -1,0 +1,191 @@
+"""Writes the tables and figures of the study into its page.
+
+  python -m docs.study.page
+
+reads docs/study/results/*.csv, writes a figure for each question beside the
+page, and puts each table between the marks `<!-- table NAME -->` and
+`<!-- end -->` of docs/study/index.md. The text around them is written by hand.
+"""
+
+import csv
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from scipy import stats
+
+from docs.study.questions import QUESTIONS, Condition, Question
+from edl_jax import storage
+from edl_jax.analysis import report
+from edl_jax.command import Command
+
+COMMAND = Command(__doc__)
+_FOLDER = COMMAND.flag(
+  "folder", str(Path(__file__).parent), "Folder of results and page."
+)
+
+# The rows of a condition by seed.
+_Runs = dict[int, dict[str, str]]
+
+
+def read(folder: Path, question: Question) -> list[dict[str, str]]:
+  """Returns the rows of a question's files; none of files that are missing."""
+  rows = []
+  for name in question.files:
+    path = folder / "results" / f"{name}.csv"
+    if path.exists():
+      with path.open(newline="") as file:
+        rows += csv.DictReader(file)
+  return rows
+
+
+def runs_of(rows: Sequence[Mapping[str, str]], condition: Condition) -> _Runs:
+  """Returns the rows of a condition by seed.
+
+  Raises:
+    ValueError: two rows have the same seed.
+  """
+  found: _Runs = {}
+  for row in rows:
+    if all(row[key] == value for key, value in condition.where.items()):
+      seed = int(row["seed"])
+      if seed in found:
+        raise ValueError(f"{condition.label}: two runs of seed {seed}")
+      found[seed] = dict(row)
+  return found
+
+
+def figure_of(row: Mapping[str, str], name: str) -> float:
+  """Returns a figure of a run; "distance" is that of its loss from the best."""
+  if name == "distance":
+    return float(row["lm_loss"]) - float(row["best_loss/inferred"])
+  return float(row[name])
+
+
+def spread(values: Sequence[float], form: str) -> str:
+  """Returns mean and sample standard deviation as text."""
+  mean = format(statistics.fmean(values), form)
+  if len(values) < 2:
+    return mean
+  return f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+def paired(first: _Runs, second: _Runs, name: str, form: str) -> str:
+  """Returns second minus first by seed: mean, 95% interval and p of a t-test.
+
+  The interval and the two-sided p are Student's, for paired values.
+  """
+  seeds = sorted(first.keys() & second.keys())
+  pairs = [
+    figure_of(second[seed], name) - figure_of(first[seed], name)
+    for seed in seeds
+  ]
+  if len(pairs) < 2:
+    return ""
+  test = stats.ttest_1samp(pairs, 0.0)
+  low, high = test.confidence_interval(0.95)
+  signed = f"+{form}"
+  return (
+    f"{format(statistics.fmean(pairs), signed)}"
+    f" [{format(low, signed)}, {format(high, signed)}], p = {test.pvalue:.2g}"
+  )
+
+
+def table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
+  """Returns the question's table as Markdown; conditions without runs are out.
+
+  The difference is of the first column's figure, paired by seed.
+  """
+  by_label = {
+    condition.label: runs
+    for condition in question.conditions
+    if (runs := runs_of(rows, condition))
+  }
+  headings = [
+    "condition",
+    "seeds",
+    *(heading for heading, _, _ in question.columns),
+    f"{question.columns[0][0]}, difference",
+  ]
+  lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+  for condition in question.conditions:
+    runs = by_label.get(condition.label)
+    if not runs:
+      continue
+    _, first, form = question.columns[0]
+    base = by_label.get(condition.base)
+    lines.append(
+      [
+        condition.label,
+        str(len(runs)),
+        *(
+          spread([figure_of(row, name) for row in runs.values()], style)
+          for _, name, style in question.columns
+        ),
+        paired(base, runs, first, form) if base else "",
+      ]
+    )
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
+  """Draws the first column: a point for each run, a bar at the mean."""
+  heading, name, _ = question.columns[0]
+  drawn = [
+    (condition.label, [figure_of(row, name) for row in runs.values()])
+    for condition in question.conditions
+    if (runs := runs_of(rows, condition))
+  ]
+  figure = Figure(figsize=(7, 0.8 + 0.3 * len(drawn)), layout="constrained")
+  axes = figure.subplots()
+  for place, (_, values) in enumerate(drawn):
+    axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
+    axes.plot(statistics.fmean(values), place, "|", color="black", ms=14)
+  axes.set_yticks(range(len(drawn)), [label for label, _ in drawn])
+  axes.invert_yaxis()
+  axes.set_xlabel(heading)
+  axes.grid(axis="x", alpha=0.3)
+  return figure
+
+
+def filled(page: str, tables: Mapping[str, str]) -> str:
+  """Returns the page with each table between its marks.
+
+  Raises:
+    ValueError: the page has no place for a table.
+  """
+  for name, text in tables.items():
+    pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
+    page, count = re.subn(
+      pattern,
+      lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}",
+      page,
+      flags=re.DOTALL,
+    )
+    if count != 1:
+      raise ValueError(f"the page has {count} places for the table {name}")
+  return page
+
+
+@COMMAND.main
+def main() -> None:
+  """Writes the figures and the page's tables of questions that have runs."""
+  folder = Path(_FOLDER.value)
+  tables = {}
+  for question in QUESTIONS:
+    rows = read(folder, question)
+    if rows:
+      tables[question.name] = table(question, rows)
+      path = folder / f"{question.name}.png"
+      report.save_figure(draw(question, rows), str(path))
+  page = folder / "index.md"
+  text = filled(page.read_text(), tables)
+  storage.write_bytes(page, text.encode())
+  print(f"written to {page}: {', '.join(tables) or 'no table'}")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,141 @@
+"""The questions of the study: which runs each compares, and with what.
+
+A run belongs to a condition if its settings in docs/study/results agree with
+the condition's.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class Condition(NamedTuple):
+  """Runs that differ in the seed alone."""
+
+  label: str
+  # Settings that its runs have, as text by key of `collect.SETTINGS`.
+  where: Mapping[str, str]
+  # The label of the condition that it is compared with; "" for none.
+  base: str = ""
+
+
+class Question(NamedTuple):
+  """A table and a figure."""
+
+  name: str
+  # Files in results, without their ending.
+  files: Sequence[str]
+  conditions: Sequence[Condition]
+  # Columns: heading, figure, format.
+  columns: Sequence[tuple[str, str, str]]
+
+
+_WEIGHT = "losses.divergence_weight"
+_ROUTING = (
+  ("diversity", "diversity", ".3f"),
+  ("D_inter / D_total", "inter_fraction", ".3f"),
+  ("MaxVio", "max_violation", ".2f"),
+)
+_SCOPES = {
+  "the global batch": {
+    "losses.balance_scope": "global",
+    "train.accumulation": "exact",
+  },
+  "the global batch's micro-batches": {
+    "losses.balance_scope": "global",
+    "train.accumulation": "per_micro_batch",
+  },
+  "each sequence": {
+    "losses.balance_scope": "sequence",
+    "train.accumulation": "exact",
+  },
+  "each sequence, losses by micro-batch": {
+    "losses.balance_scope": "sequence",
+    "train.accumulation": "per_micro_batch",
+  },
+}
+_WEIGHTS = ("0.0", "0.001", "0.003", "0.01")
+_LEARNED = {
+  "losses.balance_scope": "global",
+  "train.accumulation": "exact",
+  "data.granularity": "fine",
+  "model.router": "learned",
+  "model.pool_min": "0",
+}
+_NO_LOSS = _LEARNED | {_WEIGHT: "0.0"}
+_DIVERGENCE = _LEARNED | {_WEIGHT: "0.01"}
+_SHARES = ("0.0", "0.25", "0.5", "0.75", "1.0")
+
+
+def _truth(share: str) -> list[Condition]:
+  files = {"data.files": f"markov/{share}/text/*.jsonl.gz"}
+  base = f"{share}: no divergence"
+  return [
+    Condition(base, _NO_LOSS | files),
+    Condition(f"{share}: divergence", _DIVERGENCE | files, base),
+    Condition(
+      f"{share}: pools", _NO_LOSS | files | {"model.pool_min": "2"}, base
+    ),
+    Condition(
+      f"{share}: fixed experts",
+      _NO_LOSS | files | {"model.router": "domain"},
+      base,
+    ),
+  ]
+
+
+QUESTIONS = (
+  Question(
+    "balance",
+    ("balance", "micro_batches"),
+    [
+      Condition(
+        f"{scope}, beta {float(weight):g}",
+        _LEARNED | where | {_WEIGHT: weight},
+        f"{scope}, beta 0" if weight != "0.0" else "",
+      )
+      for scope, where in _SCOPES.items()
+      for weight in _WEIGHTS
+    ],
+    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+  ),
+  Question(
+    "labels",
+    (
+      "balance",
+      "labels_coarse",
+      "labels_hierarchical",
+      "labels_shuffled",
+      "labels_pools",
+      "labels_router",
+    ),
+    [
+      Condition("none", _NO_LOSS),
+      Condition("39 sources", _DIVERGENCE, "none"),
+      *(
+        Condition(label, _DIVERGENCE | {"data.granularity": value}, "none")
+        for label, value in (
+          ("4 coarse domains", "coarse"),
+          ("both levels", "hierarchical"),
+          ("random ones", "shuffled"),
+        )
+      ),
+      Condition(
+        "none, pools of 2 to 16", _NO_LOSS | {"model.pool_min": "2"}, "none"
+      ),
+      Condition(
+        "none, fixed experts", _NO_LOSS | {"model.router": "domain"}, "none"
+      ),
+    ],
+    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+  ),
+  Question(
+    "truth",
+    ("truth", "truth_pools", "truth_router"),
+    [condition for share in _SHARES for condition in _truth(share)],
+    (
+      ("nats above the best", "distance", ".4f"),
+      ("LM loss", "lm_loss", ".4f"),
+      *_ROUTING,
+    ),
+  ),
+)

@@ -1,0 +1,94 @@
+"""The study's tables: conditions, paired tests, and their place in the page."""
+
+import csv
+import pathlib
+
+import numpy as np
+import pytest
+
+from docs.study import page
+from docs.study.collect import SETTINGS
+from docs.study.questions import QUESTIONS, Condition, Question
+
+FOLDER = pathlib.Path(__file__).parents[3] / "docs" / "study"
+WEIGHT = "losses.divergence_weight"
+QUESTION = Question(
+  "example",
+  ("runs", "missing"),
+  [
+    Condition("none", {WEIGHT: "0.0"}),
+    Condition("some", {WEIGHT: "0.01"}, "none"),
+    Condition("never run", {WEIGHT: "0.5"}, "none"),
+  ],
+  (("LM loss", "lm_loss", ".3f"), ("diversity", "diversity", ".1f")),
+)
+# Loss by weight and seed. Seed 3 has no partner.
+LOSSES = {"0.0": [3.0, 3.5, 4.25, 9.0], "0.01": [3.1, 3.4, 4.5]}
+
+
+@pytest.fixture
+def rows(tmp_path):
+  (tmp_path / "results").mkdir()
+  with (tmp_path / "results" / "runs.csv").open("w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["seed", WEIGHT, "lm_loss", "diversity"])
+    for weight, losses in LOSSES.items():
+      for seed, loss in enumerate(losses):
+        writer.writerow([seed, weight, loss, 0.5])
+  return page.read(tmp_path, QUESTION)
+
+
+def test_table_pairs_conditions_by_seed(rows):
+  lines = page.table(QUESTION, rows).splitlines()
+  assert len(lines) == 4  # without the condition that has no run
+  # Student's t for three pairs: by hand, with its distribution for two degrees
+  # of freedom in closed form.
+  pairs = np.array([0.1, -0.1, 0.25])
+  error = pairs.std(ddof=1) / np.sqrt(3)
+  t = pairs.mean() / error
+  p = 1 - t / np.sqrt(2 + t**2)
+  reach = 4.302652729911275 * error
+  low, high = pairs.mean() - reach, pairs.mean() + reach
+  assert lines[2] == "| none | 4 | 4.938 ± 2.757 | 0.5 ± 0.0 |  |"
+  assert lines[3] == (
+    f"| some | 3 | 3.667 ± 0.737 | 0.5 ± 0.0 | {pairs.mean():+.3f}"
+    f" [{low:+.3f}, {high:+.3f}], p = {p:.2g} |"
+  )
+
+
+def test_two_runs_of_one_seed_are_refused(rows):
+  with pytest.raises(ValueError, match="two runs of seed 2"):
+    page.table(QUESTION, [*rows, rows[2]])
+
+
+def test_figure_has_a_line_for_each_condition(rows):
+  labels = page.draw(QUESTION, rows).axes[0].get_yticklabels()
+  assert [label.get_text() for label in labels] == ["none", "some"]
+
+
+def test_page_is_filled_between_its_marks():
+  text = "# A\n<!-- table x -->\nold\n<!-- end -->\nB\n"
+  filled = page.filled(text, {"x": "| new |"})
+  assert filled == "# A\n<!-- table x -->\n\n| new |\n\n<!-- end -->\nB\n"
+  assert page.filled(filled, {"x": "| new |"}) == filled
+  with pytest.raises(ValueError, match="0 places for the table y"):
+    page.filled(text, {"y": ""})
+
+
+def test_conditions_use_settings_that_are_collected():
+  for question in QUESTIONS:
+    labels = [condition.label for condition in question.conditions]
+    assert len(set(labels)) == len(labels)
+    for condition in question.conditions:
+      assert set(condition.where) <= set(SETTINGS)
+      assert condition.base in {"", *labels}
+
+
+def test_published_page_is_made_from_the_published_results():
+  text = (FOLDER / "index.md").read_text()
+  tables = {
+    question.name: page.table(question, rows)
+    for question in QUESTIONS
+    if (rows := page.read(FOLDER, question))
+  }
+  assert page.filled(text, tables) == text
