@@ -86,7 +86,7 @@ class HeadsRMSNorm(nnx.Module):
     """Normalises the last two axes in float32; keeps the dtype."""
     flat = x_BTNH.reshape(*x_BTNH.shape[:-2], -1)
     scale = self.scale_NH[...].reshape(-1)
-    y = _rms_normalize(flat, scale, self._epsilon, ("tensor",))
+    y: jax.Array = _rms_normalize(flat, scale, self._epsilon, ("tensor",))
     return y.reshape(x_BTNH.shape)
 
 

@@ -359,9 +359,8 @@ class Model(nnx.Module):
     outputs_L, probs_LI2E, count_LVE = jax.tree.map(
       lambda x: x.sum(1), by_shard_L
     )
-    if pairs is None:
-      pairs_L22 = None
-    else:
+    pairs_L22 = None
+    if pairs is not None:
       pairs_L22 = token_pair_sums(probs_LI2E, pairs.domain_I2, pairs.counted_I)
     sums = routing.BatchSums(
       nats=nats_Z.sum(),
