@@ -252,6 +252,75 @@ def cached_attention(
   return y_BKQTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
+# Queries that `branching_attention` takes at a time.
+_BRANCHING_QUERIES = 512
+
+
+def branching_attention(
+  q_BTNH: jax.Array,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  branch_BT: jax.Array,
+  stem_k_SKH: jax.Array,
+  stem_v_SKH: jax.Array,
+  stem_length: jax.Array,
+) -> jax.Array:
+  """Attention to a stem that all rows share, and to a token's own branch.
+
+  Args:
+    q_BTNH: queries.
+    k_BTKH, v_BTKH: their keys and values.
+    branch_BT: a token sees the earlier ones of branch 0 and of its own.
+    stem_k_SKH, stem_v_SKH, stem_length: keys and values of the stem; those from
+      `stem_length` on are not seen.
+
+  Returns:
+    y_BTNH, in the dtype of `q_BTNH`.
+  """
+  rows, length, _, width = q_BTNH.shape
+  kv_heads = k_BTKH.shape[2]
+  q_BTKQH = (q_BTNH * width**-0.5).reshape(rows, length, kv_heads, -1, width)
+  q_BKQTH = q_BTKQH.transpose(0, 2, 3, 1, 4)
+  k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+  in_stem_S = jnp.arange(len(stem_k_SKH)) < stem_length
+  results = []
+  for start in range(0, length, _BRANCHING_QUERIES):
+    end = min(start + _BRANCHING_QUERIES, length)
+    own_BTS = branch_BT[:, start:end, None] == branch_BT[:, None, :end]
+    own_BTS |= branch_BT[:, None, :end] == 0
+    own_BTS &= jnp.arange(start, end)[:, None] >= jnp.arange(end)
+    block_BKQTH = q_BKQTH[:, :, :, start:end]
+    own_BKQTS, stem_BKQTS = (
+      jnp.where(
+        mask,
+        jnp.einsum(formula, block_BKQTH, k, preferred_element_type=jnp.float32),
+        -1e30,
+      )
+      for formula, k, mask in (
+        ("BKQTH,BKSH->BKQTS", k_BKSH[:, :, :end], own_BTS[:, None, None]),
+        ("BKQTH,SKH->BKQTS", stem_k_SKH, in_stem_S),
+      )
+    )
+    largest_BKQT1 = own_BKQTS.max(-1, keepdims=True)
+    if len(stem_k_SKH):
+      largest_BKQT1 = jnp.maximum(
+        largest_BKQT1, stem_BKQTS.max(-1, keepdims=True)
+      )
+    y_BKQTH, sum_BKQT1 = 0.0, 0.0
+    for formula, logits_BKQTS, v in (
+      ("BKQTS,BKSH->BKQTH", own_BKQTS, v_BKSH[:, :, :end]),
+      ("BKQTS,SKH->BKQTH", stem_BKQTS, stem_v_SKH),
+    ):
+      exp_BKQTS = jnp.exp(logits_BKQTS - largest_BKQT1).astype(q_BTNH.dtype)
+      sum_BKQT1 += exp_BKQTS.sum(-1, keepdims=True, dtype=jnp.float32)
+      y_BKQTH += jnp.einsum(
+        formula, exp_BKQTS, v, preferred_element_type=jnp.float32
+      )
+    results.append((y_BKQTH / sum_BKQT1).astype(q_BTNH.dtype))
+  y_BKQTH = jnp.concatenate(results, axis=3)
+  return y_BKQTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+
+
 def _heads_norm(
   config: ModelConfig, heads: int
 ) -> RMSNorm | HeadsRMSNorm | None:
@@ -332,6 +401,27 @@ class Attention(nnx.Module):
         q_BTNH, cache.k_LBSKH[layer], cache.v_LBSKH[layer], positions_BT
       )
     return self._output(y_BTNH), cache
+
+  def branching(
+    self,
+    x_BTM: jax.Array,
+    positions_BT: jax.Array,
+    branch_BT: jax.Array,
+    stem_k_SKH: jax.Array,
+    stem_v_SKH: jax.Array,
+    stem_length: jax.Array,
+  ) -> tuple[jax.Array, KVCache]:
+    """Attends as `branching_attention` does.
+
+    Returns:
+      The branch's output, and keys and values of these tokens, (B, T, K, H).
+    """
+    q_BTNH, k_BTKH, v_BTKH = self._projections(x_BTM, positions_BT)
+    y_BTNH = branching_attention(
+      *(q_BTNH, k_BTKH, v_BTKH, branch_BT),
+      *(stem_k_SKH, stem_v_SKH, stem_length),
+    )
+    return self._output(y_BTNH), KVCache(k_BTKH, v_BTKH)
 
   def _gathered(self, name: str, dtype: jnp.dtype) -> jax.Array:
     return sharding.gather(name, getattr(self, name)[...].astype(dtype))
