@@ -86,6 +86,17 @@ ENVIRONMENTS = {
   "transformers": Environment(
     (3, 11), ("torch==2.13.0", "transformers==5.23.0")
   ),
+  # What benchmarks.scoring and benchmarks.generation compare with.
+  "harness": Environment(
+    (3, 11),
+    (
+      "torch==2.13.0",
+      "transformers==5.23.0",
+      "accelerate==1.15.0",
+      "lm_eval==0.4.13",
+      "datasets==5.2.0",
+    ),
+  ),
   # MaxText declares no dependencies: these, with what they bring, are what its
   # training program imports with DECOUPLE_GCLOUD=TRUE.
   "maxtext": Environment(
