@@ -32,6 +32,9 @@ from edl_jax.text.tokenizer import Tokenizer
 # Prompts and caches have a multiple of this many positions, so that prompts of
 # like lengths run the same compiled programs.
 _ROUND = 64
+# Tokens that each row draws between two looks of the host. More would be wasted
+# behind a stop string, and come to the terminal in larger pieces.
+_AT_ONCE = 8
 
 
 class Generated(NamedTuple):
@@ -40,8 +43,8 @@ class Generated(NamedTuple):
   prompt: str
   # What follows the prompt, without a stop string.
   text: str
-  # The document start, the prompt's tokens and the new ones, with those of a
-  # stop string and without that of a document's end.
+  # What the model read of the document start and the prompt, and the new ones,
+  # with those of a stop string and without that of a document's end.
   tokens: list[int]
   # Why it ends: at its "length", a "stop" string, or the document's "end".
   finish: str
@@ -80,7 +83,7 @@ class _Sample:
 
 
 @functools.partial(jax.jit, static_argnames=("sampling",), donate_argnums=4)
-def _step(
+def _first(
   model: Model,
   tokens_BT: jax.Array,
   positions_BT: jax.Array,
@@ -88,16 +91,73 @@ def _step(
   cache: Cache,
   choice: Choice,
   keys_B: jax.Array,
-  step: jax.Array,
   allowed_V: jax.Array,
   sampling: Sampling,
 ) -> tuple[jax.Array, Cache, jax.Array]:
-  """Runs tokens, and draws the next one of each row."""
+  """Runs the prompts, and draws the first token of each row, (B, 1)."""
   logits_BV, cache, expert_LBTA = advance(
     model, tokens_BT, positions_BT, last_B, cache, choice
   )
   logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
-  return draw(logits_BV, keys_B, step, sampling), cache, expert_LBTA
+  token_B = draw(logits_BV, keys_B, jnp.int32(0), sampling)
+  return token_B[:, None], cache, expert_LBTA
+
+
+@functools.partial(jax.jit, static_argnames=("sampling",), donate_argnums=3)
+def _further(
+  model: Model,
+  tokens_BI: jax.Array,
+  position_B: jax.Array,
+  cache: Cache,
+  choice: Choice,
+  keys_B: jax.Array,
+  drawn: jax.Array,
+  count: jax.Array,
+  allowed_V: jax.Array,
+  sampling: Sampling,
+) -> tuple[jax.Array, Cache, jax.Array]:
+  """Draws up to `_AT_ONCE` tokens of each row, without a look of the host.
+
+  Args:
+    model, cache, choice, keys_B, allowed_V, sampling: as for the first token.
+    tokens_BI: the last tokens drawn, of which the last one was not run yet.
+    position_B: its position.
+    drawn: tokens drawn before these.
+    count: tokens to draw.
+
+  Returns:
+    The tokens, (B, I), and the active experts of those run, (L, B, I, A), both
+    with I = `_AT_ONCE`, of which `count` mean something; and the cache.
+  """
+  rows = len(position_B)
+  num_moe = model.config.num_layers - model.config.num_dense_layers
+  active = model.config.num_active_experts
+
+  def one(i, carried):
+    token_B, tokens_BI, expert_LBIA, cache = carried
+    logits_BV, cache, expert_LB1A = advance(
+      *(model, token_B[:, None], (position_B + i)[:, None]),
+      *(jnp.zeros_like(position_B), cache, choice),
+    )
+    logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
+    token_B = draw(logits_BV, keys_B, drawn + i, sampling)
+    return (
+      token_B,
+      tokens_BI.at[:, i].set(token_B),
+      jax.lax.dynamic_update_slice_in_dim(expert_LBIA, expert_LB1A, i, 2),
+      cache,
+    )
+
+  _, tokens_BI, expert_LBIA, cache = jax.lax.fori_loop(
+    *(0, count, one),
+    (
+      tokens_BI[:, -1],
+      jnp.zeros((rows, _AT_ONCE), jnp.int32),
+      jnp.zeros((num_moe, rows, _AT_ONCE, active), jnp.int32),
+      cache,
+    ),
+  )
+  return tokens_BI, cache, expert_LBIA
 
 
 @jax.jit
@@ -188,7 +248,10 @@ def generate(
       has no such domain.
   """
   domain = _domain_index(taxonomy, settings.domain)
-  encoded = _encode(model, tokenizer, prompts)
+  encoded = [
+    tokens[-settings.prompt_tokens :]
+    for tokens in _encode(model, tokenizer, prompts)
+  ]
   samples = [
     _Sample(prompt, list(tokens))
     for prompt, tokens in zip(prompts, encoded, strict=True)
@@ -280,32 +343,39 @@ def _continue(
     not asked for.
   """
   tokens_BT, positions_BT, last_B, cache, choice, keys_B = inputs
-  length_B = last_B + 1
   # The embedding may have more rows than the tokenizer has ids.
   allowed_V = np.arange(model.config.vocabulary_size)
   allowed_V = allowed_V < tokenizer.vocabulary_size
-  step = functools.partial(_step, _cast(model))
+  model = _cast(model)
   experts: list[list[np.ndarray]] = [[] for _ in samples]
-  for count in range(settings.num_tokens):
-    token_B, cache, expert_LBTA = step(
-      *(tokens_BT, positions_BT, last_B, cache, choice),
-      *(keys_B, np.int32(count), allowed_V, settings.sampling),
-    )
-    active = [i for i, sample in enumerate(samples) if not sample.finish]
+  tokens_BI, cache, expert_LBTA = _first(
+    *(model, tokens_BT, positions_BT, last_B, cache, choice, keys_B),
+    *(allowed_V, settings.sampling),
+  )
+  # Tokens that each row ran, and those that it drew.
+  run_B, drawn, count = last_B + 1, 0, 1
+  position_B = last_B + 1
+  while True:
+    tokens_BI = np.asarray(tokens_BI)[:, :count]
     if settings.experts:
       expert_LBTA = np.asarray(expert_LBTA)
-      for i in active:
-        experts[i].append(expert_LBTA[:, i, : last_B[i] + 1])
-    token_B = np.asarray(token_B)
-    for i in active:
-      piece = samples[i].add(
-        int(token_B[i]), tokenizer, settings.stop, settings.num_tokens
-      )
-      if piece and on_text:
-        on_text(i, piece)
+    for i, sample in enumerate(samples):
+      if sample.finish:
+        continue
+      if settings.experts:
+        experts[i].append(expert_LBTA[:, i, : run_B[i]])
+      for token in tokens_BI[i].tolist():
+        piece = sample.add(token, tokenizer, settings.stop, settings.num_tokens)
+        if piece and on_text:
+          on_text(i, piece)
+        if sample.finish:
+          break
+    drawn += count
     if all(sample.finish for sample in samples):
-      break
-    tokens_BT = token_B[:, None]
-    positions_BT = (length_B + count)[:, None]
-    last_B = np.zeros_like(length_B)
-  return experts
+      return experts
+    count = min(_AT_ONCE, settings.num_tokens - drawn)
+    tokens_BI, cache, expert_LBTA = _further(
+      *(model, tokens_BI[:, -1:], position_B, cache, choice, keys_B),
+      *(np.int32(drawn), np.int32(count), allowed_V, settings.sampling),
+    )
+    run_B, position_B = np.full_like(run_B, count), position_B + count
