@@ -3,7 +3,8 @@
 # make types       types alone
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
 # make update-tpu  writes the collectives that these find to tests/aot/golden
-# make test-interop  tests against PyTorch and Transformers, installed by it
+# make test-interop  tests against PyTorch, Transformers and lm-evaluation-harness,
+#                    installed by it
 # make test-beam   tests of preparation on Apache Beam, installed by it
 # make campaign    kills, damages and fills up runs for two minutes
 # make docs        builds the site from docs/ into site/
@@ -57,11 +58,13 @@ test-tpu: $(VENV)/tpu
 update-tpu: $(VENV)/tpu
 	UPDATE_GOLDEN=1 PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot
 
-# An environment of its own: it needs no JAX, and its packages are large.
-$(VENV)/interop/done: requirements-interop.txt
+# An environment of its own: its packages are large. The harness runs our model
+# in it, beside Transformers, so it has JAX too.
+INTEROP := requirements.txt requirements-interop.txt requirements-lm-eval.txt
+$(VENV)/interop/done: $(INTEROP)
 	$(PYTHON) -m venv $(VENV)/interop
 	$(VENV)/interop/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -r requirements-interop.txt
+	  $(INTEROP:%=-r %)
 	@touch $@
 
 test-interop: $(VENV)/test $(VENV)/interop/done

@@ -49,6 +49,11 @@ _STOP = COMMAND.flag(
 _DOMAIN = COMMAND.flag(
   "domain", "", "Domain of the prompts, for model.router=domain alone."
 )
+_PROMPT_TOKENS = COMMAND.flag(
+  "prompt_tokens",
+  0,
+  "Most tokens that the model reads of a prompt, the last ones; 0: all.",
+)
 _EXPERTS = COMMAND.flag(
   "experts", False, "Print the active experts of each token by layer."
 )
@@ -65,6 +70,7 @@ def _settings() -> Settings:
     num_samples=_NUM_SAMPLES.value,
     stop=tuple(_STOP.value),
     domain=_DOMAIN.value or None,
+    prompt_tokens=_PROMPT_TOKENS.value,
     experts=_EXPERTS.value,
   )
 

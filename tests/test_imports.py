@@ -45,7 +45,8 @@ ARROWS = {
   },
   "generation": {"config", "model", "sharding", "text"},
   "interop": {
-    *("checkpoint", "command", "config", "model", "storage", "tables", "text"),
+    *("checkpoint", "command", "config", "generation", "model", "runtime"),
+    *("sharding", "storage", "tables", "tasks", "text"),
   },
   "losses": {"config", "fields", "sharding", "tables"},
   "main": {

@@ -53,6 +53,9 @@ class Settings(Sampling):
   # Fine domain of the prompts. Only `model.router=domain` reads it; without it,
   # that router chooses among all experts.
   domain: str | None = None
+  # Most tokens that the model reads of a prompt, the document's start included;
+  # of a longer prompt, the last ones. 0: all.
+  prompt_tokens: int = 0
   # Whether to return the active experts of each token.
   experts: bool = False
 
@@ -61,6 +64,8 @@ class Settings(Sampling):
     for name in ("num_tokens", "num_samples"):
       if getattr(self, name) < 1:
         raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+    if self.prompt_tokens < 0:
+      raise UserError(f"prompt_tokens={self.prompt_tokens} must be at least 0")
     if isinstance(self.stop, str) or not all(self.stop):
       raise UserError("stop must be a list of texts, none of them empty")
     if not 0 <= self.seed < 2**32:

@@ -48,12 +48,12 @@ def run_elsewhere():
   if not python:
     pytest.skip("torch and Transformers: make test-interop installs them")
 
-  def run(program, *arguments):
+  def run(program, *arguments, path="", **variables):
     subprocess.run(
       # -P: the program's own folder is not searched for modules.
       [python, "-P", str(program), *map(str, arguments)],
       check=True,
-      env={**os.environ, "PYTHONPATH": ""},
+      env={**os.environ, **variables, "PYTHONPATH": str(path)},
     )
 
   return run
