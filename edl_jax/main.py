@@ -14,6 +14,7 @@ lists every field of the experiment, and does nothing else.
 import hashlib
 import json
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -256,6 +257,11 @@ def _describe_sources(
   return lines
 
 
+def _show(lines: list[str]) -> None:
+  if lines:
+    print("\n".join(lines), flush=True)
+
+
 def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   """Trains, or evaluates the newest checkpoint; returns the exit code.
 
@@ -272,14 +278,16 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   from edl_jax.preemption import Preempted
 
   workdir, provenance, corpus, training, tasks = run
+  lines = []
   if jax.process_index() == 0:
     lines = _description(provenance.experiment, corpus, mesh)
-    print("\n".join(lines), flush=True)
   try:
     if training is None:
+      _show(lines)
       evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
       return 0
     with locked(workdir), output.named_stdout(lasting=True):
+      _show(lines)
       train.train(corpus, *training, provenance, mesh, workdir, verify, tasks)
   except NonFiniteError as error:
     print_error(error)
@@ -290,10 +298,13 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
     return 128 + error.signal
   except (OSError, ValueError) as error:
     # Orbax reports a full disk as a ValueError of many lines.
-    full = "No space left" in str(error)
-    if not full and not isinstance(error, OSError):
+    full = re.search(
+      "No space left|File too large|Disk quota exceeded", str(error)
+    )
+    broken_pipe = isinstance(error, BrokenPipeError)
+    if broken_pipe or not (full or isinstance(error, OSError)):
       raise
-    reason = "no space left on device" if full else error
+    reason = full[0].lower() if full else error
     raise UserError(
       f"cannot write to --workdir={workdir}: {reason}; once it can, the same"
       " command resumes from the last checkpoint"

@@ -38,6 +38,11 @@ class _Output:
   def __init__(self, stream: Any, lasting: bool):
     self._stream, self._lasting = stream, lasting
 
+  @property
+  def unwrapped(self) -> Any:
+    """The stream itself."""
+    return self._stream
+
   def __getattr__(self, name: str) -> Any:
     return getattr(self._stream, name)
 
@@ -92,9 +97,10 @@ def named_stdout(*, lasting: bool = False) -> Iterator[None]:
     BrokenPipeError: the reader, such as `head`, has seen enough.
     UserError: stdout cannot be written for another reason.
   """
-  stream = sys.stdout
+  before = sys.stdout
+  stream = before.unwrapped if isinstance(before, _Output) else before
   sys.stdout = _Output(stream, lasting)
   try:
     yield
   finally:
-    sys.stdout = stream
+    sys.stdout = before

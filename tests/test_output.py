@@ -71,6 +71,15 @@ def test_a_lasting_stdout_falls_silent_once(capfd, monkeypatch):
   )
 
 
+def test_a_lasting_stdout_may_lie_inside_another(capfd, monkeypatch):
+  with full() as stream:
+    monkeypatch.setattr(sys, "stdout", stream)
+    with output.named_stdout(), output.named_stdout(lasting=True):
+      print("x", flush=True)
+      print("y", flush=True)
+  assert capfd.readouterr().err.count("going on without") == 1
+
+
 def test_errors_name_stdout(monkeypatch):
   with full() as stream:
     monkeypatch.setattr(sys, "stdout", stream)

@@ -121,9 +121,14 @@ def _held_out(run: Loaded, result: Mapping[str, Any] | None) -> list[str]:
   if result is None:
     return []
   held_out, routing = result["eval"], result["routing"]
+  domains = {
+    # Not the row of all domains.
+    f"{name} (domain)" if name == "overall" else name: part
+    for name, part in held_out["domains"].items()
+  }
   rows = [
     [name, f"{part['lm_loss']:.4f}", f"{part['bits_per_byte']:.4f}"]
-    for name, part in {"overall": held_out, **held_out["domains"]}.items()
+    for name, part in {"overall": held_out, **domains}.items()
   ]
   model = run.experiment.model
   layers = range(model.num_dense_layers, model.num_layers)
