@@ -16,7 +16,8 @@ import json
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import logging
 from absl.flags import FlagHolder
@@ -112,13 +113,13 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     )
   if mode == "train":
     check_unlocked(workdir)
-  corpus, tokenizer = _load_text(experiment, workdir)
+  corpus, tokenizer, source = _load_text(experiment, workdir)
   training = tasks = None
   if mode == "train":
     training = train_dataset(corpus, tokenizer, experiment)
     tasks = _load_tasks(experiment, tokenizer)
   provenance = Provenance(
-    experiment, corpus.taxonomy, tokenizer, corpus.content_hash
+    experiment, corpus.taxonomy, tokenizer, corpus.content_hash, source
   )
   check_workdir(workdir, provenance, state_bytes(experiment) if training else 0)
   return Run(workdir, provenance, corpus, training, tasks)
@@ -126,28 +127,32 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
 
 def _load_text(
   experiment: Experiment, workdir: str
-) -> tuple["Corpus | PreparedCorpus", "Tokenizer"]:
-  """Returns the experiment's corpus and its tokenizer.
+) -> tuple["Corpus | PreparedCorpus", "Tokenizer", Mapping[str, Any] | None]:
+  """Returns the corpus, its tokenizer, and the source of imported weights.
 
   Raises:
     UserError: bad text, or two different tokenizers.
   """
-  from edl_jax.checkpoint import initial_tokenizer
+  from edl_jax.checkpoint import initial_provenance
   from edl_jax.text.mixture import load_corpus
   from edl_jax.text.prepared import load_prepared
   from edl_jax.text.tokenizer import load_tokenizer
 
-  initial = initial_tokenizer(experiment, workdir)
+  initial = initial_provenance(experiment, workdir)
+  tokenizer = initial.tokenizer if initial else None
+  source = initial.source if initial else None
   if not experiment.data.prepared:
     corpus = load_corpus(experiment.data)
-    return corpus, initial or load_tokenizer(experiment, corpus)
+    tokenizer = tokenizer or load_tokenizer(experiment, corpus)
+    return corpus, tokenizer, source
   corpus = load_prepared(experiment)
-  if initial and initial.to_json() != corpus.tokenizer.to_json():
+  if tokenizer and tokenizer.to_json() != corpus.tokenizer.to_json():
     raise UserError(
       f"data.prepared={experiment.data.prepared} has another tokenizer than"
-      f" train.initial_checkpoint={experiment.train.initial_checkpoint}"
+      f" {experiment.train.initial_checkpoint or workdir}, which the run starts"
+      " from"
     )
-  return corpus, corpus.tokenizer
+  return corpus, corpus.tokenizer, source
 
 
 def _load_tasks(

@@ -46,7 +46,7 @@ ARROWS = {
   "generation": {"config", "model", "sharding", "text"},
   "interop": {
     *("checkpoint", "command", "config", "generation", "model", "runtime"),
-    *("sharding", "storage", "tables", "tasks", "text"),
+    *("sharding", "storage", "tables", "tasks", "text", "validation"),
   },
   "losses": {"config", "fields", "sharding", "tables"},
   "main": {

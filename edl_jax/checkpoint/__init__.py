@@ -16,10 +16,11 @@ from edl_jax.checkpoint.items import VERIFY, Verify
 from edl_jax.checkpoint.load import Loaded, checkpoint_provenance, load
 from edl_jax.checkpoint.lock import check_unlocked, locked
 from edl_jax.checkpoint.provenance import Provenance
+from edl_jax.checkpoint.stream import save_streamed
 from edl_jax.checkpoint.workdir import (
   check_workdir,
   describe_workdir,
-  initial_tokenizer,
+  initial_provenance,
 )
 
 __all__ = [
@@ -34,9 +35,10 @@ __all__ = [
   "checkpoint_provenance",
   "checkpoint_steps",
   "describe_workdir",
-  "initial_tokenizer",
+  "initial_provenance",
   "load",
   "locked",
   "run_folder",
+  "save_streamed",
   "saved_provenance",
 ]

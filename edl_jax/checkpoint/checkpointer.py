@@ -62,16 +62,7 @@ class Checkpointer:
     items = _items(state)
     data = dict(data_state)
     digests = array_digests(items) | {"data": json_digest(data)}
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-        data=ocp.args.JsonSave(data),
-        provenance=ocp.args.JsonSave(
-          sealed(provenance.to_dict() | {"digests": digests})
-        ),
-      ),
-    )
+    self._manager.save(step, args=saved_items(items, data, provenance, digests))
 
   def restore(
     self, step: int, abstract: TrainState, verify: Verify = "full"
@@ -191,6 +182,28 @@ class Checkpointer:
   def close(self) -> None:
     """Waits for the last save, then ends Orbax's threads."""
     self._manager.close()
+
+
+def saved_items(
+  items: Mapping[str, Any],
+  data: Mapping[str, Any],
+  provenance: Provenance,
+  digests: Mapping[str, str],
+) -> ocp.args.Composite:
+  """Returns what Orbax writes as one checkpoint.
+
+  Args:
+    items: arrays in nested dicts, by item.
+    data: the position in the data.
+    provenance, digests: what the checkpoint says of itself.
+  """
+  return ocp.args.Composite(
+    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+    data=ocp.args.JsonSave(dict(data)),
+    provenance=ocp.args.JsonSave(
+      sealed(provenance.to_dict() | {"digests": dict(digests)})
+    ),
+  )
 
 
 def _tell(line: str) -> None:

@@ -38,8 +38,8 @@ def _words(array: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(array, bits).astype(jnp.uint32)
 
 
-def _positions(shape: tuple[int, ...]) -> jax.Array:
-  positions = jnp.zeros(shape, jnp.uint32)
+def _positions(shape: tuple[int, ...], first: jax.Array) -> jax.Array:
+  positions = jnp.broadcast_to(first, shape)
   for axis in range(len(shape)):
     stride = math.prod(shape[axis + 1 :]) % 2**32
     along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -54,14 +54,19 @@ def _sums(arrays: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
   return [_array_sums(array) for array in arrays]
 
 
-def _array_sums(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _array_sums(
+  array: jax.Array, start: int | jax.Array = 0
+) -> tuple[jax.Array, jax.Array]:
+  """Returns both sums of an array, or of its rows from number `start` on."""
+  start = jnp.uint32(start)
   # Offloaded moments lie in the memory of the host.
   words = _words(jax.device_put(array, jax.memory.Space.Device))
-  mixed = words ^ (_positions(words.shape) * jnp.uint32(_SPREAD))
+  first = start * jnp.uint32(math.prod(words.shape[1:]) % 2**32)
+  mixed = words ^ (_positions(words.shape, first) * jnp.uint32(_SPREAD))
   mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_MIX)
   mixed = jnp.atleast_1d(mixed ^ (mixed >> 13))
   rows = jnp.sum(mixed, tuple(range(1, mixed.ndim)), dtype=jnp.uint32)
-  weights = 2 * jnp.arange(len(rows), dtype=jnp.uint32) + 1
+  weights = 2 * (start + jnp.arange(len(rows), dtype=jnp.uint32)) + 1
   weighted = jnp.sum(rows * weights, dtype=jnp.uint32)
   return jnp.sum(rows, dtype=jnp.uint32), weighted
 
@@ -80,10 +85,37 @@ def array_digests(tree: Any) -> dict[str, str]:
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   found = jax.device_get(_sums([leaf for _, leaf in leaves]))
   return {
-    path_name(path): f"{array.dtype}[{','.join(map(str, array.shape))}]:"
-    f"{int(mixed):08x}{int(weighted):08x}"
+    path_name(path): _text(array, int(mixed), int(weighted))
     for (path, array), (mixed, weighted) in zip(leaves, found)
   }
+
+
+def _text(array: Any, mixed: int, weighted: int) -> str:
+  shape = ",".join(map(str, array.shape))
+  return f"{array.dtype}[{shape}]:{mixed:08x}{weighted:08x}"
+
+
+_block_sums = jax.jit(_array_sums)
+
+
+class StreamedDigest:
+  """The digest of an array that comes in blocks of rows, in any order."""
+
+  def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
+    """Takes the shape, of at least one axis, and the dtype of the whole."""
+    self._whole = jax.ShapeDtypeStruct(shape, dtype)
+    self._sums = [0, 0]
+
+  def add(self, start: int, block: np.ndarray) -> None:
+    """Adds rows of the first axis, from number `start` on."""
+    sums = jax.device_get(_block_sums(block, start))
+    self._sums = [
+      (old + int(new)) % 2**32 for old, new in zip(self._sums, sums)
+    ]
+
+  def text(self) -> str:
+    """Returns what `array_digests` gives for the array of all blocks."""
+    return _text(self._whole, *self._sums)
 
 
 def json_digest(value: Mapping[str, Any]) -> str:

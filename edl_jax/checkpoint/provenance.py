@@ -20,15 +20,20 @@ class Provenance:
   taxonomy: Taxonomy
   tokenizer: Tokenizer
   content_hash: str
+  # Of weights that came from elsewhere: what they were imported from, and the
+  # settings of their tokenizer. Runs that start from them keep it.
+  source: Mapping[str, Any] | None = None
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as a JSON object."""
-    return {
+    content = {
       "experiment": config.flatten(self.experiment),
       "taxonomy": self.taxonomy.to_dict(),
       "tokenizer": self.tokenizer.to_json(),
       "content_hash": self.content_hash,
     }
+    # Checkpoints without it are as they were before it existed.
+    return content | ({"source": dict(self.source)} if self.source else {})
 
   @classmethod
   def from_dict(cls, saved: Mapping[str, Any]) -> Self:
@@ -38,7 +43,13 @@ class Provenance:
       taxonomy=Taxonomy.from_dict(saved["taxonomy"]),
       tokenizer=Tokenizer.from_json(saved["tokenizer"]),
       content_hash=saved["content_hash"],
+      source=saved.get("source"),
     )
+
+  @property
+  def is_import(self) -> bool:
+    """Whether the weights were imported and not trained here."""
+    return not self.content_hash
 
   def check_continues(
     self, saved: Mapping[str, Any], where: str, step: int = 0

@@ -56,7 +56,10 @@ def verify_checkpoint(checkpoint: str) -> str:
     raise DamagedError(f"step {step}: {data_path} is not what was saved")
   count = 0
   for item in (*_ARRAYS, *_OPTIONAL):
-    if item in _ARRAYS or any(name.startswith(f"{item}/") for name in saved):
+    # Checkpoints from before there were digests have what every run has.
+    if any(name.startswith(f"{item}/") for name in saved) or (
+      not saved and item in _ARRAYS
+    ):
       # One item at a time, as all may not fit the memory.
       arrays = {item: read_item(checkpoint, item)}
       count += check_items(checkpoint, arrays, saved, "full")

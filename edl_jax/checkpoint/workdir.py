@@ -18,7 +18,6 @@ from edl_jax.checkpoint.folders import (
 from edl_jax.checkpoint.load import checkpoint_provenance
 from edl_jax.checkpoint.provenance import Provenance
 from edl_jax.config import Experiment, UserError
-from edl_jax.text.tokenizer import Tokenizer
 
 
 def check_workdir(
@@ -41,7 +40,13 @@ def check_workdir(
   if not storage.in_bucket(workdir):
     _check_places(workdir)
   saved = saved_provenance(workdir)
-  if saved is not None:
+  if saved is not None and Provenance.from_dict(saved).is_import:
+    if checkpoint_bytes:
+      raise UserError(
+        f"--workdir={workdir} holds imported weights, which no run continues;"
+        f" set train.initial_checkpoint={workdir} and choose another --workdir"
+      )
+  elif saved is not None:
     steps = checkpoint_steps(os.path.join(workdir, FOLDER))
     provenance.check_continues(
       saved, f"--workdir={workdir}", max(steps, default=0)
@@ -130,43 +135,62 @@ def describe_workdir(workdir: str, provenance: Provenance) -> None:
     storage.write_json(path, provenance.to_dict())
 
 
-def initial_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer | None:
-  """Returns the tokenizer of `train.initial_checkpoint`, None without one.
+def initial_provenance(
+  experiment: Experiment, workdir: str
+) -> Provenance | None:
+  """Returns the provenance of the weights that a run starts from.
 
-  Once the run has a checkpoint of its own, the tokenizer comes from there: the
-  initial checkpoint may have been deleted.
+  These are those of `train.initial_checkpoint`, or imported ones in `workdir`
+  itself, which are there to be evaluated. Once the run has a checkpoint of its
+  own, that one answers: the initial checkpoint may have been deleted.
+
+  Returns:
+    None for a run that starts from random weights.
 
   Raises:
     UserError: there is no such checkpoint, or its model differs from
       `experiment.model` in more than dtype, rematerialization and pools.
   """
   path = experiment.train.initial_checkpoint
+  saved = None
+  if checkpoint_steps(os.path.join(workdir, FOLDER)):
+    saved = saved_provenance(workdir)
+  if saved:
+    provenance = Provenance.from_dict(saved)
+    if provenance.is_import:
+      where = f"--workdir={workdir}"
+      _check_same_model(provenance.experiment, experiment, where)
+    return provenance if path or provenance.is_import else None
   if not path:
     return None
-  saved = saved_provenance(workdir)
-  if saved and checkpoint_steps(os.path.join(workdir, FOLDER)):
-    return Provenance.from_dict(saved).tokenizer
   try:
     provenance = checkpoint_provenance(path)
   except UserError as error:
     raise UserError(f"train.initial_checkpoint: {error}") from error
+  where = f"train.initial_checkpoint={path}"
+  _check_same_model(provenance.experiment, experiment, where)
+  return provenance
+
+
+def _check_same_model(
+  saved: Experiment, experiment: Experiment, where: str
+) -> None:
   # What may differ: the parameters are the same, and pools are for training
   # alone.
   same = {"dtype": "float32", "remat": "none", "pool_min": 0, "pool_max": 0}
   theirs, wanted = (
     config.flatten(dataclasses.replace(Experiment(), model=model))
     for model in (
-      dataclasses.replace(provenance.experiment.model, **same),
+      dataclasses.replace(saved.model, **same),
       dataclasses.replace(experiment.model, **same),
     )
   )
   keys = config.differing_keys(theirs, wanted)
   if keys:
     raise UserError(
-      f"train.initial_checkpoint={path} holds another model:"
-      f" {'; '.join(keys)}; set these keys to the checkpoint's values"
+      f"{where} holds another model: {'; '.join(keys)}; set these keys to the"
+      " checkpoint's values"
     )
-  return provenance.tokenizer
 
 
 def _folder_bytes(folder: str) -> int:

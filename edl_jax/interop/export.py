@@ -2,9 +2,10 @@
 
   python -m edl_jax.interop.export --workdir=runs/demo --out=hub/demo
 
-The folder is a Qwen3-MoE checkpoint: config.json, generation_config.json,
-tensors in safetensors files with their index, the tokenizer, and a README with
-the run's figures. Transformers needs no code of ours for it:
+The folder is a checkpoint of Qwen3-MoE, or of the family that has the model's
+settings: config.json, generation_config.json, tensors in safetensors files with
+their index, the tokenizer, and a README with the run's figures. Transformers
+needs no code of ours for it:
 
   AutoModelForCausalLM.from_pretrained("hub/demo")
 
@@ -17,13 +18,13 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 from typing import Any
 
 from edl_jax import storage
 from edl_jax.command import Command
 from edl_jax.config import UserError
+from edl_jax.interop import folders
 
 COMMAND = Command(__doc__)
 _WORKDIR = COMMAND.flag(
@@ -65,29 +66,6 @@ def _bytes_of(size: str) -> int:
   return count
 
 
-def _check_out(out: str) -> None:
-  if storage.in_bucket(out):
-    raise UserError(
-      f"--out={out}: name a folder on this machine, and copy it to the bucket"
-      " when it is complete"
-    )
-  if os.path.lexists(out):
-    raise UserError(f"--out={out} exists; remove it or choose another")
-
-
-def _check_room(out: str, needed: int) -> None:
-  """Raises UserError if the disk of `out` has fewer free bytes than needed."""
-  existing = os.path.abspath(out)
-  while not os.path.isdir(existing):
-    existing = os.path.dirname(existing)
-  free = shutil.disk_usage(existing).free
-  if free < needed:
-    raise UserError(
-      f"--out={out} needs {needed / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are"
-      " free; make room or choose another"
-    )
-
-
 def _result(workdir: str, step: int) -> dict[str, Any] | None:
   """Returns result.json of the run if it is of this step, else None."""
   with contextlib.suppress(OSError, ValueError):
@@ -97,12 +75,12 @@ def _result(workdir: str, step: int) -> dict[str, Any] | None:
   return None
 
 
-def _command() -> str:
+def _command(workdir: str, out: str, dtype: str) -> str:
   """Returns this command, without the folders of this machine."""
   flags = {
-    "workdir": os.path.basename(os.path.normpath(_WORKDIR.value)),
-    "out": os.path.basename(os.path.normpath(_OUT.value)),
-    "dtype": _DTYPE.value,
+    "workdir": os.path.basename(os.path.normpath(workdir)),
+    "out": os.path.basename(os.path.normpath(out)),
+    "dtype": dtype,
   }
   words = [f"--{name}={value}" for name, value in flags.items()]
   return shlex.join(["python", "-m", "edl_jax.interop.export", *words])
@@ -123,41 +101,50 @@ def export(
     The names of the files.
 
   Raises:
-    UserError: there is no checkpoint, Qwen3-MoE cannot express its model, or
-      `out` exists or cannot be written.
+    UserError: there is no checkpoint, no architecture of the hub can express
+      its model, or `out` exists or cannot be written.
   """
   # Imports JAX, which --help and errors in flags do without.
   from edl_jax import checkpoint
-  from edl_jax.interop import qwen3_moe, safetensors
+  from edl_jax.interop import safetensors
+  from edl_jax.interop.architectures import expressing, hub_config
   from edl_jax.interop.model_card import model_card
+  from edl_jax.interop.tensors import tensors
   from edl_jax.interop.tokenizer import hub_tokenizer
 
   provenance = checkpoint.checkpoint_provenance(workdir)
-  qwen3_moe.check_exportable(provenance.experiment.model)
+  architecture = expressing(provenance.experiment.model)
+  source = provenance.source or {}
   run = checkpoint.load(workdir)
-  tensors = qwen3_moe.tensors(run.model)
-  shapes = [tensor.shape for tensor in tensors.values()]
+  found = tensors(architecture, run.model)
+  shapes = [tensor.shape for tensor in found.values()]
   needed = sum(safetensors.num_bytes(shape, dtype) for shape in shapes)
-  _check_room(out, needed)
+  folders.check_room(out, needed)
   start_id = run.tokenizer.document_start_id
   tokenizer_json, tokenizer_config = hub_tokenizer(
-    run.tokenizer, run.experiment.train.sequence_length
+    run.tokenizer, run.experiment.train.sequence_length, source
   )
   contents = {
-    "config.json": qwen3_moe.hub_config(run.experiment, start_id, dtype),
-    "generation_config.json": {
-      f"{name}_token_id": start_id for name in ("bos", "eos", "pad")
-    },
+    "config.json": hub_config(architecture, run.experiment, start_id, dtype)
+    | source.get("config", {}),
+    "generation_config.json": source.get("config")
+    or {f"{name}_token_id": start_id for name in ("bos", "eos", "pad")},
     "tokenizer_config.json": tokenizer_config,
   }
-  card = model_card(run, _result(workdir, run.step), _command())
+  card = model_card(
+    run,
+    _result(workdir, run.step),
+    _command(workdir, out, dtype),
+    architecture,
+    source,
+  )
   try:
     with storage.whole_folder(out) as folder:
       for name, content in contents.items():
         storage.write_json(f"{folder}/{name}", content, indent=2)
       storage.write_bytes(f"{folder}/tokenizer.json", tokenizer_json.encode())
       storage.write_bytes(f"{folder}/README.md", card.encode())
-      safetensors.write_sharded(folder, tensors, dtype, max_shard_bytes)
+      safetensors.write_sharded(folder, found, dtype, max_shard_bytes)
   except OSError as error:
     raise UserError(
       f"--out={out} cannot be written ({error.strerror}: {error.filename})"
@@ -170,7 +157,7 @@ def main() -> None:
   """Exports the run; refuses one that it cannot before it reads tensors."""
   workdir, out = _WORKDIR.value, _OUT.value
   max_shard_bytes = _bytes_of(_MAX_SHARD_SIZE.value)
-  _check_out(out)
+  folders.check_new(out)
   # Imports JAX: see above. The parameters stay on the host, whatever else is
   # there or in use.
   import jax

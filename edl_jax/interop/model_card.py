@@ -6,13 +6,14 @@ from typing import Any
 from edl_jax import config, tables
 from edl_jax.checkpoint import Loaded
 from edl_jax.config import FIELDS, Experiment
+from edl_jax.interop.architectures import QWEN3_MOE, Architecture
 
 _FRONT_MATTER = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- qwen3_moe
+- {model_type}
 - mixture-of-experts
 - expert-divergence-learning
 ---"""
@@ -39,7 +40,11 @@ _ROUTING = (
 
 
 def model_card(
-  run: Loaded, result: Mapping[str, Any] | None, command: str
+  run: Loaded,
+  result: Mapping[str, Any] | None,
+  command: str,
+  architecture: Architecture = QWEN3_MOE,
+  source: Mapping[str, Any] | None = None,
 ) -> str:
   """Returns the README in Markdown, with the hub's front matter.
 
@@ -47,16 +52,17 @@ def model_card(
     run: the exported checkpoint.
     result: result.json of the run; None leaves held-out figures out.
     command: that exported the model.
+    architecture: of the exported checkpoint.
+    source: of the provenance, for weights that were imported.
   """
   parts = [
-    _FRONT_MATTER,
+    _FRONT_MATTER.format(model_type=architecture.model_type),
     f"# {run.experiment.name}",
-    _summary(run),
+    _summary(run, architecture, source),
     "## Use",
     _USE,
     _tokens(run),
-    "## Training",
-    _data(run),
+    *(["## Training", _data(run)] if run.content_hash else []),
     *_held_out(run, result),
     "## Settings",
     "These settings of edl_jax differ from their defaults:",
@@ -67,7 +73,9 @@ def model_card(
   return "\n\n".join(parts) + "\n"
 
 
-def _summary(run: Loaded) -> str:
+def _summary(
+  run: Loaded, architecture: Architecture, source: Mapping[str, Any] | None
+) -> str:
   losses, model = run.experiment.losses, run.experiment.model
   if losses.divergence_weight:
     trained = (
@@ -76,11 +84,14 @@ def _summary(run: Loaded) -> str:
     )
   else:
     trained = "without expert divergence learning"
+  began = f", starting from {source['name']}," if source else ""
+  made = f"edl_jax trained it{began} {trained}."
+  if not run.content_hash and source:
+    made = f"Its weights are those of {source['name']}."
   return (
-    f"A mixture-of-experts language model of the Qwen3-MoE architecture:"
-    f" {model.num_layers} layers, {model.num_experts} experts of which"
-    f" {model.num_active_experts} are active for each token. edl_jax trained it"
-    f" {trained}."
+    f"A mixture-of-experts language model of the {architecture.title}"
+    f" architecture: {model.num_layers} layers, {model.num_experts} experts of"
+    f" which {model.num_active_experts} are active for each token. {made}"
   )
 
 

@@ -31,6 +31,8 @@ _STARTS = (
   "<|startoftext|>",
   "<bos>",
   "<s>",
+  # DeepSeek's, with full-width bars.
+  "<\uff5cbegin▁of▁sentence\uff5c>",
   "<|endoftext|>",
 )
 _SPACE = "▁"

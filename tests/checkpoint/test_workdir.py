@@ -8,7 +8,7 @@ import pytest
 
 from edl_jax.checkpoint import (
   check_workdir,
-  initial_tokenizer,
+  initial_provenance,
 )
 from edl_jax.config import (
   TrainConfig,
@@ -39,18 +39,20 @@ def test_tokenizer_of_the_checkpoint_to_start_from(workdir, tmp_path):
     )
 
   new = str(tmp_path / "new")
-  assert initial_tokenizer(EXPERIMENT, new) is None
-  found = initial_tokenizer(starting_from(workdir, dtype="bfloat16"), new)
-  assert found.to_json() == PROVENANCE.tokenizer.to_json()
-  found = initial_tokenizer(starting_from(workdir, pool_min=2, pool_max=4), new)
-  assert found.to_json() == PROVENANCE.tokenizer.to_json()
+  assert initial_provenance(EXPERIMENT, new) is None
+  found = initial_provenance(starting_from(workdir, dtype="bfloat16"), new)
+  assert found.tokenizer.to_json() == PROVENANCE.tokenizer.to_json()
+  found = initial_provenance(
+    starting_from(workdir, pool_min=2, pool_max=4), new
+  )
+  assert found.tokenizer.to_json() == PROVENANCE.tokenizer.to_json()
   with pytest.raises(UserError, match=r"initial_checkpoint: no checkpoint"):
-    initial_tokenizer(starting_from(tmp_path), new)
+    initial_provenance(starting_from(tmp_path), new)
   with pytest.raises(UserError, match=r"num_experts: 4 -> 8; set"):
-    initial_tokenizer(starting_from(workdir, num_experts=8), new)
+    initial_provenance(starting_from(workdir, num_experts=8), new)
   # A run with a checkpoint of its own no longer needs the initial one.
-  found = initial_tokenizer(starting_from(tmp_path), workdir)
-  assert found.to_json() == PROVENANCE.tokenizer.to_json()
+  found = initial_provenance(starting_from(tmp_path), workdir)
+  assert found.tokenizer.to_json() == PROVENANCE.tokenizer.to_json()
 
 
 @pytest.mark.parametrize("name", ["exp[1]", "a*/run", "what?"])

@@ -11,7 +11,9 @@ import pytest
 
 import edl_jax
 from edl_jax import checkpoint, storage
-from edl_jax.interop import export, qwen3_moe
+from edl_jax.interop import export, folders
+from edl_jax.interop.architectures import QWEN3_MOE
+from edl_jax.interop.tensors import tensors
 from tests.interop.test_safetensors import read
 
 
@@ -57,7 +59,7 @@ def test_folder_is_complete(exported, run_folder):
 
 
 def test_tensors_are_those_of_the_newest_checkpoint(exported, run_folder):
-  wanted = qwen3_moe.tensors(edl_jax.load(str(run_folder), step=4).model)
+  wanted = tensors(QWEN3_MOE, edl_jax.load(str(run_folder), step=4).model)
   found = read(exported / "model-00001-of-00001.safetensors")
   assert list(found) == list(wanted)
   for name, tensor in wanted.items():
@@ -83,7 +85,7 @@ def test_an_older_checkpoint_has_no_figures(run_folder, tmp_path):
   # The embedding is larger than a shard may be only if it stands alone.
   assert all(len(read(s)) == 1 or s.stat().st_size < 60_000 for s in shards)
   found = {name: x for shard in shards for name, x in read(shard).items()}
-  wanted = qwen3_moe.tensors(edl_jax.load(str(older)).model)
+  wanted = tensors(QWEN3_MOE, edl_jax.load(str(older)).model)
   for name, tensor in wanted.items():
     np.testing.assert_array_equal(
       found[name], tensor.astype(jax.numpy.bfloat16)
@@ -135,9 +137,9 @@ def test_shared_experts_are_refused_before_tensors_are_read(
 
 def test_a_full_disk_leaves_nothing(run_folder, tmp_path, capsys, monkeypatch):
   run, out = f"workdir={run_folder}", f"out={tmp_path / 'deep' / 'out'}"
-  usage = export.shutil.disk_usage(tmp_path)
+  usage = folders.shutil.disk_usage(tmp_path)
   little = usage._replace(free=100_000)
-  monkeypatch.setattr(export.shutil, "disk_usage", lambda path: little)
+  monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: little)
   said = refused(capsys, run, out)
   assert said.startswith(f"error: --{out} needs 0 MB, but 0 MB are free")
   assert os.listdir(tmp_path) == []

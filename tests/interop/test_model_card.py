@@ -6,6 +6,7 @@ import yaml
 
 from edl_jax.checkpoint import Loaded
 from edl_jax.config import Experiment, ModelConfig
+from edl_jax.interop.architectures import OLMOE
 from edl_jax.interop.model_card import model_card
 from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import byte_tokenizer
@@ -30,13 +31,13 @@ RESULT = {
 }
 
 
-def card(result=RESULT, **losses):
+def small_run(**losses):
   experiment = Experiment(
     name="a name",
     model=ModelConfig(vocabulary_size=260, num_layers=3, num_dense_layers=1),
   )
   experiment.losses.divergence_weight = losses.get("divergence_weight", 0.0)
-  run = Loaded(
+  return Loaded(
     model=None,
     tokenizer=byte_tokenizer(),
     taxonomy=Taxonomy.from_names(["code/c", "law"]),
@@ -44,7 +45,10 @@ def card(result=RESULT, **losses):
     step=10,
     content_hash="0123",
   )
-  return model_card(run, result, "the command")
+
+
+def card(result=RESULT, **losses):
+  return model_card(small_run(**losses), result, "the command")
 
 
 def table(text, heading):
@@ -96,3 +100,14 @@ def test_text_names_data_tokens_and_settings():
 def test_text_says_whether_divergence_was_learned():
   assert "trained it without expert divergence" in card()
   assert "trained it with expert divergence" in card(divergence_weight=0.01)
+
+
+def test_imported_weights_have_no_text_of_ours():
+  source = {"name": "olmoe-small"}
+  run = small_run()._replace(content_hash="")
+  text = model_card(run, None, "the command", OLMOE, source)
+  assert "- olmoe\n" in text
+  assert "Its weights are those of olmoe-small." in text
+  assert "## Training" not in text
+  text = model_card(small_run(), None, "the command", OLMOE, source)
+  assert "starting from olmoe-small, without expert" in text

@@ -1,9 +1,13 @@
 """The exported tokenizer, read back by the library `tokenizers` alone."""
 
+import json
+
 import pytest
 import tokenizers
+from tokenizers import models, normalizers, processors
 
-from edl_jax.interop.tokenizer import hub_tokenizer
+from edl_jax.config import UserError
+from edl_jax.interop.tokenizer import hub_tokenizer, read_hub_tokenizer
 from edl_jax.text.tokenizer import (
   byte_tokenizer,
   open_tokenizer,
@@ -17,7 +21,7 @@ TEXTS = ["", "a b", " 42\n\tx", "漢字 😀", "a <|document|> b"]
   "tokenizer", [byte_tokenizer(), train_tokenizer(["a b ab abab"] * 9, 270)]
 )
 def test_texts_begin_with_the_document_start(tokenizer):
-  content, settings = hub_tokenizer(tokenizer, 64)
+  content, settings = hub_tokenizer(tokenizer, 64, {})
   library = tokenizers.Tokenizer.from_str(content)
   library.encode_special_tokens = settings["split_special_tokens"]
   for text in TEXTS:
@@ -29,7 +33,7 @@ def test_texts_begin_with_the_document_start(tokenizer):
 
 
 def test_settings_name_the_document_start():
-  _, settings = hub_tokenizer(byte_tokenizer(), 64)
+  _, settings = hub_tokenizer(byte_tokenizer(), 64, {})
   assert settings["model_max_length"] == 64
   assert {settings[f"{kind}_token"] for kind in ("bos", "eos", "pad")} == {
     "<|document|>"
@@ -49,8 +53,69 @@ def test_sentencepiece_models_decode(tmp_path):
     minloglevel=2,
   )
   tokenizer = open_tokenizer(str(tmp_path / "pieces.model"))
-  library = tokenizers.Tokenizer.from_str(hub_tokenizer(tokenizer, 64)[0])
+  library = tokenizers.Tokenizer.from_str(hub_tokenizer(tokenizer, 64, {})[0])
   for text in ("", "a b", " ab  cab ", "漢字 😀\n"):
     own = tokenizer.encode(text).tolist()
     assert library.encode(text, add_special_tokens=False).ids == own
     assert library.decode(own, skip_special_tokens=False) == text
+
+
+def llama_like():
+  """A tokenizer that puts a space and <s> before every text."""
+  vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+  vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+  vocabulary |= {"\u2581": 259, "a": 260, "\u2581a": 261}
+  library = tokenizers.Tokenizer(
+    models.BPE(
+      vocabulary, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True
+    )
+  )
+  library.normalizer = normalizers.Sequence(
+    [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+  )
+  library.post_processor = processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 1)]
+  )
+  library.add_special_tokens(["<unk>", "<s>", "</s>"])
+  return library
+
+
+def test_an_imported_tokenizer_goes_out_as_it_came(tmp_path):
+  library = llama_like()
+  library.save(str(tmp_path / "tokenizer.json"))
+  settings = {
+    # Older files keep a token in a dict.
+    "bos_token": {"content": "<s>", "special": True},
+    "eos_token": "</s>",
+    "chat_template": "{{ messages }}",
+    "legacy": True,
+  }
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  tokenizer, source = read_hub_tokenizer(str(tmp_path))
+  # In training a text has no space before it.
+  assert tokenizer.encode("a").tolist() == [260]
+  assert tokenizer.document_start_id == 1
+  content, written = hub_tokenizer(tokenizer, 64, source)
+  again = tokenizers.Tokenizer.from_str(content)
+  for text in [*TEXTS, "a", "a a"]:
+    assert again.encode(text).ids == library.encode(text).ids
+  assert again.encode("a").ids == [1, 261]
+  assert written["bos_token"] == "<s>" and written["eos_token"] == "</s>"
+  assert written["chat_template"] == "{{ messages }}"
+  assert not written.get("split_special_tokens")
+
+
+def test_a_template_in_a_file_of_its_own(tmp_path):
+  llama_like().save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "chat_template.jinja").write_text("{{ other }}")
+  _, source = read_hub_tokenizer(str(tmp_path))
+  assert source["tokenizer_config"] == {"chat_template": "{{ other }}"}
+
+
+def test_no_tokenizer_is_refused(tmp_path):
+  with pytest.raises(UserError, match=r"has no tokenizer\.json or tok"):
+    read_hub_tokenizer(str(tmp_path))
+  assert read_hub_tokenizer(str(tmp_path), "byte")[1] == {}
+  (tmp_path / "tokenizer.json").write_text("{")
+  with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer"):
+    read_hub_tokenizer(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The model as Qwen3-MoE: names and places of its parameters, refusals."""
+"""The model as Qwen3-MoE: names and places of its parameters."""
 
 import dataclasses
 import re
@@ -7,9 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from edl_jax.config import Experiment, ModelConfig, UserError
-from edl_jax.interop import qwen3_moe
-from edl_jax.model.transformer import Model
+from edl_jax.config import Experiment, ModelConfig
+from edl_jax.interop import tensors
+from edl_jax.interop.architectures import (
+  ARCHITECTURES,
+  QWEN3_MOE,
+  hub_config,
+)
+from edl_jax.model.transformer import Model, abstract_model
 
 SMALL = ModelConfig(
   vocabulary_size=11,
@@ -116,9 +121,9 @@ class Naive:
 def test_a_naive_qwen3_moe_computes_the_same_logits(num_dense_layers):
   config = dataclasses.replace(SMALL, num_dense_layers=num_dense_layers)
   model = randomised(config)
-  tensors = qwen3_moe.tensors(model)
-  hub = qwen3_moe.hub_config(Experiment(model=config), 3, "float32")
-  naive = Naive(tensors, hub)
+  found = tensors.tensors(QWEN3_MOE, model)
+  hub = hub_config(QWEN3_MOE, Experiment(model=config), 3, "float32")
+  naive = Naive(found, hub)
   tokens = np.random.default_rng(0).integers(0, 11, 12)
   np.testing.assert_allclose(
     model(tokens[None])[0], naive.logits(tokens), rtol=1e-4, atol=1e-4
@@ -127,25 +132,25 @@ def test_a_naive_qwen3_moe_computes_the_same_logits(num_dense_layers):
 
 def test_tensors_are_views_of_every_parameter():
   model = randomised(SMALL)
-  tensors = qwen3_moe.tensors(model)
-  assert sum(x.size for x in tensors.values()) == sum(
+  found = tensors.tensors(QWEN3_MOE, model)
+  assert sum(x.size for x in found.values()) == sum(
     x.size for x in jax.tree.leaves(model)
   )
   parameters = [np.asarray(x) for x in jax.tree.leaves(model)]
-  for name, tensor in tensors.items():
+  for name, tensor in found.items():
     assert any(np.shares_memory(tensor, x) for x in parameters), name
 
 
 def test_config_has_the_sizes_of_the_tensors():
   experiment = Experiment(model=SMALL)
   experiment.train.sequence_length = 77
-  hub = qwen3_moe.hub_config(experiment, 3, "bfloat16")
+  hub = hub_config(QWEN3_MOE, experiment, 3, "bfloat16")
   assert (hub["dtype"], hub["torch_dtype"]) == ("bfloat16", "bfloat16")
   assert hub["max_position_embeddings"] == 77
   assert hub["bos_token_id"] == hub["eos_token_id"] == 3
   shapes = {
     re.sub(r"\d+", "N", name): tensor.shape
-    for name, tensor in qwen3_moe.tensors(randomised(SMALL)).items()
+    for name, tensor in tensors.tensors(QWEN3_MOE, randomised(SMALL)).items()
     if "layers.0" not in name
   }
   m, h = hub["hidden_size"], hub["head_dim"]
@@ -170,32 +175,45 @@ def test_config_has_the_sizes_of_the_tensors():
   }
 
 
-def test_shared_experts_are_refused():
-  with pytest.raises(
-    UserError, match=r"model\.num_shared_experts=1: Qwen3-MoE"
-  ):
-    qwen3_moe.check_exportable(ModelConfig(num_shared_experts=1))
+SETTINGS = {
+  "qwen3_moe": {"attention_bias": "all", "tied_embeddings": True},
+  "olmoe": {"qk_norm": "full", "num_dense_layers": 0},
+  "mixtral": {"qk_norm": "none", "num_dense_layers": 0},
+  "qwen2_moe": {
+    "qk_norm": "none",
+    "attention_bias": "qkv",
+    "num_shared_experts": 2,
+    "shared_expert_gate": True,
+  },
+  "deepseek": {"qk_norm": "none", "num_shared_experts": 2},
+}
 
 
-def test_pools_leave_no_trace_in_a_model_and_fixed_experts_do():
-  qwen3_moe.check_exportable(ModelConfig(pool_min=2, pool_max=4))
-  with pytest.raises(UserError, match=r"model\.router=domain: Qwen3-MoE has"):
-    qwen3_moe.check_exportable(ModelConfig(router="domain"))
+@pytest.mark.parametrize(
+  "architecture", ARCHITECTURES, ids=lambda each: each.model_type
+)
+def test_every_element_is_in_one_tensor(architecture):
+  config = dataclasses.replace(SMALL, **SETTINGS[architecture.model_type])
+  leaves = tensors.parameters(abstract_model(config))
+  counts = {path: np.zeros(leaf.shape) for path, leaf in leaves.items()}
+  names = set()
+  for slot in tensors.slots(architecture, config):
+    view = slot.view(counts[slot.parameter])
+    assert view.ndim in (1, 2)
+    view += 1
+    names.add(slot.name)
+  assert all((count == 1).all() for count in counts.values())
+  assert len(names) == len(list(tensors.slots(architecture, config)))
 
 
-def test_a_setting_that_qwen3_moe_lacks_is_refused(monkeypatch):
-  """A setting that a later version adds counts as one, until it is written."""
-  monkeypatch.setattr(
-    qwen3_moe, "_WRITTEN", qwen3_moe._WRITTEN - {"model.rope_theta"}
-  )
-  qwen3_moe.check_exportable(ModelConfig())
-  with pytest.raises(
-    UserError, match=r"model\.rope_theta=500\.0: Qwen3-MoE has"
-  ):
-    qwen3_moe.check_exportable(ModelConfig(rope_theta=500.0))
-
-
-def test_how_the_model_is_computed_does_not_matter():
-  qwen3_moe.check_exportable(
-    dataclasses.replace(SMALL, dtype="bfloat16", remat="full", scan_unroll=2)
-  )
+def test_a_tensor_is_the_same_view_of_its_layer():
+  model = randomised(SMALL)
+  arrays = {
+    path: np.asarray(leaf) for path, leaf in tensors.parameters(model).items()
+  }
+  for slot in tensors.slots(QWEN3_MOE, SMALL):
+    if slot.place:
+      layer = arrays[slot.parameter][slot.place[0]]
+      np.testing.assert_array_equal(
+        slot.view_in_layer(layer), slot.view(arrays[slot.parameter])
+      )

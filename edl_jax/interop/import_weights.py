@@ -1,0 +1,296 @@
+"""Makes a run folder of a checkpoint that Hugging Face Transformers wrote.
+
+  python -m edl_jax.interop.import_weights --source=hub/olmoe --out=runs/olmoe
+
+Reads Qwen3-MoE, OLMoE, Mixtral, Qwen2-MoE and DeepSeek-MoE from config.json and
+safetensors files, tensor by tensor. The run folder has one checkpoint, of step
+0, which `edl_jax.load`, generation, tasks and `--mode=eval` take, and
+
+  python -m edl_jax.main --experiment=runs/olmoe/experiment.py ...
+
+trains from it: that file has the settings of the model. The command runs on
+the host's CPU, and holds two layers at a time.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edl_jax import storage
+from edl_jax.command import Command
+from edl_jax.config import (
+  DataConfig,
+  Experiment,
+  ModelConfig,
+  TrainConfig,
+  UserError,
+)
+from edl_jax.interop import folders, hub_config
+from edl_jax.validation import validate
+
+if TYPE_CHECKING:
+  from edl_jax.interop.safetensors_reader import Checkpoint
+  from edl_jax.interop.tensors import Slot
+
+COMMAND = Command(__doc__)
+_SOURCE = COMMAND.flag(
+  "source",
+  "",
+  "Folder with config.json and safetensors files, on this machine.",
+  required=True,
+)
+_OUT = COMMAND.flag(
+  "out", "", "Run folder to write; it must not exist.", required=True
+)
+_TOKENIZER = COMMAND.flag(
+  "tokenizer",
+  "",
+  "File of the tokenizer, tokenizer.json or a SentencePiece .model, or byte. By"
+  " default that of the source.",
+)
+
+
+def import_weights(source: str, out: str, tokenizer: str = "") -> list[str]:
+  """Makes a run folder, complete or not there, of a checkpoint on the hub.
+
+  Args:
+    source: folder of the checkpoint.
+    out: the run folder.
+    tokenizer: file, "byte", or "" for that of the source.
+
+  Returns:
+    Lines that say what was imported.
+
+  Raises:
+    UserError: the source is damaged, incomplete, or of a model or tokenizer
+      that edl_jax cannot express; or `out` exists or cannot be written. Names
+      the file, key or tensor.
+  """
+  # Imports JAX, which --help and errors in flags do without.
+  from edl_jax import checkpoint
+  from edl_jax.interop.safetensors_reader import Checkpoint
+  from edl_jax.interop.tensors import parameters, slots
+  from edl_jax.interop.tokenizer import read_hub_tokenizer
+  from edl_jax.model.transformer import abstract_model
+  from edl_jax.text.taxonomy import Taxonomy
+
+  folders.check_new(out)
+  content = _read_config(source)
+  architecture = hub_config.architecture_of(content)
+  model = hub_config.model_config(architecture, content)
+  experiment = Experiment(
+    name=os.path.basename(os.path.abspath(source)),
+    model=model,
+    data=DataConfig(
+      tokenizer=tokenizer or os.path.join(source, "tokenizer.json")
+    ),
+    train=TrainConfig(
+      sequence_length=content.get("max_position_embeddings", 2048)
+    ),
+  )
+  validate(experiment)
+  own_tokenizer, tokenizer_settings = read_hub_tokenizer(source, tokenizer)
+  _check_rows(own_tokenizer.vocabulary_size, model.vocabulary_size)
+  tensors = Checkpoint(source)
+  shapes = {
+    path: leaf.shape for path, leaf in parameters(abstract_model(model)).items()
+  }
+  wanted = list(slots(architecture, model))
+  _check_tensors(tensors, wanted, shapes)
+  total = sum(map(math.prod, shapes.values()))
+  folders.check_room(out, 4 * total)
+  provenance = checkpoint.Provenance(
+    experiment=experiment,
+    taxonomy=Taxonomy.from_names([]),
+    tokenizer=own_tokenizer,
+    # No text of ours made these weights.
+    content_hash="",
+    source={
+      "name": experiment.name,
+      "model_type": architecture.model_type,
+      "config": {
+        key: value
+        for key, value in content.items()
+        if key.endswith("_token_id") and value is not None
+      },
+      **tokenizer_settings,
+    },
+  )
+  try:
+    with storage.whole_folder(out) as folder:
+      checkpoint.save_streamed(
+        folder, shapes, _blocks(tensors, wanted, shapes), provenance
+      )
+      storage.write_bytes(
+        f"{folder}/experiment.py", _experiment_file(experiment).encode()
+      )
+  except OSError as error:
+    raise UserError(
+      f"--out={out} cannot be written ({error.strerror}: {error.filename})"
+    ) from error
+  return _summary(out, architecture.title, total, model, own_tokenizer)
+
+
+def _read_config(source: str) -> dict[str, Any]:
+  if not os.path.isdir(source):
+    raise UserError(f"--source={source}: there is no such folder")
+  path = os.path.join(source, "config.json")
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+    if not isinstance(content, dict):
+      raise ValueError("not an object")
+    return content
+  except (OSError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"{path} cannot be read ({reason})") from error
+
+
+def _check_rows(tokens: int, rows: int) -> None:
+  if tokens > rows:
+    raise UserError(
+      f"the tokenizer has {tokens:,} tokens, but the embedding {rows:,} rows"
+      " (vocab_size in config.json), and ids beyond these would have none. Name"
+      " the tokenizer of this model by --tokenizer"
+    )
+
+
+def _check_tensors(
+  tensors: "Checkpoint",
+  wanted: list["Slot"],
+  shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+  """Raises UserError if a tensor is missing, unknown or of another shape."""
+  missing = [slot.name for slot in wanted if slot.name not in tensors.tensors]
+  if missing:
+    raise UserError(f"tensor {_first(missing)} is missing in the source")
+  known = {slot.name for slot in wanted}
+  # Transformers ties the head to the embedding whatever the file says, and
+  # computes the rotary frequencies itself.
+  unknown = [
+    name
+    for name in tensors.tensors
+    if name not in known | {"lm_head.weight"}
+    and not name.endswith("rotary_emb.inv_freq")
+  ]
+  if unknown:
+    raise UserError(
+      f"tensor {_first(unknown)} in the source has no place in the model that"
+      " config.json describes"
+    )
+  # Without memory: all elements are one.
+  empty = {
+    path: np.broadcast_to(np.float32(0), shape)
+    for path, shape in shapes.items()
+  }
+  for slot in wanted:
+    needed = slot.view(empty[slot.parameter]).shape
+    found = tensors.tensors[slot.name].shape
+    if found != needed:
+      raise UserError(
+        f"tensor {slot.name} has shape {list(found)}, but config.json asks for"
+        f" {list(needed)}"
+      )
+
+
+def _first(names: list[str]) -> str:
+  more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+  return f"{names[0]}{more}"
+
+
+def _blocks(
+  tensors: "Checkpoint",
+  wanted: list["Slot"],
+  shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, int, np.ndarray]]:
+  """Yields each parameter, layer by layer, filled from the tensors."""
+  parts: dict[tuple[str, int | None], list[Slot]] = {}
+  for slot in wanted:
+    layer = slot.place[0] if slot.place else None
+    parts.setdefault((slot.parameter, layer), []).append(slot)
+  for (path, layer), own in parts.items():
+    if layer is None:
+      block = np.empty(shapes[path], np.float32)
+      (slot,) = own
+      slot.view(block)[...] = tensors.read(slot.name)
+      yield path, 0, block
+      continue
+    block = np.empty((1, *shapes[path][1:]), np.float32)
+    for slot in own:
+      slot.view_in_layer(block[0])[...] = tensors.read(slot.name)
+    yield path, layer, block
+
+
+def _experiment_file(experiment: Experiment) -> str:
+  """Returns experiment.py: trains from the run folder in which it lies."""
+  default = ModelConfig()
+  settings = [
+    f"      {name}={_literal(value)},"
+    for name, value in vars(experiment.model).items()
+    if value != getattr(default, name)
+  ]
+  return "\n".join(
+    [
+      f'"""Starts from the weights of {experiment.name}, in this folder."""',
+      "",
+      "import os",
+      "",
+      "from edl_jax.config import Experiment, ModelConfig, TrainConfig",
+      "",
+      "",
+      'def get_config(variant: str = "") -> Experiment:',
+      "  del variant",
+      "  return Experiment(",
+      f"    name={_literal(experiment.name)},",
+      "    model=ModelConfig(",
+      *settings,
+      "    ),",
+      "    train=TrainConfig(",
+      "      initial_checkpoint=os.path.dirname(os.path.abspath(__file__)),",
+      "    ),",
+      "  )",
+      "",
+    ]
+  )
+
+
+def _literal(value: Any) -> str:
+  return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _summary(
+  out: str, title: str, total: int, model: ModelConfig, tokenizer: Any
+) -> list[str]:
+  lines = [f"{out}: {total:,} parameters of {title}"]
+  rows, tokens = model.vocabulary_size, tokenizer.vocabulary_size
+  if rows > tokens:
+    lines.append(
+      f"the embedding has {rows:,} rows and the tokenizer {tokens:,} tokens: no"
+      f" text has the ids from {tokens} on"
+    )
+  lines.append(f"its settings are in {os.path.join(out, 'experiment.py')}")
+  return lines
+
+
+@COMMAND.main
+def main() -> None:
+  """Imports the checkpoint; checks everything before it writes."""
+  folders.check_new(_OUT.value)
+  # Imports JAX: see above.
+  import jax
+  from absl import logging
+
+  jax.config.update("jax_platforms", "cpu")
+  # Orbax warns of a single process without distributed start.
+  logging.set_verbosity(logging.ERROR)
+  lines = import_weights(_SOURCE.value, _OUT.value, _TOKENIZER.value)
+  print("\n".join(lines))
+
+
+if __name__ == "__main__":
+  sys.exit(main())
