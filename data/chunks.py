@@ -43,6 +43,8 @@ class Chunk(NamedTuple):
 
   number: int
   found: list[Found]
+  # About how many bytes of the files were read for it.
+  stored: int = 0
 
   def records(self) -> list[Record]:
     """Returns the good records."""
@@ -60,16 +62,22 @@ def read_chunks(
   `columns` are read besides those that every record may have.
   """
   numbers = itertools.count()
-  chunk, size = [], 0
+  chunk, size, stored = [], 0, 0
   for path in paths:
+    # Text takes as many bytes, until it turns out to be compressed.
+    left = os.path.getsize(path)
     for where, found in read_records(path, root, columns):
       chunk.append((where, found))
-      size += cost(found)
+      added = cost(found)
+      size += added
+      stored += min(added, left)
+      left -= min(added, left)
       if size >= characters:
-        yield Chunk(next(numbers), chunk)
-        chunk, size = [], 0
+        yield Chunk(next(numbers), chunk, stored)
+        chunk, size, stored = [], 0, 0
+    stored += left
   if chunk:
-    yield Chunk(next(numbers), chunk)
+    yield Chunk(next(numbers), chunk, stored)
 
 
 def cost(found: Record | UserError) -> int:

@@ -1,6 +1,8 @@
 """Scans and encodes all chunks of a corpus; `data.prepare` does the rest."""
 
+import os
 import random
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -50,17 +52,23 @@ class LocalEngine:
 
   def scan(self) -> int:
     """See `Engine`."""
-    progress, count = BytesProgress("reading"), 0
+    total = sum(map(os.path.getsize, self._text.paths))
+    progress, count = BytesProgress("reading", total), 0
+    # Bytes of the files that the chunks under way were read from.
+    waiting: deque[int] = deque()
 
     def missing() -> Iterator[chunks.Chunk]:
       nonlocal count
       for chunk in self._text.all_chunks():
         count = chunk.number + 1
-        if not chunks.scan_path(self._out, chunk.number).exists():
+        if chunks.scan_path(self._out, chunk.number).exists():
+          progress.add(chunk.stored)
+        else:
+          waiting.append(chunk.stored)
           yield chunk
 
-    for size in self._workers.in_order(chunks.scan, missing()):
-      progress.add(size)
+    for _ in self._workers.in_order(chunks.scan, missing()):
+      progress.add(waiting.popleft())
     progress.close(erase=True)
     return count
 

@@ -83,7 +83,7 @@ def token_bytes(library: tokenizers.Tokenizer) -> list[bytes]:
   settings = json.loads(library.to_str())
   byte_level = is_byte_level(settings)
   _check_alphabet(settings["model"], byte_level)
-  byte_of = {c: byte for byte, c in byte_characters().items()}
+  bytes_of = _Bytes()
   vocabulary = library.get_vocab(with_added_tokens=True)
   added = library.get_added_tokens_decoder()
   found = [b""] * (max(vocabulary.values()) + 1)
@@ -91,12 +91,24 @@ def token_bytes(library: tokenizers.Tokenizer) -> list[bytes]:
     if i in added:
       found[i] = b"" if added[i].special else piece.encode()
     elif byte_level:
-      found[i] = bytes(byte_of.get(c, 0) for c in piece)
+      found[i] = piece.translate(bytes_of).encode("latin-1")
     elif spelled := _BYTE.fullmatch(piece):
       found[i] = bytes([int(spelled[1], 16)])
     else:
       found[i] = piece.replace(_SPACE, " ").encode()
   return found
+
+
+class _Bytes(dict[int, str]):
+  """Maps the characters of byte-level BPE to bytes, as Latin-1; others to 0."""
+
+  def __init__(self):
+    super().__init__(
+      (ord(c), chr(byte)) for byte, c in byte_characters().items()
+    )
+
+  def __missing__(self, character: int) -> str:
+    return "\0"
 
 
 def _nodes(part: Any) -> list[dict[str, Any]]:

@@ -34,6 +34,9 @@ def test_chunks_are_all_records_in_order(tmp_path, characters):
   assert [chunk.number for chunk in made] == list(range(len(made)))
   found = [record["text"] for chunk in made for record in chunk.records()]
   assert found == texts
+  stored = sum(chunk.stored for chunk in made)
+  sizes = sum(os.path.getsize(path) for path in paths)
+  assert 0.9 * sizes < stored <= sizes
   # Every chunk but the last is as long as asked for, and none longer by more
   # than its last record. A record counts 100 characters more than it has.
   for chunk in made[:-1]:
