@@ -2,12 +2,13 @@
 
   python -m edl_jax.aot --experiment=experiments/small.py:tpu --topology=v5e:2x4
 
-prints the memory and the work of each chip, the traffic on the interconnect,
-and a lower bound of the step's time. Fields are set as for edl_jax.main:
+prints the memory and the work of each chip, the traffic on the interconnect, a
+lower bound of the step's time, and a range for the compiled schedule with its
+dearest places. Fields are set as for edl_jax.main:
 
   --experiment.mesh.fsdp=8
 
---compare prints what changing a field costs:
+--compare prints what changing a field costs, in all and by place:
 
   ... --compare=losses.divergence_weight=0
 

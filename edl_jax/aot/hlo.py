@@ -12,6 +12,8 @@ class Array(NamedTuple):
 
   dtype: str
   shape: tuple[int, ...]
+  # XLA's number of the memory; 0 is the high-bandwidth memory.
+  memory: int = 0
 
   @property
   def bytes(self) -> float:
@@ -50,6 +52,26 @@ class Module(NamedTuple):
   entry: str
   # Devices that the program runs on.
   num_devices: int
+  # The innermost place in each stack frame, "file.py:12", and the frame that
+  # called it, by the frame's number.
+  frames: dict[int, tuple[str, int]]
+
+  def source_line(self, instruction: Instruction, folder: str) -> str:
+    """Returns the innermost line inside a folder, such as "model/moe.py:12".
+
+    Returns:
+      "" if the instruction has no such line.
+    """
+    found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+    frame = int(found[1]) if found else 0
+    while frame in self.frames:
+      line, parent = self.frames[frame]
+      _, inside, rest = line.rpartition(folder)
+      if inside:
+        return rest
+      # The outermost frame is its own parent.
+      frame = parent if parent != frame else 0
+    return ""
 
 
 # --- Parsing -----------------------------------------------------------------
@@ -82,7 +104,28 @@ def parse(text: str) -> Module:
   for key in ("num_partitions", "replica_count"):
     if found := re.search(rf"^HloModule.*\b{key}=(\d+)", text):
       devices *= int(found[1])
-  return Module(computations, entry, devices)
+  return Module(computations, entry, devices, _frames(text))
+
+
+def _frames(text: str) -> dict[int, tuple[str, int]]:
+  """Reads the tables at the top of the text; see `Module.frames`."""
+  _, _, names = text.partition("\nFileNames\n")
+  names, _, _ = names.partition("\n\n")
+  files = dict(re.findall(r'^(\d+) "(.*)"$', names, re.MULTILINE))
+  lines = {
+    number: f"{files[file]}:{line}"
+    for number, file, line in re.findall(
+      r"^(\d+) \{file_name_id=(\d+) .*\bline=(\d+)", text, re.MULTILINE
+    )
+  }
+  return {
+    int(number): (lines[location], int(parent or 0))
+    for number, location, parent in re.findall(
+      r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?\}",
+      text,
+      re.MULTILINE,
+    )
+  }
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
@@ -111,8 +154,15 @@ def _closing(text: str, start: int) -> int:
 
 
 def _arrays(text: str) -> Iterator[Array]:
-  for dtype, sizes in re.findall(r"([a-z]\w*)\[([\d,]*)\]", text):
-    yield Array(dtype, tuple(int(n) for n in sizes.split(",") if n))
+  for dtype, sizes, layout in re.findall(
+    r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", text
+  ):
+    memory = re.search(r"S\((\d+)\)", layout)
+    yield Array(
+      dtype,
+      tuple(int(n) for n in sizes.split(",") if n),
+      int(memory[1]) if memory else 0,
+    )
 
 
 # --- How often things run ----------------------------------------------------
@@ -124,7 +174,7 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
   Reads XLA's annotation, or else the constant that the condition compares with:
   loops of `jax.lax.scan` and `fori_loop` count from 0 by 1.
   """
-  if found := re.search(r'knowntrip_count"?:\{"n":"(\d+)"', loop.attributes):
+  if found := re.search(r'known_?trip_count"?:\{"n":"(\d+)"', loop.attributes):
     return int(found[1])
   (name,) = loop.called("condition")
   condition = module.computations[name]

@@ -196,15 +196,14 @@ def kernel_flops(
   return 2.0 * products * heads * pairs * query.shape[-1]
 
 
-def _kernel_name(instruction: Instruction) -> str | None:
+def kernel_name(instruction: Instruction) -> str | None:
+  """Returns the name of a Pallas kernel, None for any other instruction."""
   if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
     return None
   return re.sub(r"(\.\d+|\.clone)*$", "", instruction.name)
 
 
-def _product_flops(
-  instruction: Instruction, operands: Sequence[Array]
-) -> float:
+def product_flops(instruction: Instruction, operands: Sequence[Array]) -> float:
   """Returns the FLOPs of a product, 0 for any other instruction."""
   if instruction.opcode == "dot":
     return _dot_flops(instruction, operands[0])
@@ -213,9 +212,10 @@ def _product_flops(
   return 0.0
 
 
-def _operand_arrays(
+def operand_arrays(
   instruction: Instruction, computation: dict[str, Instruction]
 ) -> list[Array]:
+  """Returns the arrays of all operands, in order."""
   return [
     array for name in instruction.operands for array in computation[name].arrays
   ]
@@ -223,7 +223,7 @@ def _operand_arrays(
 
 # --- Collectives -------------------------------------------------------------
 
-_COLLECTIVES = (
+COLLECTIVES = (
   "all-gather",
   "all-reduce",
   "reduce-scatter",
@@ -328,28 +328,28 @@ class _Counter:
     }
 
   def costs(self) -> Costs:
-    product_flops, unknown_loops = 0.0, 0
+    flops, unknown_loops = 0.0, 0
     kernels: dict[str, Kernel] = {}
     collectives = []
     for name, times in hlo.executions(self._module).items():
       computation = self._module.computations[name]
       for instruction in computation.values():
-        operands = _operand_arrays(instruction, computation)
-        product_flops += times * _product_flops(instruction, operands)
-        if kernel := _kernel_name(instruction):
-          flops = self._kernel_flops(kernel, instruction, operands)
+        operands = operand_arrays(instruction, computation)
+        flops += times * product_flops(instruction, operands)
+        if kernel := kernel_name(instruction):
+          run = self._kernel_flops(kernel, instruction, operands)
           _, runs, total = kernels.get(kernel, Kernel(kernel, 0, 0.0))
-          if flops is None or total is None:
+          if run is None or total is None:
             total = None
           else:
-            total += times * flops
+            total += times * run
           kernels[kernel] = Kernel(kernel, runs + times, total)
         if instruction.opcode == "while":
           unknown_loops += hlo.trip_count(self._module, instruction) is None
         if collective := self._collective(instruction, operands, name):
           collectives.append(collective._replace(runs=times))
     return Costs(
-      product_flops,
+      flops,
       [kernels[name] for name in sorted(kernels)],
       collectives,
       unknown_loops,
@@ -363,9 +363,9 @@ class _Counter:
   def _flops(self, instruction: Instruction, within: str) -> float:
     """Returns the FLOPs of one run of an instruction and all that it calls."""
     computation = self._module.computations[within]
-    operands = _operand_arrays(instruction, computation)
-    total = _product_flops(instruction, operands)
-    if kernel := _kernel_name(instruction):
+    operands = operand_arrays(instruction, computation)
+    total = product_flops(instruction, operands)
+    if kernel := kernel_name(instruction):
       total += self._kernel_flops(kernel, instruction, operands) or 0.0
     for callee, trips in hlo.calls(self._module, instruction):
       if callee not in self._flops_within:
@@ -381,7 +381,7 @@ class _Counter:
   ) -> Collective | None:
     """Returns one run of a collective, None for any other instruction."""
     kind = instruction.opcode.removesuffix("-start")
-    if kind not in _COLLECTIVES:
+    if kind not in COLLECTIVES:
       return None
     outside, start = within, instruction
     if within in self._callers:

@@ -7,13 +7,18 @@ from typing import Any
 import jax
 
 from edl_jax import tables
-from edl_jax.aot import bounds, hlo, hlo_costs
+from edl_jax.aot import bounds, estimates, hlo, hlo_costs
 from edl_jax.aot.compile import DoesNotFit, Step
 from edl_jax.aot.hlo_costs import Collective
 from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment
 from edl_jax.model.transformer import parameter_counts, training_flops
 from edl_jax.sharding import path_name
+
+# Places, and kinds of instructions without an estimate, that the text names;
+# JSON has all.
+_NUM_PLACES = 20
+_NUM_KINDS = 8
 
 
 def analyze(
@@ -26,7 +31,8 @@ def analyze(
   train, chip = experiment.train, topology.chip
   chips = len(topology.devices)
   tokens = train.batch_size * train.sequence_length / chips
-  costs = hlo_costs.costs(hlo.parse(step.text), experiment.model.num_experts)
+  module = hlo.parse(step.text)
+  costs = hlo_costs.costs(module, experiment.model.num_experts)
   by_part = {
     part: flops / chips
     for part, flops in training_flops(
@@ -84,6 +90,17 @@ def analyze(
       "best_mfu": model_flops / (bound.seconds * chip.flops),
       "tokens_per_second_per_chip": tokens / bound.seconds,
     },
+    "estimate": estimates.figures(
+      estimates.estimate(module, chip),
+      costs,
+      bounds.interconnect_seconds(
+        [one for one in costs.collectives if not one.is_async],
+        topology,
+        step.mesh,
+      ),
+      chip,
+      model_flops,
+    ),
   }
 
 
@@ -184,7 +201,80 @@ def describe(
     f" {bound['memory']:.4g} s, interconnect {bound['interconnect']:.4g} s)",
     f"at best {bound['best_mfu']:.1%} of peak FLOP/s in the model's products,"
     f" {bound['tokens_per_second_per_chip']:,.0f} tokens/s a chip",
+    *_describe_estimate(figures["estimate"]),
   ]
+  return lines
+
+
+def _ms(seconds: float) -> str:
+  return f"{1e3 * seconds:,.1f}"
+
+
+def _describe_estimate(found: dict[str, Any]) -> list[str]:
+  """Returns the lines that tell the figures of `estimates.figures`."""
+  outside = found["outside_kernels"]
+  priced = outside["roofline"] - outside["unpriced_roofline"]
+  rows = [["seconds", "roofline (low)", "estimate (high)"]]
+  for name, low, high in (
+    ("outside kernels, priced", priced, outside["estimate"]),
+    (
+      "outside kernels, without an estimate",
+      *2 * [outside["unpriced_roofline"]],
+    ),
+    ("kernels at the peak", *2 * [found["kernels"]]),
+    ("synchronous collectives", *2 * [found["synchronous_collectives"]]),
+    ("the step", found["step"]["low"], found["step"]["high"]),
+  ):
+    rows.append([name, f"{low:.4g}", f"{high:.4g}"])
+  places = [["ms", "GB", "by roofline", "line", "operation"]]
+  for place in found["places"][:_NUM_PLACES]:
+    share = place["roofline"] / max(place["estimate"], place["roofline"])
+    places.append(
+      [
+        _ms(place["estimate"]) if place["estimate"] else "-",
+        f"{place['bytes'] / 1e9:,.1f}",
+        _ms(place["roofline"]) + f" ({share:.0%})",
+        place["line"],
+        place["operation"],
+      ]
+    )
+  mfu = found["mfu"]
+  return [
+    "what the compiler expects of the schedule (an estimate, not a"
+    " measurement):",
+    *_table(rows),
+    f"a step takes between {found['step']['low']:.3g} and"
+    f" {found['step']['high']:.3g} s by this, which is between"
+    f" {mfu['low']:.1%} and {mfu['high']:.1%} of peak FLOP/s",
+    *_describe_unpriced(found["unpriced"]),
+    "the dearest places outside kernels:",
+    *_table(places, left=(3, 4)),
+  ]
+
+
+def _describe_unpriced(kinds: Sequence[dict[str, Any]]) -> list[str]:
+  """Returns a line on the instructions without an estimate, and one on those
+  with the compiler's sentinel.
+  """
+  lines = []
+  for is_sentinel, title in (
+    (False, "no estimate for"),
+    (True, "no estimate but a sentinel for"),
+  ):
+    chosen = [kind for kind in kinds if kind["is_sentinel"] == is_sentinel]
+    if not chosen:
+      continue
+    runs = sum(kind["runs"] for kind in chosen)
+    shown = chosen[:_NUM_KINDS]
+    text = ", ".join(
+      f"{kind['runs']:,} {kind['name']} ({_ms(kind['roofline'])} ms)"
+      for kind in shown
+    )
+    rest = chosen[_NUM_KINDS:]
+    if rest:
+      left = sum(kind["roofline"] for kind in rest)
+      text += f", {len(rest)} other kinds ({_ms(left)} ms)"
+    lines.append(f"{title} {runs:,} instructions, by roofline: {text}")
   return lines
 
 
@@ -240,6 +330,8 @@ def describe_difference(
       "memory: peak": figures["memory"]["peak"],
       "bytes sent": figures["collectives"]["sent_bytes"],
       "step bound, s": figures["step_bound"]["seconds"],
+      "step by roofline, s": figures["estimate"]["step"]["low"],
+      "step by estimate, s": figures["estimate"]["step"]["high"],
     }
     for kind, of_kind in figures["collectives"]["by_kind"].items():
       found[f"{kind} runs"] = of_kind["count"]
@@ -252,4 +344,33 @@ def describe_difference(
     a, b = first.get(name, 0), second.get(name, 0)
     share = f"{(a - b) / b:+.4%}" if b else ""
     rows.append([name, f"{a:.6g}", f"{b:.6g}", f"{a - b:+.6g}", share])
-  return _table(rows)
+  return [*_table(rows), *_difference_by_place(base, other)]
+
+
+def _difference_by_place(
+  base: dict[str, Any], other: dict[str, Any]
+) -> list[str]:
+  """Returns a table of the places whose estimates differ most."""
+
+  def by_operation(figures: dict[str, Any]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for place in figures["estimate"]["places"]:
+      name = place["operation"]
+      dearer = max(place["estimate"], place["roofline"])
+      seconds[name] = seconds.get(name, 0.0) + dearer
+    return seconds
+
+  first, second = by_operation(base), by_operation(other)
+  differences = {
+    name: first.get(name, 0.0) - second.get(name, 0.0)
+    for name in {**first, **second}
+  }
+  dearest = sorted(differences, key=lambda name: -abs(differences[name]))
+  rows = [["ms as given", "with it", "difference", "operation"]]
+  for name in dearest[:_NUM_PLACES]:
+    if differences[name]:
+      a, b = first.get(name, 0.0), second.get(name, 0.0)
+      rows.append([_ms(a), _ms(b), f"{1e3 * (a - b):+,.1f}", name])
+  if len(rows) == 1:
+    return ["outside kernels every place has the same estimate"]
+  return ["places outside kernels that differ most:", *_table(rows, left=(3,))]

@@ -23,6 +23,8 @@ class Chip(NamedTuple):
 
   # bfloat16 FLOP/s of matrix products.
   flops: float
+  # Cycles per second of the TensorCore, in which the compiler estimates.
+  clock: float
   # High-bandwidth memory: bytes, and bytes per second.
   hbm_bytes: float
   hbm_bandwidth: float
@@ -49,6 +51,7 @@ _CUBES = (
 CHIPS = {
   "v5e": Chip(
     flops=197e12,
+    clock=1.5e9,
     hbm_bytes=16 * _GIB,
     hbm_bandwidth=819e9,
     link_bandwidth=400e9 / 2 / 4,
@@ -58,6 +61,7 @@ CHIPS = {
   ),
   "v5p": Chip(
     flops=459e12,
+    clock=1.75e9,
     hbm_bytes=95 * _GIB,
     hbm_bandwidth=2765e9,
     link_bandwidth=1200e9 / 2 / 6,
@@ -67,6 +71,7 @@ CHIPS = {
   ),
   "v6e": Chip(
     flops=918e12,
+    clock=1.75e9,
     hbm_bytes=32 * _GIB,
     hbm_bandwidth=1640e9,
     link_bandwidth=800e9 / 2 / 4,

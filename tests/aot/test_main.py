@@ -127,6 +127,16 @@ def test_collectives_of_small_slices(topology, tmp_path):
   # Rows are one block of attention, of which half is computed in vain.
   assert 1 < flops["total"] / run["model_flops"]["total"] < 1.5
   assert not flops["unknown_loops"]
+  # The compiler prices products, and its estimates are above the rooflines.
+  estimate = run["estimate"]
+  products = [
+    x for x in estimate["places"] if x["operation"].endswith("dot_general")
+  ]
+  assert products and all(x["estimate"] >= x["roofline"] for x in products)
+  assert any(x["line"].startswith("model/") for x in products)
+  assert 0 < estimate["mfu"]["low"] < estimate["mfu"]["high"] < 1
+  assert run["step_bound"]["products"] < estimate["step"]["low"]
+  assert "the dearest places outside kernels" in ended.stdout
   memory = run["memory"]
   assert memory["arguments"] < memory["peak"] < memory["capacity"]
   # The divergence loss adds to sums that are sent anyway.

@@ -44,7 +44,7 @@ def test_parameter_table_has_every_byte_of_a_chip():
 
 
 def test_difference_counts_what_only_one_program_has():
-  def figures(flops, **kinds):
+  def figures(flops, places, **kinds):
     return {
       "hlo_flops": {"total": flops},
       "memory": {"temporaries": 10, "peak": 20},
@@ -56,13 +56,43 @@ def test_difference_counts_what_only_one_program_has():
         "sent_bytes": sum(kinds.values()),
       },
       "step_bound": {"seconds": 0.5},
+      "estimate": {
+        "step": {"low": 1.0, "high": 2.0},
+        "places": [
+          {"operation": name, "estimate": high, "roofline": low}
+          for name, high, low in places
+        ],
+      },
     }
 
   lines = aot_report.describe_difference(
-    "seed=1", figures(300, all_gather=8), figures(200, all_reduce=4)
+    "seed=1",
+    figures(300, [("dot", 0.5, 0.1), ("sort", 0.0, 0.2)], all_gather=8),
+    figures(
+      200,
+      [("dot", 0.3, 0.1), ("dot", 0.1, 0.0), ("add", 0.4, 0.1)],
+      all_reduce=4,
+    ),
   )
-  cells = {line.split("  ")[1]: line.split() for line in lines[1:]}
+  start = lines.index("places outside kernels that differ most:")
+  cells = {line.split("  ")[1]: line.split() for line in lines[1:start]}
   assert cells["compiled FLOPs"][-4:] == ["300", "200", "+100", "+50.0000%"]
   # No share of nothing.
   assert cells["all-gather sent"][-3:] == ["8", "0", "+8"]
   assert cells["all-reduce sent"][-4:] == ["0", "4", "-4", "-100.0000%"]
+  # The largest difference comes first; places of one operation are added.
+  assert [line.split() for line in lines[start + 2 :]] == [
+    ["0.0", "400.0", "-400.0", "add"],
+    ["200.0", "0.0", "+200.0", "sort"],
+    ["500.0", "400.0", "+100.0", "dot"],
+  ]
+
+
+def test_equal_estimates_have_no_table():
+  figures = {
+    "estimate": {
+      "places": [{"operation": "dot", "estimate": 0.5, "roofline": 0.1}]
+    }
+  }
+  (line,) = aot_report._difference_by_place(figures, figures)
+  assert "the same estimate" in line
