@@ -18,19 +18,29 @@ import jax
 
 from edl_jax.cache import cache_directory
 
-# These let the TPU compiler overlap communication with computation. It cuts an
-# all-gather of weights into steps and runs them inside earlier fusions.
+# Options of the TPU compiler that overlap communication with computation. Each
+# is in libtpu 0.0.42.1 and 0.0.46.3. docs/tpu.md says what each one does.
 _TPU_OPTIONS: dict[str, str | bool] = {
   "xla_enable_async_all_gather": True,
+  "xla_tpu_overlap_compute_collective_tc": True,
+}
+# v5e has no SparseCores. The TensorCore gathers there, in steps inside earlier
+# fusions. On other chips these options together can corrupt results silently:
+# libtpu 0.0.46.3 refuses them there, and 0.0.42.1 does not.
+_FUSION_OPTIONS: dict[str, str | bool] = {
   "xla_tpu_enable_async_collective_fusion": True,
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
   "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
   "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
-  "xla_tpu_overlap_compute_collective_tc": True,
 }
-# These let the SparseCores run the reduce-scatter of gradients, on chips whose
-# SparseCores the compiler can use for it.
+_FUSION_KINDS = ("TPU v5 lite", "TPU v5e")
+# SparseCores gather weights, and reduce and scatter gradients.
 _SPARSE_CORE_OPTIONS: dict[str, str | bool] = {
+  # On by default in some versions, and unsafe here; see above.
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+  "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+  "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+  "xla_tpu_enable_all_gather_offload_tracing": True,
   "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
   "xla_tpu_enable_reduce_scatter_offload_tracing": True,
 }
@@ -94,8 +104,12 @@ def compiler_options(device: Any) -> dict[str, str | bool]:
   """
   if device.platform != "tpu":
     return {}
-  sparse = device.device_kind in _SPARSE_CORE_KINDS
-  return _TPU_OPTIONS | (_SPARSE_CORE_OPTIONS if sparse else {})
+  options = dict(_TPU_OPTIONS)
+  if device.device_kind in _FUSION_KINDS:
+    options |= _FUSION_OPTIONS
+  if device.device_kind in _SPARSE_CORE_KINDS:
+    options |= _SPARSE_CORE_OPTIONS
+  return options
 
 
 def compile_program(

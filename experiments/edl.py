@@ -75,7 +75,7 @@ def get_config(variant: str = "") -> Experiment:
       rope_theta=1_000_000.0,
       dtype="bfloat16",
       remat="full",
-      logits_elements=1 << 28,
+      logits_elements=1 << 30,
     ),
     losses=LossesConfig(
       divergence_weight=0.0 if labels == "baseline" else 0.01

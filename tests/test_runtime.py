@@ -136,3 +136,88 @@ def test_other_errors_of_the_compiler_stay(monkeypatch):
   lowered = jax.jit(lambda x: x + 1).lower(1.0)
   with pytest.raises(jax.errors.JaxRuntimeError, match="optimization_level"):
     runtime.compile_program(lowered, jax.devices()[0])
+
+
+def device(kind):
+  return types.SimpleNamespace(platform="tpu", device_kind=kind)
+
+
+# Together they may corrupt what other chips than v5e compute, says libtpu.
+UNSAFE = (
+  "xla_tpu_enable_async_collective_fusion",
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+)
+
+
+@pytest.mark.parametrize(
+  "kind", ["TPU v4", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x", "TPU v9"]
+)
+def test_unsafe_options_are_set_on_v5e_alone(kind):
+  options = runtime.compiler_options(device(kind))
+  assert not any(options.get(name) for name in UNSAFE)
+  v5e = runtime.compiler_options(device("TPU v5 lite"))
+  assert all(v5e[name] for name in UNSAFE)
+  assert not any("sparse_core" in name for name in v5e)
+
+
+def test_other_platforms_have_no_options():
+  cpu = types.SimpleNamespace(platform="cpu", device_kind="cpu")
+  assert runtime.compiler_options(cpu) == {}
+
+
+# Compiles a loop that gathers weights and scatters a sum, as training does.
+COMPILE_FOR_TPUS = """
+from edl_jax.aot import topologies
+topologies.prepare_environment()
+import jax, jax.numpy as jnp
+from jax.experimental import topologies as described
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from edl_jax.runtime import compiler_options
+
+def local(x, stack):
+  def layer(x, w):
+    return jnp.tanh(x @ jax.lax.all_gather(w, "x", tiled=True)), None
+  x, _ = jax.lax.scan(layer, x, stack)
+  return jax.lax.psum_scatter(x, "x", tiled=True)
+
+for name in ("v5p:2x2x1", "v6e:2x2", "v5e:2x2"):
+  devices = described.get_topology_desc(name, platform="tpu").devices
+  mesh = Mesh(devices, "x")
+  whole, rows, stack = (
+    NamedSharding(mesh, PartitionSpec(*axes))
+    for axes in ((), ("x",), (None, "x"))
+  )
+  function = jax.shard_map(
+    local, mesh=mesh, in_specs=(whole.spec, stack.spec), out_specs=rows.spec,
+    check_vma=False,
+  )
+  jax.jit(function).lower(
+    jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=whole),
+    jax.ShapeDtypeStruct((4, 1024, 1024), jnp.bfloat16, sharding=stack),
+  ).compile(compiler_options(devices[0]))
+  print(name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "python",
+  [sys.executable, *os.environ.get("EDL_JAX_TPU_PYTHONS", "").split()],
+)
+def test_compilers_take_the_options(python):
+  """Further interpreters with their own jax and libtpu: see the Makefile."""
+  if python == sys.executable:
+    pytest.importorskip("libtpu", reason="needs the compiler of TPUs: libtpu")
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  if python != sys.executable:
+    # This holds the compiler of this interpreter's jax.
+    environment.pop("PYTHONPATH", None)
+  ended = subprocess.run(
+    [python, "-c", COMPILE_FOR_TPUS],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 0, ended.stderr[-2000:]
+  assert ended.stdout.split() == ["v5p:2x2x1", "v6e:2x2", "v5e:2x2"]

@@ -55,6 +55,9 @@ def analyze(
     moved / chip.hbm_bandwidth,
     bounds.interconnect_seconds(costs.collectives, topology, step.mesh),
   )
+  exposed = bounds.interconnect_seconds(
+    [one for one in costs.collectives if not one.is_async], topology, step.mesh
+  )
   total, active = parameter_counts(experiment.model)
   return {
     "chips": chips,
@@ -91,15 +94,7 @@ def analyze(
       "tokens_per_second_per_chip": tokens / bound.seconds,
     },
     "estimate": estimates.figures(
-      estimates.estimate(module, chip),
-      costs,
-      bounds.interconnect_seconds(
-        [one for one in costs.collectives if not one.is_async],
-        topology,
-        step.mesh,
-      ),
-      chip,
-      model_flops,
+      estimates.estimate(module, chip), costs, exposed, chip, model_flops
     ),
   }
 

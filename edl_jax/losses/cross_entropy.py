@@ -75,6 +75,21 @@ _cross_entropy = jax.custom_vjp(_cross_entropy_primal, nondiff_argnums=(4, 5))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+def _chunk_size(tokens: int, most: int) -> int:
+  """Returns the tokens of a chunk, at most `most`.
+
+  TPUs multiply whole tiles of 128 rows, and padding copies all rows: take the
+  largest multiple of 128 that divides the tokens, unless it is less than half
+  of what may be. Otherwise chunks have even sizes.
+  """
+  if most >= tokens:
+    return tokens
+  for size in range(most // 128 * 128, most // 2, -128):
+    if tokens % size == 0:
+      return size
+  return -(-tokens // -(-tokens // most))
+
+
 def _in_chunks(
   x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, with_gradient
 ):
@@ -93,8 +108,8 @@ def _in_chunks(
   vocabulary = head.shape[1]
   first = sharding.index_along("tensor") * vocabulary
   tokens = batch * length
-  num_chunks = max(1, -(-tokens * vocabulary // chunk_elements))
-  chunk = -(-tokens // num_chunks)
+  chunk = _chunk_size(tokens, max(1, chunk_elements // vocabulary))
+  num_chunks = -(-tokens // chunk)
 
   def in_chunks(x):
     flat = x.reshape(tokens, *x.shape[2:])

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from edl_jax.config import MoEConfig
+from edl_jax.model import rows
 from edl_jax.model.grouped_matmul import grouped_matmul
-from edl_jax.model.layers import swiglu
+from edl_jax.model.layers import swiglu, weighted_swiglu
 
 _AXIS = "expert"
 
@@ -41,11 +42,15 @@ def _num_devices() -> int:
 
 
 @jax.named_scope("experts")
-def _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM):
+def _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM, gate_R=None):
   """Sends rows, sorted by expert, through their experts.
 
   Rows beyond the last group are not computed. They hold arbitrary values, in
-  the outputs and in the gradient of `x_RM`, which reach no other row.
+  the outputs and in the gradients of `x_RM` and `gate_R`, which reach no other
+  row.
+
+  Args:
+    gate_R: if given, outputs are multiplied with it.
   """
   num_experts, width, _, hidden = gate_up_EM2F.shape
   # One product for gate and up: (R, 2 F).
@@ -53,92 +58,54 @@ def _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM):
     x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
   )
   merged = checkpoint_name(merged, "experts")
-  return grouped_matmul(
-    swiglu(merged.reshape(-1, 2, hidden)), down_EFM, sizes_E
-  )
-
-
-# --- Rows of routed tokens ---------------------------------------------------
-
-
-def _move_primal(x, source, target, holes=False, lost=False) -> jax.Array:
-  """Moves rows of `x`, each repeated A times; A may be 1.
-
-  Both directions are gathers: deterministic, and faster than the scatter that
-  autodiff would use.
-
-  Args:
-    x: rows, a matrix.
-    source: for each row of the result, its index among the repeated rows.
-    target: the inverse: for each repeated row, its index in the result.
-    holes: whether `source` has indices beyond the end, which give zero rows.
-    lost: whether `target` has them, for rows that the result lacks.
-  """
-  del lost
-  return _rows(x, source // (target.shape[0] // x.shape[0]), holes)
-
-
-def _rows(x, index, beyond):
-  # Fill with zeros only if an index may lie beyond the end: it costs XLA a
-  # pass over all rows, unless a sum consumes them.
-  if beyond:
-    return x.at[index].get(mode="fill", fill_value=0)
-  return x.at[index].get(mode="promise_in_bounds")
-
-
-def _move_forward(x, source, target, holes, lost):
-  return _move(x, source, target, holes, lost), (x.shape, target)
-
-
-def _move_backward(holes, lost, residuals, dy):
-  del holes
-  (num_rows, width), target = residuals
-  dx = _rows(dy, target, lost).reshape(num_rows, -1, width).sum(1)
-  return dx, None, None
-
-
-_move = jax.custom_vjp(_move_primal, nondiff_argnums=(3, 4))
-_move.defvjp(_move_forward, _move_backward)
-
-
-def _sort(expert_R, num_experts):
-  """Sorts rows by expert, and keeps the order among rows of one expert.
-
-  Returns:
-    order_R, the row that comes to each place; place_R, its inverse; sizes_E,
-    the number of rows of each expert. Rows of experts outside [0, E) come last
-    and belong to no group.
-  """
-  order_R = jnp.argsort(expert_R, stable=True)
-  place_R = jnp.argsort(order_R)
-  sizes_E = (expert_R[:, None] == jnp.arange(num_experts)).sum(0, jnp.int32)
-  return order_R, place_R, sizes_E
+  if gate_R is None:
+    hidden_RF = swiglu(merged)
+  else:
+    hidden_RF = weighted_swiglu(merged, gate_R)
+  return grouped_matmul(hidden_RF, down_EFM, sizes_E)
 
 
 # --- Ways of dispatch --------------------------------------------------------
 
 
-def _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, others=False):
-  """Returns the outputs y_PAM of the experts on this device.
+def _sort_local(expert_PA, num_experts, others):
+  """Sorts rows by expert on this device; see `rows.sort`.
 
   Args:
-    others: whether `expert_PA` names experts outside [0, E), whose outputs are
-      zero.
+    others: whether `expert_PA` names experts outside [0, E). The places of
+      their rows are beyond the end.
   """
-  tokens, width = x_PM.shape
-  num_experts, num_rows = gate_up_EM2F.shape[0], expert_PA.size
-  expert_R = expert_PA.reshape(-1)
-  if others:
-    local_R = (expert_R >= 0) & (expert_R < num_experts)
-    expert_R = jnp.where(local_R, expert_R, num_experts)
-  order_R, place_R, sizes_E = _sort(expert_R, num_experts)
-  if others:
-    # Rows of other experts hold arbitrary values; make them holes, so zeros.
-    place_R = jnp.where(expert_R < num_experts, place_R, num_rows)
-  x_RM = _move(x_PM, order_R, place_R, lost=others)
+  expert_R = rows.by_row(expert_PA)
+  if not others:
+    return rows.sort(expert_R, num_experts)
+  is_local_R = (expert_R >= 0) & (expert_R < num_experts)
+  order_R, place_R, sizes_E = rows.sort(
+    jnp.where(is_local_R, expert_R, num_experts), num_experts
+  )
+  # Rows of other experts hold arbitrary values, which nothing may read.
+  return order_R, jnp.where(is_local_R, place_R, len(expert_R)), sizes_E
+
+
+def _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM):
+  """Returns the outputs y_APM of the experts, all of them on this device."""
+  order_R, place_R, sizes_E = _sort_local(expert_PA, len(down_EFM), False)
+  x_RM = rows.move(x_PM, order_R, place_R)
   y_RM = _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM)
-  y_RM = _move(y_RM, place_R, order_R, holes=others)
-  return y_RM.reshape(tokens, -1, width)
+  y_RM = rows.move(y_RM, place_R, order_R)
+  return y_RM.reshape(-1, *x_PM.shape)
+
+
+def _local_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM, others=False):
+  """Returns the sums of weighted outputs y_PM of the experts on this device.
+
+  Args:
+    others: whether `expert_PA` names experts outside [0, E), which add nothing.
+  """
+  order_R, place_R, sizes_E = _sort_local(expert_PA, len(down_EFM), others)
+  x_RM = rows.move(x_PM, order_R, place_R, lost=others)
+  gate_R = rows.move(rows.by_row(gate_PA), order_R, place_R, lost=others)
+  y_RM = _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM, gate_R)
+  return rows.collect(y_RM, order_R, place_R, len(x_PM), lost=others)
 
 
 class _Route(NamedTuple):
@@ -203,7 +170,7 @@ def _regroup(counts_XE, num_rows):
     counts_XE: rows from each sender for each expert of this device.
 
   Returns:
-    `source` and `target` of `_move`, which leave all further rows in place.
+    `source` and `target` of `rows.move`, which leave all further rows in place.
   """
 
   def starts(sizes):
@@ -224,7 +191,9 @@ def _ragged_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM):
   devices, num_local = _num_devices(), gate_up_EM2F.shape[0]
   if devices == 1:
     return _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM)
-  order_R, place_R, sizes_E = _sort(expert_PA.reshape(-1), devices * num_local)
+  order_R, place_R, sizes_E = rows.sort(
+    rows.by_row(expert_PA), devices * num_local
+  )
   counts_XE = jax.lax.all_gather(sizes_E, _AXIS)
   there, back = _routes(counts_XE)
   local_XE = jax.lax.dynamic_slice_in_dim(
@@ -234,12 +203,12 @@ def _ragged_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM):
   most_rows = devices * len(order_R)
   source, target = _regroup(local_XE, most_rows)
 
-  x_RM = _exchange(_move(x_PM, order_R, place_R), there, back, most_rows)
+  x_RM = _exchange(rows.move(x_PM, order_R, place_R), there, back, most_rows)
   y_RM = _experts(
-    _move(x_RM, source, target), local_XE.sum(0), gate_up_EM2F, down_EFM
+    rows.move(x_RM, source, target), local_XE.sum(0), gate_up_EM2F, down_EFM
   )
-  y_RM = _exchange(_move(y_RM, target, source), back, there, len(order_R))
-  return _move(y_RM, place_R, order_R).reshape(*expert_PA.shape, -1)
+  y_RM = _exchange(rows.move(y_RM, target, source), back, there, len(order_R))
+  return rows.move(y_RM, place_R, order_R).reshape(-1, *x_PM.shape)
 
 
 def _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
@@ -251,17 +220,15 @@ def _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
   """
   devices, num_local = _num_devices(), gate_up_EM2F.shape[0]
   if devices == 1:
-    y_PAM = _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM)
-    return combine(y_PAM, gate_PA)
+    return _local_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
   first = jax.lax.axis_index(_AXIS) * num_local
 
   # The backward pass keeps tokens only, and computes the rest again.
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def local_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
-    y_PAM = _local_outputs(
-      x_PM, expert_PA - first, gate_up_EM2F, down_EFM, others=True
+    return _local_sums(
+      x_PM, expert_PA - first, gate_PA, gate_up_EM2F, down_EFM, others=True
     )
-    return combine(y_PAM, gate_PA)
 
   def to_next(arrays):
     ways = [(x, (x + 1) % devices) for x in range(devices)]
@@ -279,17 +246,18 @@ def _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
 
 
 def _capacity_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, capacity_factor):
-  """Returns outputs y_PAM, zero for tokens beyond the capacity of an expert.
+  """Returns outputs y_APM, zero for tokens beyond the capacity of an expert.
 
   Each device fills C places of every expert, earlier tokens first.
   """
   devices = _num_devices()
   num_experts = devices * gate_up_EM2F.shape[0]
-  num_rows, width = expert_PA.size, x_PM.shape[1]
+  num_rows, (tokens, width) = expert_PA.size, x_PM.shape
   # An expert gets a token once at most, so more places would stay empty.
-  capacity = min(math.ceil(capacity_factor * num_rows / num_experts), len(x_PM))
-  expert_R = expert_PA.reshape(-1)
-  order_R, place_R, sizes_E = _sort(expert_R, num_experts)
+  capacity = min(math.ceil(capacity_factor * num_rows / num_experts), tokens)
+  expert_R = rows.by_row(expert_PA)
+  token_R = jnp.tile(jnp.arange(tokens), expert_PA.shape[1])
+  order_R, place_R, sizes_E = rows.sort(expert_R, num_experts, token_R)
   start_E = jnp.cumsum(sizes_E) - sizes_E
   # The turn of a row at its expert gives its place among all E C places.
   turn_R = place_R - start_E[expert_R]
@@ -303,20 +271,23 @@ def _capacity_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, capacity_factor):
   row_EC = order_R.at[start_E[:, None] + turn_C].get(mode="clip")
   row_U = row_EC.reshape(-1)
 
-  x_UM = _move(x_PM, row_U, index_R, lost=True)
+  x_UM = rows.move(x_PM, row_U, index_R, lost=True)
   x_ECM = x_UM.reshape(num_experts, capacity, width)
   if devices > 1:
     x_ECM = jax.lax.all_to_all(x_ECM, _AXIS, 0, 1, tiled=True)
   with jax.named_scope("experts"):
-    both_EC2F = jnp.einsum("ECM,EMOF->ECOF", x_ECM, gate_up_EM2F)
-    y_ECM = jnp.einsum("ECF,EFM->ECM", swiglu(both_EC2F), down_EFM)
+    # One product for gate and up: (E, C, 2 F).
+    merged = jnp.matmul(
+      x_ECM, gate_up_EM2F.reshape(*gate_up_EM2F.shape[:2], -1)
+    )
+    y_ECM = jnp.einsum("ECF,EFM->ECM", swiglu(merged), down_EFM)
   if devices > 1:
     y_ECM = jax.lax.all_to_all(y_ECM, _AXIS, 1, 0, tiled=True)
   # Mask empty places, so that no gradient enters through them.
   y_ECM = jnp.where(taken_EC[..., None], y_ECM, 0)
   y_UM = y_ECM.reshape(num_places, width)
-  y_RM = _move(y_UM, index_R, row_U, holes=True)
-  return y_RM.reshape(*expert_PA.shape, width)
+  y_RM = rows.move(y_UM, index_R, row_U, holes=True)
+  return y_RM.reshape(-1, tokens, width)
 
 
 @jax.named_scope("dispatch")
@@ -337,7 +308,7 @@ def expert_outputs(
     config: the dispatch; not "ring", which returns no token's outputs.
 
   Returns:
-    y_PAM, what each active expert returns, in the dtype of `x_PM`; zeros where
+    y_APM, what each active expert returns, in the dtype of `x_PM`; zeros where
     a token was dropped.
   """
   arguments = (x_PM, expert_PA, gate_up_EM2F, down_EFM)
@@ -350,9 +321,14 @@ def expert_outputs(
 
 
 @jax.named_scope("dispatch")
-def combine(y_PAM: jax.Array, gate_PA: jax.Array) -> jax.Array:
-  """Adds active experts' outputs by their float32 routing weights, (P, M)."""
-  return jnp.einsum("PAM,PA->PM", y_PAM, gate_PA.astype(y_PAM.dtype))
+def combine(y_APM: jax.Array, gate_PA: jax.Array) -> jax.Array:
+  """Adds active experts' outputs by their routing weights, in float32.
+
+  Returns:
+    y_PM, in the dtype of `y_APM`.
+  """
+  weighted_APM = y_APM.astype(jnp.float32) * gate_PA.T[..., None]
+  return weighted_APM.sum(0).astype(y_APM.dtype)
 
 
 @jax.named_scope("dispatch")
@@ -374,10 +350,14 @@ def mixed_outputs(
   Returns:
     y_PM, in the dtype of `x_PM`.
   """
+  arguments = (x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
+  if config.dispatch == "gather":
+    return _local_sums(*arguments)
   if config.dispatch == "ring":
-    return _ring_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM)
-  y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, config)
-  return combine(y_PAM, gate_PA)
+    return _ring_sums(*arguments)
+  # Weights stay with the tokens; only rows travel.
+  y_APM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, config)
+  return combine(y_APM, gate_PA)
 
 
 def _matrix(w, layer, expert):
@@ -417,8 +397,7 @@ def few_mixed_outputs(
   if expert_PA.size < num_local:
     here_PA = (expert_PA >= 0) & (expert_PA < num_local)
     gate_PA = jnp.where(here_PA, gate_PA, 0)
-    expert_R = jnp.clip(expert_PA, 0, num_local - 1).reshape(-1)
-    active = expert_PA.shape[1]
+    expert_R = rows.by_row(jnp.clip(expert_PA, 0, num_local - 1))
 
     # A loop reads a matrix where it lies. XLA would gather them all into a new
     # array, and on TPUs lay all experts' parameters out anew for that.
@@ -427,19 +406,18 @@ def few_mixed_outputs(
       gate_up_M2F, down_FM = (
         _matrix(w, layer, expert_R[row]) for w in (gate_up_LEM2F, down_LEFM)
       )
-      both_2F = jnp.einsum("M,MOF->OF", x_PM[row // active], gate_up_M2F)
-      y_M = jnp.einsum("F,FM->M", swiglu(both_2F[None])[0], down_FM)
+      both_2F = jnp.einsum("M,MOF->OF", x_PM[row % len(x_PM)], gate_up_M2F)
+      y_M = jnp.einsum("F,FM->M", swiglu(both_2F.reshape(-1)), down_FM)
       return y_RM.at[row].set(y_M)
 
     y_RM = jnp.zeros((len(expert_R), x_PM.shape[1]), x_PM.dtype)
     y_RM = jax.lax.fori_loop(0, len(expert_R), one, y_RM)
-    y_PAM = y_RM.reshape(*expert_PA.shape, -1)
+    y_PM = combine(y_RM.reshape(-1, *x_PM.shape), gate_PA)
   else:
-    y_PAM = _local_outputs(
-      *(x_PM, expert_PA, gate_up_LEM2F[layer], down_LEFM[layer]),
+    y_PM = _local_sums(
+      *(x_PM, expert_PA, gate_PA, gate_up_LEM2F[layer], down_LEFM[layer]),
       others=devices > 1,
     )
-  y_PM = combine(y_PAM, gate_PA)
   if devices > 1:
     y_PM = jax.lax.psum_scatter(y_PM, _AXIS, tiled=True)
   return y_PM

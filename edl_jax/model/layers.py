@@ -1,7 +1,5 @@
 """Layers that attention and experts share: norm, SwiGLU, initialisation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,8 +21,7 @@ def fan_in_normal(
   return initializer(key, shape, jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _rms_normalize(x, scale, epsilon, axes=()) -> jax.Array:
+def _rms_normalize_primal(x, scale, epsilon, axes=()) -> jax.Array:
   """Normalises; autodiff's derivative would read x three times as often.
 
   Args:
@@ -56,6 +53,7 @@ def _rms_normalize_backward(axes, residuals, dy):
   return dx.astype(x.dtype), dscale, None
 
 
+_rms_normalize = jax.custom_vjp(_rms_normalize_primal, nondiff_argnums=(3,))
 _rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)
 
 
@@ -90,6 +88,11 @@ class HeadsRMSNorm(nnx.Module):
     return y.reshape(x_BTNH.shape)
 
 
+def _halves(both):
+  hidden = both.shape[-1] // 2
+  return both[..., :hidden], both[..., hidden:]
+
+
 @jax.custom_vjp
 def swiglu(both: jax.Array) -> jax.Array:
   """Multiplies `up` by the SiLU of `gate` (Shazeer, arXiv:2002.05202).
@@ -97,12 +100,14 @@ def swiglu(both: jax.Array) -> jax.Array:
   The backward pass keeps the argument alone.
 
   Args:
-    both: gate and up, (..., 2, F).
+    both: gate and up, one behind the other, (..., 2 F). An axis of their own
+      would cost TPUs a transposition, because tiles hold the last two axes.
 
   Returns:
     The hidden activations (..., F).
   """
-  return jax.nn.silu(both[..., 0, :]) * both[..., 1, :]
+  gate, up = _halves(both)
+  return jax.nn.silu(gate) * up
 
 
 def _swiglu_forward(both):
@@ -110,13 +115,50 @@ def _swiglu_forward(both):
 
 
 def _swiglu_backward(both, dy):
-  gate, up = both[..., 0, :], both[..., 1, :]
+  gate, up = _halves(both)
   sigmoid = jax.nn.sigmoid(gate)
   dgate = dy * up * sigmoid * (1 + gate * (1 - sigmoid))
-  return (jnp.stack([dgate, dy * gate * sigmoid], axis=-2),)
+  dup = dy * gate * sigmoid
+  # Write each half where it belongs: joined at once, TPUs would first write
+  # both, and then copy them.
+  dboth = jax.lax.empty(both.shape, both.dtype)
+  for half, start in ((dgate, 0), (dup, dgate.shape[-1])):
+    dboth = jax.lax.dynamic_update_slice_in_dim(dboth, half, start, axis=-1)
+  return (dboth,)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
+def weighted_swiglu(both: jax.Array, weight: jax.Array) -> jax.Array:
+  """Computes `swiglu`, times a weight for each row.
+
+  A linear layer behind it then returns weighted outputs, and the weights'
+  gradient does not need the outputs without weights.
+
+  Args:
+    both: as in `swiglu`, (..., 2 F).
+    weight: float32 (...).
+
+  Returns:
+    The weighted hidden activations (..., F), in the dtype of `both`.
+  """
+  return swiglu(both) * weight[..., None].astype(both.dtype)
+
+
+def _weighted_swiglu_forward(both, weight):
+  return weighted_swiglu(both, weight), (both, weight)
+
+
+def _weighted_swiglu_backward(residuals, dy):
+  both, weight = residuals
+  product = dy.astype(jnp.float32) * swiglu(both).astype(jnp.float32)
+  dhidden = dy * weight[..., None].astype(dy.dtype)
+  return *_swiglu_backward(both, dhidden), product.sum(-1)
+
+
+weighted_swiglu.defvjp(_weighted_swiglu_forward, _weighted_swiglu_backward)
 
 
 class SwiGLU(nnx.Module):
@@ -138,6 +180,7 @@ class SwiGLU(nnx.Module):
       "gate_up_M2F", self.gate_up_M2F[...].astype(dtype)
     )
     down_FM = sharding.gather("down_FM", self.down_FM[...].astype(dtype))
-    both_BT2F = jnp.einsum("BTM,MOF->BTOF", x_BTM, gate_up_M2F)
-    y_BTM = jnp.einsum("BTF,FM->BTM", swiglu(both_BT2F), down_FM)
+    # One matrix (M, 2 F).
+    both = jnp.dot(x_BTM, gate_up_M2F.reshape(len(gate_up_M2F), -1))
+    y_BTM = jnp.einsum("BTF,FM->BTM", swiglu(both), down_FM)
     return sharding.sum_over(y_BTM, ("tensor",))

@@ -247,17 +247,17 @@ class MoE(nnx.Module):
       y_PM = mixed_outputs(x_PM, expert_PA, gate_PA, *weights, moe)
       y_PM = sharding.sum_over(y_PM, ("tensor",))
       return y_PM.reshape(x_BTM.shape), None
-    y_PAM = expert_outputs(x_PM, expert_PA, *weights, moe)
+    y_APM = expert_outputs(x_PM, expert_PA, *weights, moe)
     # The sums hold products of outputs, so they need complete outputs.
-    y_PAM = sharding.sum_over(y_PAM, ("tensor",))
+    y_APM = sharding.sum_over(y_APM, ("tensor",))
     outputs = summaries.outputs(
-      y_PAM,
+      y_APM.swapaxes(0, 1),
       expert_PA,
       gate_PA,
       weights_BT.reshape(-1),
       self.config.num_experts,
     )
-    return combine(y_PAM, gate_PA).reshape(x_BTM.shape), outputs
+    return combine(y_APM, gate_PA).reshape(x_BTM.shape), outputs
 
   def _gathered_experts(
     self, dtype: jnp.dtype, moe: MoEConfig

@@ -56,7 +56,6 @@ def rotary_embedding(
   Feature i is paired with feature i + H/2, as the Qwen and Llama families do.
   Angles are float32; the dtype of `x_BTNH` is kept.
   """
-  half = x_BTNH.shape[-1] // 2
   frequency_H = frequencies(config)
   angle_BTH = positions_BT[..., None].astype(jnp.float32) * frequency_H
   cos_BTH, sin_BTH = jnp.cos(angle_BTH), jnp.sin(angle_BTH)
@@ -66,9 +65,47 @@ def rotary_embedding(
   # afterwards.
   cos_BTH = jnp.concatenate([cos_BTH, cos_BTH], axis=-1)
   sin_BTH = jnp.concatenate([-sin_BTH, sin_BTH], axis=-1)
-  x32_BTNH = x_BTNH.astype(jnp.float32)
+  return _rotate(x_BTNH, cos_BTH, sin_BTH)
+
+
+def _swap_by_roll(x_BTNH):
+  half = x_BTNH.shape[-1] // 2
+  return jnp.roll(x_BTNH.astype(jnp.float32), half, axis=-1)
+
+
+def _swap_by_product(x_BTNH):
+  """Multiplies with a permutation, which is exact: a TPU rolls slowly."""
+  width = x_BTNH.shape[-1]
+  swap_HH = jnp.roll(jnp.eye(width, dtype=x_BTNH.dtype), width // 2, axis=-1)
+  return jnp.einsum(
+    "BTNH,Hh->BTNh", x_BTNH, swap_HH, preferred_element_type=jnp.float32
+  )
+
+
+def _rotate_primal(x_BTNH, cos_BTH, sin_BTH) -> jax.Array:
+  """Returns x cos + y sin, where y is x with its halves exchanged."""
+  if x_BTNH.dtype == jnp.bfloat16:
+    swapped_BTNH = jax.lax.platform_dependent(
+      x_BTNH, tpu=_swap_by_product, default=_swap_by_roll
+    )
+  else:
+    # TPUs round the factors of products to bfloat16.
+    swapped_BTNH = _swap_by_roll(x_BTNH)
   rotated = (
-    x32_BTNH * cos_BTH[:, :, None]
-    + jnp.roll(x32_BTNH, half, axis=-1) * sin_BTH[:, :, None]
+    x_BTNH.astype(jnp.float32) * cos_BTH[:, :, None]
+    + swapped_BTNH * sin_BTH[:, :, None]
   )
   return rotated.astype(x_BTNH.dtype)
+
+
+def _rotate_forward(x_BTNH, cos_BTH, sin_BTH):
+  return _rotate(x_BTNH, cos_BTH, sin_BTH), (cos_BTH, sin_BTH)
+
+
+def _rotate_backward(residuals, dy_BTNH):
+  cos_BTH, sin_BTH = residuals
+  return _rotate(dy_BTNH, cos_BTH, -sin_BTH), None, None
+
+
+_rotate = jax.custom_vjp(_rotate_primal)
+_rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from edl_jax.losses.cross_entropy import chunked_cross_entropy
+from edl_jax.losses.cross_entropy import _chunk_size, chunked_cross_entropy
 from tests.losses.programs import largest_array
 
 
@@ -27,6 +27,24 @@ def test_no_array_of_all_logits():
   largest = largest_array(traced.jaxpr)
   assert elements / 2 < largest <= elements
   assert largest <= every_logit / 16
+
+
+@pytest.mark.parametrize(
+  ("tokens", "most", "chunk"),
+  [
+    (65536, 1765, 1024),  # A multiple of 128 that divides the tokens.
+    (65536, 7061, 4096),
+    (384, 384, 384),
+    (21, 100, 21),
+    (21, 7, 7),
+    (1000, 300, 250),  # No multiple of 128 does: even sizes.
+    (128 * 101, 1000, 995),  # One does, of less than half the size.
+  ],
+)
+def test_chunks_are_whole_tiles_where_that_is_possible(tokens, most, chunk):
+  assert _chunk_size(tokens, most) == chunk
+  # The last chunk is padded by less than there are chunks.
+  assert -tokens % chunk < -(-tokens // chunk)
 
 
 @pytest.mark.parametrize("elements", [1 << 22, 7 * 50, 1])

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from edl_jax.config import ModelConfig
-from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal, swiglu
+from edl_jax.model.layers import (
+  RMSNorm,
+  SwiGLU,
+  fan_in_normal,
+  swiglu,
+  weighted_swiglu,
+)
 
 
 def test_norm_against_autodiff_of_its_formula():
@@ -30,22 +36,46 @@ def test_norm_against_autodiff_of_its_formula():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def check_derivative(function, formula, arguments, dy):
+  y, pull_back = jax.vjp(function, *arguments)
+  want, formula_pull_back = jax.vjp(formula, *arguments)
+  np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
+  for got, want in zip(pull_back(dy), formula_pull_back(dy), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def gated(both):
+  gate, up = jnp.split(both, 2, axis=-1)
+  return gate / (1 + jnp.exp(-gate)) * up
+
+
 def test_swiglu_against_autodiff_of_its_formula():
   random = np.random.default_rng(0)
   both, dy = (
-    random.standard_normal(shape, np.float32) for shape in ((3, 2, 5), (3, 5))
+    random.standard_normal(shape, np.float32) for shape in ((3, 10), (3, 5))
+  )
+  check_derivative(swiglu, gated, [both], dy)
+
+
+def test_weighted_swiglu_against_autodiff_of_its_formula():
+  random = np.random.default_rng(1)
+  both, weight, dy = (
+    random.standard_normal(shape, np.float32) for shape in ((3, 10), 3, (3, 5))
+  )
+  check_derivative(
+    weighted_swiglu,
+    lambda both, weight: gated(both) * weight[:, None],
+    [both, weight],
+    dy,
   )
 
-  def formula(both):
-    gate, up = both[:, 0], both[:, 1]
-    return gate / (1 + jnp.exp(-gate)) * up
 
-  y, pull_back = jax.vjp(swiglu, both)
-  want, formula_pull_back = jax.vjp(formula, both)
-  np.testing.assert_allclose(y, want, rtol=1e-5)
-  np.testing.assert_allclose(
-    pull_back(dy)[0], formula_pull_back(dy)[0], rtol=1e-4, atol=1e-6
-  )
+def test_weights_stay_float32_beside_bfloat16():
+  both, weight = jnp.ones((4, 6), jnp.bfloat16), jnp.full(4, 0.3)
+  y, pull_back = jax.vjp(weighted_swiglu, both, weight)
+  dboth, dweight = pull_back(y)
+  assert y.dtype == dboth.dtype == jnp.bfloat16
+  assert dweight.dtype == jnp.float32
 
 
 def test_dense_layer_against_matrix_products():

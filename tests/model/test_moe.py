@@ -57,8 +57,8 @@ def test_dispatch_against_a_loop(num_experts, num_active, idle):
     return value, jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*arguments)
 
   def ours(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM):
-    y_PAM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, GATHER)
-    return combine(y_PAM, gate_PA)
+    y_APM = expert_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM, GATHER)
+    return combine(y_APM, gate_PA)
 
   got, got_gradients = run(ours)
   with jax.default_matmul_precision("highest"):
