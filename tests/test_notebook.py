@@ -18,10 +18,14 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 from edl_jax import config, config_files
+from edl_jax.analysis.task_comparison import paired_difference, read_tasks
 from edl_jax.model.transformer import Model, parameter_counts
+from edl_jax.tasks import __main__ as tasks
+from tests.tasks.small_run import write_files, write_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "inspect_checkpoint.ipynb"
+COMPARISON = ROOT / "notebooks" / "evaluate.ipynb"
 OVERRIDES = {
   "train.num_steps": 2,
   "train.eval_rows": 1,
@@ -30,8 +34,8 @@ OVERRIDES = {
 }
 
 
-def read_notebook() -> nbformat.NotebookNode:
-  return nbformat.read(NOTEBOOK, as_version=nbformat.NO_CONVERT)
+def read_notebook(path: pathlib.Path) -> nbformat.NotebookNode:
+  return nbformat.read(path, as_version=nbformat.NO_CONVERT)
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def test_notebook_shows_a_run(environment, tmp_path):
     capture_output=True,
     timeout=120,
   )
-  notebook = read_notebook()
+  notebook = read_notebook(NOTEBOOK)
   execute(notebook)
 
   loaded = printed(notebook, "load")
@@ -135,8 +139,63 @@ def test_notebook_shows_a_run(environment, tmp_path):
     assert coloured_share(images[0]) > 0.2, cell_id
 
 
-def test_notebook_is_committed_without_outputs():
-  notebook = read_notebook()
+@pytest.mark.slow
+def test_notebook_compares_runs_on_tasks(environment, tmp_path, monkeypatch):
+  for name, seed in (("baseline", 0), ("run", 1)):
+    (tmp_path / name).mkdir()
+    write_run(tmp_path / name, seed)
+  (tmp_path / "files").mkdir()
+  write_files(tmp_path / "files")
+  for name in ("baseline", "run"):
+    arguments = [
+      f"--workdir={tmp_path / name}",
+      f"--files={tmp_path / 'files'}",
+    ]
+    assert tasks.main(arguments) == 0
+  monkeypatch.setenv("EDL_JAX_BASELINE", str(tmp_path / "baseline"))
+  notebook = read_notebook(COMPARISON)
+  execute(notebook)
+  assert printed(notebook, "load") == (
+    "baseline: step 1, 2 files\nrun: step 1, 2 files\n"
+  )
+  found = [read_tasks(str(tmp_path / name)) for name in ("baseline", "run")]
+  baseline, run = found
+  assert baseline and run
+  difference = paired_difference([(baseline, run)], "sums", "bits_per_byte")
+  assert difference
+  (line,) = re.findall(r"sums +6 +(\S+) +(\S+)", printed(notebook, "tasks"))
+  assert line == (
+    f"{difference.mean:+.4f}",
+    f"{difference.document_error:.4f}",
+  )
+  for cell_id in ("tasks", "domains"):
+    images = [
+      output.data["image/png"]
+      for output in outputs(notebook, cell_id)
+      if "image/png" in output.get("data", {})
+    ]
+    assert len(images) == 1 and coloured_share(images[0]) > 0.002, cell_id
+  pages = [
+    "".join(output.data["text/html"])
+    for output in outputs(notebook, "generate")
+    if output.output_type == "display_data"
+  ]
+  assert len(pages) == 2
+  for page, name in zip(pages, ("baseline", "run")):
+    assert f"<h4>{name}</h4>" in page
+    prompts = "def __init__(self" + "The largest planet is" + "2 + 2 ="
+    spans = re.findall(r'<span style="(.*?)" title="(.*?)">(.*?)</span>', page)
+    underlined = [text for style, _, text in spans if "underline" in style]
+    assert "".join(underlined) == prompts
+    # All but the last token of each text have experts.
+    coloured = [title for style, title, _ in spans if "background" in style]
+    assert len(spans) - len(coloured) == 3
+    assert set(coloured) <= {f"expert {e}" for e in range(4)}
+
+
+@pytest.mark.parametrize("path", [NOTEBOOK, COMPARISON], ids=lambda p: p.stem)
+def test_notebook_is_committed_without_outputs(path):
+  notebook = read_notebook(path)
   nbformat.validate(notebook)
   assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
   assert notebook.metadata.kernelspec.name == "python3"

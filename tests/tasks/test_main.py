@@ -7,49 +7,25 @@ import pytest
 
 import edl_jax
 from edl_jax import sharding
-from edl_jax.checkpoint import Checkpointer, Provenance
-from edl_jax.config import Experiment, TrainConfig
-from edl_jax.optim import make_optimizer
-from edl_jax.step import init_state
+from edl_jax.config import MeshConfig
 from edl_jax.tasks.__main__ import main
 from edl_jax.tasks.scoring import score
-from edl_jax.text.taxonomy import Taxonomy
-from edl_jax.text.tokenizer import byte_tokenizer
-from tests.tasks.naive import CONFIG, LENGTH
-
-EXPERIMENT = Experiment(model=CONFIG, train=TrainConfig(sequence_length=LENGTH))
+from tests.tasks.naive import LENGTH
+from tests.tasks.small_run import write_files, write_run
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """Returns the folder of an untrained run."""
   folder = tmp_path_factory.mktemp("run")
-  mesh = sharding.make_mesh(EXPERIMENT.mesh, jax.devices()[:1])
-  provenance = Provenance(
-    EXPERIMENT, Taxonomy.from_names(["a", "b"]), byte_tokenizer(), "hash"
-  )
-  checkpointer = Checkpointer(str(folder), keep=1)
-  with jax.set_mesh(mesh):
-    state = init_state(
-      EXPERIMENT, make_optimizer(EXPERIMENT.optimizer, 1), mesh
-    )
-    checkpointer.save(1, state, {}, provenance)
-  checkpointer.close()
-  report = {"domains": ["a", "b"], "probabilities": [[[0.25] * 4] * 2]}
-  (folder / "eval.json").write_text(json.dumps({"step": 1, "report": report}))
+  write_run(folder)
   return folder
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
   folder = tmp_path_factory.mktemp("files")
-  lines = [
-    {"context": f"{i} +", "continuations": [" 1", " 2"], "gold": i % 2}
-    for i in range(6)
-  ]
-  content = "\n".join(map(json.dumps, lines))
-  for name in ("sums", "more"):
-    (folder / f"{name}.jsonl").write_text(content + "\n")
+  write_files(folder)
   return folder
 
 
@@ -65,7 +41,7 @@ def test_the_command_writes_what_it_prints(workdir, files, capsys):
   assert f"{task['figures']['bits_per_byte']['mean']:.4f} ± " in printed
   assert result["routing"]["domains"] == ["a", "b"]
   run = edl_jax.load(str(workdir))
-  mesh = sharding.make_mesh(EXPERIMENT.mesh, jax.devices()[:1])
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
   (alone,) = score(run.model, run.tokenizer, [("0 +", " 1")], LENGTH, mesh)
   bits = -alone.log_likelihood / 0.6931471805599453 / 2
   found = task["by_document"]["bits_per_byte"][0]
