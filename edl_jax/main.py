@@ -11,8 +11,6 @@ With --mode=eval it evaluates that checkpoint instead of training. --describe
 lists every field of the experiment, and does nothing else.
 """
 
-import hashlib
-import json
 import os
 import re
 import sys
@@ -177,38 +175,18 @@ def _join_processes(run: Run) -> None:
   """Joins the run's other processes and checks that all run the same thing.
 
   Raises:
-    UserError: the processes cannot meet, or their experiment or text differs.
+    UserError: the processes cannot meet, or their experiment or files differ.
   """
-  import jax
-  import numpy as np
-  from jax.experimental import multihost_utils
+  from edl_jax import runtime
 
-  # JAX itself reads the address and the variables of a cluster's launcher.
-  count, index = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-  try:
-    jax.distributed.initialize(
-      num_processes=int(count) if count else None,
-      process_id=int(index) if index else None,
-    )
-  except (ValueError, RuntimeError) as error:
-    reason = str(error).partition("\n")[0]
-    raise UserError(
-      f"--distributed: {reason}; outside of TPU pods and Slurm every process"
-      " needs JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and, from 0,"
-      " JAX_PROCESS_ID"
-    ) from error
   files = run.tasks.selected.items() if run.tasks else ()
-  same = [
-    run.provenance.to_dict(),
-    [(name, each.sha256) for name, each in files],
-  ]
-  digest = hashlib.sha256(json.dumps(same).encode()).digest()
-  own = np.frombuffer(digest, np.uint8)
-  if (multihost_utils.process_allgather(own) != own).any():
-    raise UserError(
-      "--distributed: the processes differ in experiment or text; give all the"
-      " same command and files"
-    )
+  runtime.join_processes(
+    [
+      run.provenance.to_dict(),
+      [(name, each.sha256) for name, each in files],
+    ],
+    "experiment or text",
+  )
 
 
 def _make_mesh(experiment: Experiment) -> "Mesh":

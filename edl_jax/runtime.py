@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -15,8 +16,11 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from edl_jax.cache import cache_directory
+from edl_jax.config import UserError
 
 # Options of the TPU compiler that overlap communication with computation. Each
 # is in libtpu 0.0.42.1 and 0.0.46.3. docs/tpu.md says what each one does.
@@ -94,6 +98,41 @@ def configure() -> None:
       os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=1"
     if sys.platform == "linux":
       _keep_freed_memory()
+
+
+def join_processes(content: Any, what: str) -> None:
+  """Joins the program's other processes, and checks that they agree.
+
+  Call this before the process uses a device.
+
+  Args:
+    content: what all processes must have in common, as JSON can hold it.
+    what: the content in a few words, for messages.
+
+  Raises:
+    UserError: the processes cannot meet, or their contents differ.
+  """
+  # JAX itself reads the address and the variables of a cluster's launcher.
+  count, index = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+  try:
+    jax.distributed.initialize(
+      num_processes=int(count) if count else None,
+      process_id=int(index) if index else None,
+    )
+  except (ValueError, RuntimeError) as error:
+    reason = str(error).partition("\n")[0]
+    raise UserError(
+      f"--distributed: {reason}; outside of TPU pods and Slurm every process"
+      " needs JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and, from 0,"
+      " JAX_PROCESS_ID"
+    ) from error
+  digest = hashlib.sha256(json.dumps(content).encode()).digest()
+  own = np.frombuffer(digest, np.uint8)
+  if (multihost_utils.process_allgather(own) != own).any():
+    raise UserError(
+      f"--distributed: the processes differ in {what}; give all the same"
+      " command and files"
+    )
 
 
 def compiler_options(device: Any) -> dict[str, str | bool]:

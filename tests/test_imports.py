@@ -61,7 +61,7 @@ ARROWS = {
   "output": {"config"},
   "preemption": set(),
   "progress": set(),
-  "runtime": {"cache"},
+  "runtime": {"cache", "config"},
   "sharding": {"config"},
   "spikes": set(),
   "step": {

@@ -81,6 +81,10 @@ class Runs:
         for _ in range(30):
           text = domain + bytes(random.integers(97, 123, 150)).decode()
           file.write(json.dumps({"text": text, "domain": domain}) + "\n")
+    self._tasks = folder / "tasks"
+    self._tasks.mkdir()
+    document = {"context": "a", "continuations": [" bc", " d"], "gold": 0}
+    (self._tasks / "letters.jsonl").write_text(json.dumps(document))
 
   def __call__(self, name, processes, strikes=None, arguments=()):
     """Starts one run in `folder`/`name`, and waits for its end.
@@ -104,6 +108,8 @@ class Runs:
         str(self.folder / f"{name}.rows{index}"),
         *(f"--experiment={TINY}", f"--workdir={self.folder / name}"),
         f"--experiment.data.files={self._files}",
+        f"--experiment.train.task_files={self._tasks}",
+        "--experiment.train.task_every=10",
         *("--experiment.mesh.fsdp=2", "--experiment.mesh.expert=4"),
         # A multiple of both axes.
         "--experiment.model.vocabulary_size=264",
@@ -206,6 +212,7 @@ def restored(workdir):
 def test_two_processes_leave_what_one_leaves(runs, alone, pair):
   got, want = figures(pair), figures(alone)
   assert got.keys() == want.keys() and len(got) > 100
+  assert (20, "eval/task/letters/bpb") in got
   for key, value in want.items():
     # float32 after 20 steps: variances are small differences of squares, and
     # inter_fraction is a ratio of small differences of entropies.

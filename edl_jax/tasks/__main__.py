@@ -8,6 +8,7 @@ folder: bits per byte of the right answers, accuracy with its standard error,
 and the experts that each task uses.
 """
 
+import contextlib
 import os
 import sys
 
@@ -41,6 +42,9 @@ _MAX_LENGTH = COMMAND.flag(
 _BATCH_TOKENS = COMMAND.flag(
   "batch_tokens", 8192, "Tokens of a batch, padding included.", minimum=1
 )
+_DISTRIBUTED = COMMAND.flag(
+  "distributed", False, "Join the other processes, as in edl_jax.main."
+)
 COMMAND.mesh(otherwise="each device takes rows of its own")
 
 
@@ -52,6 +56,8 @@ def main() -> None:
   from edl_jax.tasks.selection import select_tasks
 
   selected = select_tasks(_FILES.value, _TASKS.value, _DOCUMENTS.value)
+  import jax
+
   from edl_jax import checkpoint, progress, runtime, sharding, storage
   from edl_jax.tasks.evaluation import encode_tasks, evaluate_tasks, table
   from edl_jax.tasks.routing import read_domain_routing
@@ -64,19 +70,27 @@ def main() -> None:
   if not storage.in_bucket(folder) and not os.access(folder, os.W_OK):
     raise UserError(f"{folder} cannot be written, and tasks.json belongs there")
   max_length = _MAX_LENGTH.value or experiment.train.sequence_length
+  if _DISTRIBUTED.value:
+    files = [(name, each.sha256) for name, each in selected.items()]
+    settings = [max_length, _DOCUMENTS.value, _BATCH_TOKENS.value]
+    runtime.join_processes(
+      [provenance.to_dict(), files, settings], "checkpoint, tasks or flags"
+    )
   mesh = sharding.make_mesh(config)
   check_scoring(experiment.model, tokenizer, max_length, mesh)
   encoded = encode_tasks(selected, tokenizer, max_length)
   run = checkpoint.load(_WORKDIR.value, mesh=mesh)
-  print(
-    f"{experiment.name}, checkpoint of step {run.step}:"
-    f" {sum(map(len, encoded.texts.values())):,} documents of"
-    f" {len(selected)} files, {len(encoded.windows):,} texts of at most"
-    f" {max_length} tokens",
-    flush=True,
-  )
+  is_first = jax.process_index() == 0
+  if is_first:
+    print(
+      f"{experiment.name}, checkpoint of step {run.step}:"
+      f" {sum(map(len, encoded.texts.values())):,} documents of"
+      f" {len(selected)} files, {len(encoded.windows):,} texts of at most"
+      f" {max_length} tokens",
+      flush=True,
+    )
   warnings: list[str] = []
-  with progress.elapsed("scoring"):
+  with progress.elapsed("scoring") if is_first else contextlib.nullcontext():
     result = evaluate_tasks(
       run.model,
       encoded,
@@ -85,6 +99,8 @@ def main() -> None:
       read_domain_routing(folder, run.step),
       warnings.append,
     )
+  if not is_first:
+    return
   for warning in warnings:
     print(f"warning: {warning}", file=sys.stderr)
   path = os.path.join(folder, "tasks.json")

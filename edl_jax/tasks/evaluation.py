@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from edl_jax import tables
+from edl_jax.config import UserError
 from edl_jax.model.transformer import Model
 from edl_jax.tasks import metrics
 from edl_jax.tasks.metrics import Answers, Estimate
@@ -149,7 +150,8 @@ def evaluate_tasks(
     What docs/benchmarks.md says of tasks.json, apart from the run.
 
   Raises:
-    UserError: the devices have too little memory for one row.
+    UserError: the devices have too little memory for one row, or the model's
+      likelihoods are not finite.
   """
   names = list(encoded.selected)
   # A long continuation takes several rows; all of them have its label.
@@ -168,29 +170,24 @@ def evaluate_tasks(
     batch_tokens,
     say,
   )
+  if not np.isfinite(nats).all():
+    raise UserError("the model is damaged: its likelihoods are not finite")
   scores = collect_scores(encoded.windows, nats)
   estimates: dict[str, dict[str, Estimate]] = {}
   tasks: dict[str, Any] = {}
   for name, each in encoded.selected.items():
-    texts = encoded.texts[name]
     figures = metrics.document_figures(
-      each.task.form, _answers(each.task, texts, scores)
+      each.task.form, _answers(each.task, encoded.texts[name], scores)
     )
     estimates[name] = {
       figure: metrics.estimate(values) for figure, values in figures.items()
     }
     tasks[name] = {
-      "task": each.task.name,
-      "form": each.task.form,
-      "group": each.task.group,
-      "shots": each.task.shots,
-      "sha256": each.sha256,
-      "documents": len(texts),
-      "documents_of_file": each.num_documents,
+      **_described(each),
       "truncated": sum(
-        any(scores[i].truncated for i in text.answers) for text in texts
+        any(scores[i].truncated for i in text.answers)
+        for text in encoded.texts[name]
       ),
-      "chance": metrics.chance(each.task),
       "figures": _as_json(estimates[name]),
       "by_document": {
         "id": [document.id for document in each.task.documents],
@@ -204,6 +201,21 @@ def evaluate_tasks(
     "routing": routing_by_task(
       names, routing, domains, model.config.num_dense_layers
     ),
+  }
+
+
+def _described(selected: Selected) -> dict[str, Any]:
+  """Returns what tasks.json says about a task apart from the model."""
+  task = selected.task
+  return {
+    "task": task.name,
+    "form": task.form,
+    "group": task.group,
+    "shots": task.shots,
+    "sha256": selected.sha256,
+    "documents": len(task.documents),
+    "documents_of_file": selected.num_documents,
+    "chance": metrics.chance(task),
   }
 
 

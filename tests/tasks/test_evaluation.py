@@ -196,3 +196,11 @@ def test_what_cannot_be_encoded_is_named():
   library.normalizer = tokenizers.normalizers.Lowercase()
   with pytest.raises(UserError, match=r"t\.rc, document 'q7': .* encode 'C'"):
     encode_tasks(tasks, Tokenizer(library), 4)
+
+
+def test_a_model_that_is_not_finite_is_refused():
+  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  model = jax.tree.map(lambda leaf: leaf * np.nan, naive.make_model())
+  encoded = encode_tasks(SELECTED, byte_tokenizer(), naive.LENGTH)
+  with pytest.raises(UserError, match="likelihoods are not finite"):
+    evaluate_tasks(model, encoded, mesh, 64)
