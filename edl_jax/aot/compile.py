@@ -173,6 +173,26 @@ def make_taxonomy(experiment: Experiment, num_domains: int | None) -> Taxonomy:
   return Taxonomy.from_names(names)
 
 
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
+  """Returns a global batch with shapes in place of arrays."""
+  train = experiment.train
+
+  def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+      (train.batch_size, *shape), dtype, sharding=sharding.row_sharding(mesh)
+    )
+
+  by_token = train.sequence_length
+  return Batch(
+    tokens_BT=rows(jnp.int32, by_token),
+    targets_BT=rows(jnp.int32, by_token),
+    segments_BT=rows(jnp.int32, by_token),
+    positions_BT=rows(jnp.int32, by_token),
+    weights_BT=rows(jnp.float32, by_token),
+    domain_B=rows(jnp.int32),
+  )
+
+
 def compile_step(
   experiment: Experiment, topology: Topology, num_domains: int | None = None
 ) -> Step:
@@ -195,21 +215,7 @@ def compile_step(
   # devices that are only described cannot hold.
   state = abstract_state(experiment, optimizer, mesh)
   step = make_train_step(experiment, optimizer, taxonomy, mesh)
-
-  def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-      (train.batch_size, *shape), dtype, sharding=sharding.row_sharding(mesh)
-    )
-
-  by_token = train.sequence_length
-  batch = Batch(
-    tokens_BT=rows(jnp.int32, by_token),
-    targets_BT=rows(jnp.int32, by_token),
-    segments_BT=rows(jnp.int32, by_token),
-    positions_BT=rows(jnp.int32, by_token),
-    weights_BT=rows(jnp.float32, by_token),
-    domain_B=rows(jnp.int32),
-  )
+  batch = abstract_batch(experiment, mesh)
   start = time.monotonic()
   with jax.set_mesh(mesh):
     traced = step.trace(state, batch)
