@@ -25,10 +25,6 @@ state["expert-order"] = "main";
 
 const numExperts = (run) => run.load[0].length;
 const most = Math.max(...runs.map(numExperts));
-const percent = (x) => `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}%`;
-const exact = (x) => `${(100 * x).toPrecision(3)}%`;
-// Neighbouring numbers get hues far apart: the golden angle.
-const hue = (index) => (index * 137.508) % 360;
 const mainName = (run, layer, expert) => {
   const main = run.main[layer][expert];
   return main < 0 ? "none: it takes no token" : domains[main];
@@ -93,6 +89,19 @@ function domainButton(domain, index) {
 
 const number = (expert) => element("span", {}, String(expert));
 
+// The largest share of a pair: one scale for both runs. An expert shares all
+// tokens with itself, which does not count.
+function highestPair(name, layer, other) {
+  let highest = 1e-9;
+  for (const run of runs.filter((each) => other < each.layers.length)) {
+    for (const [e, f] of everyPair(numExperts(run))) {
+      if (layer === other && e === f) continue;
+      highest = Math.max(highest, run[name](layer, e, f));
+    }
+  }
+  return highest;
+}
+
 // What experts of a layer share with those of `other`, itself or the next.
 function drawPairs(run, layer, name, other, where) {
   const [rows, columns] = [layer, other].map((l) => expertOrder(run, l));
@@ -101,12 +110,8 @@ function drawPairs(run, layer, name, other, where) {
   const usual = (f) => run.load[other][f] / run.total;
   const figure = (e, f) =>
     share(layer, e, f) / (lift ? Math.max(usual(f), 1e-9) : 1);
-  // One scale for both runs; an expert shares all tokens with itself.
-  const highest = Math.max(1e-9, ...runs.flatMap((each) =>
-    (other < each.layers.length ? range(numExperts(each) ** 2) : []).map((i) =>
-      [Math.floor(i / numExperts(each)), i % numExperts(each)]).map(([e, f]) =>
-      (layer === other && e === f ? 0 : each[name](layer, e, f)))));
-  const [top, format] = lift ? [4, (x) => x.toFixed(1)] : [highest, percent];
+  const [top, format] = lift ? [4, (x) => x.toFixed(1)]
+    : [highestPair(name, layer, other), percent];
   return element("div", {}, element("h4", {}, `Experts of ${where}`), grid({
     label: `Shared tokens with ${where}, layer ${run.layers[layer]}, `
       + run.name,
@@ -242,17 +247,17 @@ const sections = {
 
   distances(run, layer) {
     const mean = state["map-scope"] === "mean";
-    const distance = mean
-      ? (a, b) => range(run.layers.length).reduce((sum, l) =>
-        sum + run.divergence(l, a, b), 0) / run.layers.length
-      : (a, b) => run.divergence(layer, a, b);
+    const over = mean ? range(run.layers.length) : [layer];
+    const order = range(domains.length);
+    const matrix = order.map((a) => order.map((b) =>
+      over.reduce((sum, l) => sum + run.divergence(l, a, b), 0) / over.length));
+    const distance = (a, b) => matrix[a][b];
     const of = mean ? "mean over layers" : `layer ${run.layers[layer]}`;
     const place = mean ? 0 : layer + 1;
     const half = Math.max(1e-9, ...runs.flatMap((each) =>
       each.map[place]?.flat().map(Math.abs) ?? []));
     const map = drawMap(run.map[place], half, distance,
       `Map of domains, ${of}, ${run.name}; the matrix has its distances`);
-    const order = range(domains.length);
     return [element("div", { class: "row" },
       element("figure", {}, map, element("figcaption", {},
         `${of}: the two axes hold ${percent(run.mapShare[place])} of the `
@@ -419,6 +424,10 @@ function drawRuns() {
         ...runs.map((run) => String(run.facts[name]))])]));
 }
 
+// Whether a section shows the chosen layer alone, not all.
+const isOfLayer = (id) =>
+  id !== "load" && !(id === "distances" && state["map-scope"] === "mean");
+
 // Draws a section anew; what had the focus has it again.
 function draw(id) {
   const key = document.activeElement?.dataset.key;
@@ -426,7 +435,8 @@ function draw(id) {
   body.classList.add("runs");
   body.replaceChildren(...runs.map((run, index) => element("div",
     { class: "run" }, element("h3", {}, run.name),
-    ...(state.layer < run.layers.length ? sections[id](run, state.layer, index)
+    ...(state.layer < run.layers.length || !isOfLayer(id)
+      ? sections[id](run, state.layer, index)
       : ["This run has no such layer."]))));
   if (key === undefined || body.contains(document.activeElement)) return;
   [...body.querySelectorAll("[data-key]")]
@@ -458,7 +468,7 @@ function changeLayer() {
   const shown = [...new Set(names)].join(" and ");
   find("layer-name").textContent = `${shown} (${state.layer + 1} of ${count})`;
   drawLayers();
-  Object.keys(sections).forEach(draw);
+  Object.keys(sections).filter(isOfLayer).forEach(draw);
 }
 
 const option = (value, text) => element("option", { value }, text);
@@ -482,6 +492,7 @@ function start() {
   startTheme();
   drawRuns();
   changeLayer();
+  Object.keys(sections).filter((id) => !isOfLayer(id)).forEach(draw);
 }
 
 start();

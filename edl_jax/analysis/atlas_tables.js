@@ -24,11 +24,20 @@ function unpack({ bits, shape, scale, data }) {
   const view = new DataView(bytes.buffer);
   const read = bits === 8 ? (place) => view.getUint8(place)
     : (place) => view.getUint16(2 * place, true);
-  return (...index) =>
-    scale * read(index.reduce((at, i, axis) => at * shape[axis] + i, 0));
+  const [a, b = 0, c = 0, d = 0] = shape.map((_, axis) =>
+    shape.slice(axis + 1).reduce((size, n) => size * n, 1));
+  return (i, j = 0, k = 0, l = 0) =>
+    scale * read(a * i + b * j + c * k + d * l);
 }
 
 const range = (count) => [...Array(count).keys()];
+const everyPair = (count) =>
+  range(count).flatMap((i) => range(count).map((j) => [i, j]));
+const percent = (x) => `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}%`;
+const exact = (x) => `${(100 * x).toPrecision(3)}%`;
+// Neighbouring numbers get hues far apart: the golden angle.
+const hue = (index) => (index * 137.508) % 360;
+
 // The tip, and tables of cells that the arrow keys walk through.
 
 const tip = find("tip");
@@ -103,18 +112,17 @@ function grid({ label, corner, rows, columns, cell, top, upright }) {
     head.append(element("th", { scope: "col", class: turned }, content));
   }
   const body = element("tbody");
+  // Cloned, as pages have tens of thousands of cells.
+  const blank = element("td", { tabindex: -1 });
   const cells = rows.map((content, r) => {
     const made = columns.map((_, c) => {
       const { value, text, tip, mark } = cell(r, c) ?? {};
-      if (text === undefined) {
-        return element("td", { tabindex: -1 }, "–");
-      }
+      const shown = blank.cloneNode();
+      shown.textContent = text ?? "–";
+      if (text === undefined) return shown;
       const v = level(value, top);
-      const shown = element("td", {
-        class: mark ? `${heat(v)} ${mark}` : heat(v),
-        tabindex: -1,
-        "--v": v,
-      }, text);
+      shown.className = mark ? `${heat(v)} ${mark}` : heat(v);
+      shown.style.setProperty("--v", v);
       described.set(shown, tip);
       return shown;
     });

@@ -145,14 +145,18 @@ class Browser:
 
   def point(self, selector: str, *, click: bool = False) -> None:
     """Moves the mouse onto the first element of a selector, and clicks."""
-    x, y = self.evaluate(
-      f"""(() => {{
-        const found = document.querySelector({json.dumps(selector)});
-        found.scrollIntoView({{block: "center", inline: "center"}});
-        const box = found.getBoundingClientRect();
-        return [box.left + box.width / 2, box.top + box.height / 2];
-      }})()"""
-    )
+    place = f"""(() => {{
+      const found = document.querySelector({json.dumps(selector)});
+      found.scrollIntoView({{block: "center", inline: "center"}});
+      const box = found.getBoundingClientRect();
+      return [box.left + box.width / 2, box.top + box.height / 2];
+    }})()"""
+    # What scrolls into view is laid out then, which may move the rest.
+    before, at = None, self.evaluate(place)
+    while at != before:
+      time.sleep(0.05)
+      before, at = at, self.evaluate(place)
+    x, y = at
     # The mouse must move, or it enters nothing.
     for at in (0, x), (x, x):
       self.call("Input.dispatchMouseEvent", type="mouseMoved", x=at[0], y=y)
