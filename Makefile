@@ -29,7 +29,7 @@ $(VENV)/test: $(VENV)/demo requirements-test.txt requirements-data.txt
 
 demo: $(VENV)/demo
 	$(RUN) -m edl_jax.sweep --experiment=experiments/demo.py \
-	  --grid=losses.divergence_weight=0,0.01 --workdir=runs/demo
+	  --grid=losses.divergence_weight=0,0.01 --carve=4 --workdir=runs/demo
 
 types: $(VENV)/test
 	$(RUN) -m basedpyright --pythonpath $(RUN)

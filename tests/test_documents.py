@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from edl_jax import config, config_files
+from edl_jax.analysis import comparison
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -141,6 +142,35 @@ def test_examples_print_what_pages_say(example, printed):
 
 def test_readme_has_an_example_that_runs():
   assert _PRINTS.search((ROOT / "README.md").read_text())
+
+
+def test_readme_quotes_the_table_that_the_demo_prints():
+  (quoted,) = (
+    text.rstrip("\n")
+    for _, text in _BLOCK.findall((ROOT / "README.md").read_text())
+    if "routing diversity" in text
+  )
+  _, names = quoted.split("mean over domains")
+  domains = [line.split()[0] for line in names.splitlines()[1:]]
+  demo = config.flatten(config_files.load("experiments/demo.py", {}))
+  result = {
+    "experiment": demo,
+    "eval": {"lm_loss": 1.0},
+    "routing": {"diversity": 1.0},
+  }
+  (keep,) = re.findall(r"--carve=(\d+)", (ROOT / "Makefile").read_text())
+  points = [{"domain": d, "keep": int(keep), "loss": 1.0} for d in domains]
+  labels = [f"divergence_weight={weight}" for weight in ("0", "0.01")]
+  table = comparison.comparison_table(
+    [(label, result) for label in labels], [{"points": points}] * 2
+  )
+
+  def words(text):
+    lines = re.sub(r"[+-]?\d+\.\d{4}", "#", text).splitlines()
+    return [line.split() for line in lines]
+
+  assert words(quoted) == words(table)
+  assert len(domains) == 6
 
 
 def test_the_path_to_the_loss_is_eight_files():

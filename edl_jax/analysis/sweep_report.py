@@ -77,6 +77,8 @@ def read_runs(workdir: str) -> list[Run]:
 def read_result(folder: str) -> dict[str, Any] | None:
   """Reads `folder`/result.json; None without one.
 
+  Settings that an older version did not have take their defaults.
+
   Raises:
     UserError: a run did not write this file.
   """
@@ -87,6 +89,8 @@ def read_result(folder: str) -> dict[str, Any] | None:
     with open(path) as file:
       result = json.load(file)
     result["experiment"]["seed"]
+    defaults = json.loads(json.dumps(flatten(Experiment())))
+    result["experiment"] = defaults | result["experiment"]
   except (ValueError, TypeError, KeyError) as error:
     raise UserError(
       f"{path}: not the result of a run; delete that file to run it again"

@@ -250,3 +250,11 @@ def test_tasks_of_runs_are_compared(tmp_path):
   tasks = make_tasks(3)["tasks"]["b.rc"]["figures"]
   last = float(rows[-1]["task/b.rc/accuracy_per_byte"])
   assert last == tasks["accuracy_per_byte"]["mean"]
+
+
+def test_results_of_an_older_version_have_todays_defaults(tmp_path):
+  saved = {"seed": 3, "losses.divergence_weight": 0.5}
+  (tmp_path / "result.json").write_text(json.dumps({"experiment": saved}))
+  found = sweep_report.read_result(str(tmp_path))["experiment"]
+  expected = config.flatten(config.Experiment()) | saved
+  assert found == json.loads(json.dumps(expected))

@@ -1,5 +1,6 @@
 """Carve curves: held-out loss of each domain against the experts kept."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,6 +45,8 @@ class Settings(NamedTuple):
     return max(self.calibration_tokens, *self.calibration_sizes, 0)
 
 
+# Runs of one shape share the compiled program.
+@functools.cache
 def make_loss_step() -> LossStep:
   """Returns the jitted function (model, batch, kept_LE) -> (nats, tokens)."""
 

@@ -1,5 +1,6 @@
 """Which experts of each layer to keep, chosen on training text."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -16,6 +17,8 @@ SCORES = ("assignments", "probability", "output_norm")
 ScoreStep = Callable[[Model, Batch, np.ndarray], jax.Array]
 
 
+# Runs of one shape share the compiled program.
+@functools.cache
 def make_score_step(score: str) -> ScoreStep:
   """Returns the jitted function that scores the experts on one batch.
 

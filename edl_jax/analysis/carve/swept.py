@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from edl_jax import config
 from edl_jax.analysis import sweep_report
 from edl_jax.config import UserError
 
@@ -52,21 +53,21 @@ def read(
   try:
     with open(path) as file:
       results = json.load(file)
-    found = {
-      os.path.basename(each["workdir"]): (each["step"], each["experiment"])
-      for each in results
-    }
+    found = {os.path.basename(each["workdir"]): each for each in results}
+    return [_of_run(found.get(run.name), run) for run in runs]
   except (ValueError, TypeError, KeyError) as error:
     raise UserError(
       f"{path}: not what carving wrote; delete that file to carve again"
     ) from error
-  by_name = dict(zip(found, results))
-  return [
-    by_name[run.name]
-    if found.get(run.name) == (run.result["step"], run.result["experiment"])
-    else None
-    for run in runs
-  ]
+
+
+def _of_run(
+  found: dict[str, Any] | None, run: sweep_report.Run
+) -> dict[str, Any] | None:
+  if found is None or found["step"] != run.result["step"]:
+    return None
+  before, now = found["experiment"], run.result["experiment"]
+  return None if config.differing_keys(before, now) else found
 
 
 def is_carved(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from edl_jax import config
 from edl_jax.analysis.carve import __main__ as carve
 from edl_jax.analysis.carve import swept
 from edl_jax.analysis.sweep_report import Run
@@ -11,7 +12,8 @@ from edl_jax.config import UserError
 
 
 def run_of(name, weight=0.0, step=5):
-  experiment = {"seed": 0, "losses.divergence_weight": weight}
+  experiment = config.flatten(config.Experiment())
+  experiment["losses.divergence_weight"] = weight
   return Run(name, {"experiment": experiment, "step": step})
 
 
@@ -43,7 +45,8 @@ def test_results_are_found_by_run(tmp_path):
   assert swept.read(str(tmp_path), [first]) == [None]
   results = [result_of(second), result_of(first)]
   write(tmp_path, json.dumps(results))
-  assert swept.read(str(tmp_path), [first, second]) == results[::-1]
+  found = swept.read(str(tmp_path), [first, second])
+  assert found == json.loads(json.dumps(results[::-1]))
   # Of another experiment, of an earlier step, and of none.
   others = [run_of("a", 0.5), run_of("b", 0.5, 6), run_of("c")]
   assert swept.read(str(tmp_path), others) == [None] * 3
