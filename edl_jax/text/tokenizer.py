@@ -48,17 +48,21 @@ class Tokenizer:
     # This makes the library encode text that spells a special token as text.
     library.encode_special_tokens = True
     self._library = library
-    self._bytes = token_bytes(library)
     self._special = special_tokens(library)
     start = document_start(library)
     if start is None:
       raise UserError("the tokenizer has no token that opens a document")
     self._document_start_id = start
 
-  @property
+  @functools.cached_property
   def vocabulary_size(self) -> int:
     """Number of ids in use, [0, vocabulary_size)."""
-    return len(self._bytes)
+    return max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+
+  @functools.cached_property
+  def _bytes(self) -> list[bytes]:
+    # Encoding does without.
+    return token_bytes(self._library)
 
   @property
   def document_start_id(self) -> int:
