@@ -97,13 +97,7 @@ _RUNNER = COMMAND.flag(
   "runner",
   "local",
   "This machine's processes, or the Apache Beam runner that shares the work.",
-  choices=(
-    "local",
-    "DirectRunner",
-    "DataflowRunner",
-    "FlinkRunner",
-    "SparkRunner",
-  ),
+  choices=("local", "DirectRunner", "FlinkRunner", "SparkRunner"),
 )
 _BEAM = COMMAND.flag(
   "beam", [], "Argument for Beam, such as --beam=direct_num_workers=2."
