@@ -65,6 +65,13 @@ def checksum(path: str | Path) -> dict[str, Any]:
   return {"bytes": os.path.getsize(path), "sha256": digest}
 
 
+# What every manifest has.
+_KEYS = {
+  *("settings", "taxonomy", "content_hash", "dtype", "token_files", "skipped"),
+  "files",
+}
+
+
 def read_manifest(folder: str) -> dict[str, Any] | None:
   """Returns a folder's manifest, None without one.
 
@@ -73,7 +80,10 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
   """
   path = os.path.join(folder, MANIFEST)
   try:
-    return json.loads(epath.Path(path).read_text())
+    content = json.loads(epath.Path(path).read_text())
+    if not isinstance(content, dict) or not _KEYS.issubset(content):
+      raise ValueError("not what data.prepare writes")
+    return content
   except FileNotFoundError:
     return None
   except (OSError, ValueError) as error:
@@ -182,6 +192,11 @@ def load_prepared(experiment: Experiment) -> PreparedCorpus:
   if storage.in_bucket(folder):
     folder = _local_copy(folder, manifest)
   check_files(folder, manifest, content=False)
+  # These decide what every token means; tokens alone are too many to read.
+  for name in (TOKENIZER, DOCUMENTS):
+    wanted = manifest["files"][name]
+    if checksum(path := os.path.join(folder, name)) != wanted:
+      raise _damaged(path, wanted["bytes"], wanted)
   held_out = manifest["settings"]["held_out_fraction"]
   if held_out != data.held_out_fraction:
     raise UserError(

@@ -131,3 +131,23 @@ def test_folder_can_be_moved(folder, tmp_path):
   after = load_prepared(experiment(prepared=str(moved)))
   assert after.content_hash == before.content_hash
   assert after.sizes() == before.sizes()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "documents.npy"])
+def test_any_flipped_bit_of_what_gives_tokens_meaning_is_found(folder, name):
+  path = Path(folder, name)
+  whole = path.read_bytes()
+  for bit in range(0, 8 * len(whole), max(1, len(whole) // 5)):
+    changed = bytearray(whole)
+    changed[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=f"{name}: damaged") as error:
+      load_prepared(experiment(prepared=folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"files": 3}', "3"])
+def test_a_manifest_of_something_else_is_damaged(folder, content):
+  Path(folder, "manifest.json").write_text(content)
+  with pytest.raises(UserError, match=r"manifest\.json: damaged"):
+    load_prepared(experiment(prepared=folder))
