@@ -147,6 +147,7 @@ def figures(
   found: Estimates,
   costs: hlo_costs.Costs,
   synchronous: float,
+  least: float,
   chip: Chip,
   model_flops: float,
 ) -> dict[str, Any]:
@@ -154,19 +155,20 @@ def figures(
 
   The low end adds rooflines, and the high end the compiler's estimates, with
   rooflines where it has none. Both add kernels at the chip's peak, and
-  collectives that nothing runs beside.
+  collectives that nothing runs beside; neither is below the step's bound.
 
   Args:
     found: from `estimate`.
     costs: of the same program.
     synchronous: seconds of collectives that nothing runs beside.
+    least: seconds that no schedule can beat.
     chip: its peak.
     model_flops: of a step on one chip.
   """
   kernels = sum(kernel.flops or 0.0 for kernel in costs.kernels) / chip.flops
   fixed = kernels + synchronous
-  low = found.roofline + fixed
-  high = found.estimate + found.unpriced_roofline + fixed
+  low = max(least, found.roofline + fixed)
+  high = max(least, found.estimate + found.unpriced_roofline + fixed)
   return {
     "outside_kernels": {
       "estimate": found.estimate,

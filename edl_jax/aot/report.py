@@ -94,7 +94,8 @@ def analyze(
       "tokens_per_second_per_chip": tokens / bound.seconds,
     },
     "estimate": estimates.figures(
-      estimates.estimate(module, chip), costs, exposed, chip, model_flops
+      *(estimates.estimate(module, chip), costs, exposed, bound.seconds),
+      *(chip, model_flops),
     ),
   }
 

@@ -152,7 +152,7 @@ def test_range_of_the_step_adds_kernels_and_synchronous_collectives(found):
     [],
     0,
   )
-  figures = estimates.figures(found, costs, 0.25, CHIP, 1e6)
+  figures = estimates.figures(found, costs, 0.25, 0.0, CHIP, 1e6)
   step = figures["step"]
   assert step["low"] == pytest.approx(found.roofline + 2 + 0.25)
   assert step["high"] == pytest.approx(
@@ -160,6 +160,8 @@ def test_range_of_the_step_adds_kernels_and_synchronous_collectives(found):
   )
   assert figures["mfu"]["low"] == pytest.approx(1 / step["high"])
   assert figures["mfu"]["high"] == pytest.approx(1 / step["low"])
+  bound = estimates.figures(found, costs, 0.25, 99.0, CHIP, 1e6)
+  assert bound["step"] == {"low": 99.0, "high": 99.0}
 
 
 def test_a_program_without_estimates_has_rooflines():

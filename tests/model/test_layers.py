@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edl_jax.config import ModelConfig
+from edl_jax.model import layers
 from edl_jax.model.layers import (
   RMSNorm,
   SwiGLU,
@@ -68,6 +69,18 @@ def test_weighted_swiglu_against_autodiff_of_its_formula():
     [both, weight],
     dy,
   )
+
+
+def test_both_ways_to_join_halves():
+  """TPUs take one, other platforms the other."""
+  first, second = np.random.default_rng(0).random((2, 3, 4, 5), np.float32)
+  want = np.concatenate([first, second], axis=-1)
+  for join in (layers._join, layers._join_in_place):
+    np.testing.assert_array_equal(jax.jit(join)(first, second), want)
+  joined = jax.jit(jax.grad(lambda both: swiglu(both).sum())).trace(want)
+  for platform, in_place in (("tpu", True), ("cpu", False)):
+    text = joined.lower(lowering_platforms=(platform,)).as_text()
+    assert ("dynamic_update_slice" in text) == in_place
 
 
 def test_weights_stay_float32_beside_bfloat16():
