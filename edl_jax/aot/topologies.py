@@ -47,7 +47,9 @@ _CUBES = (
 # The published bandwidth of the interconnect is a chip's, in both directions
 # and over all its links: four in two dimensions, six in three. The compiler
 # knows v4 and tpu7x too, but JAX sees two devices in each of these chips, so
-# they are left out.
+# they are left out. A clock is the peak over the FLOPs that the matrix units do
+# in a cycle, each 2 x 128 x 128: 4 units on v5e, 8 on v5p, 16 on v6e. With half
+# as many the compiler's estimates of products would be below the ideal.
 CHIPS = {
   "v5e": Chip(
     flops=197e12,

@@ -32,3 +32,12 @@ def test_links_of_a_corner_chip():
 def test_wrong_names_are_refused(name, named):
   with pytest.raises(UserError, match=f"--topology={name}: .*{named}"):
     topologies.parse(name)
+
+
+def test_clocks_fit_whole_matrix_units():
+  """A unit multiplies and adds 128 x 128 numbers in a cycle."""
+  units = {
+    kind: chip.flops / chip.clock / (2 * 128**2)
+    for kind, chip in topologies.CHIPS.items()
+  }
+  assert units == pytest.approx({"v5e": 4, "v5p": 8, "v6e": 16}, rel=0.01)
