@@ -251,7 +251,7 @@ def score_windows(
     for length, indices in by_length:
       done = 0
       while done < len(indices):
-        size = _rows(length, batch_tokens, mesh)
+        size = _rows(length, batch_tokens, mesh, len(indices))
         some = indices[done : done + size]
         batch = _batch(windows, labels, some, length, size)
         try:
@@ -259,7 +259,7 @@ def score_windows(
             run(model, _on_devices(batch, mesh), num_labels)
           )
         except jax.errors.JaxRuntimeError as error:
-          batch_tokens = _halved(error, length, batch_tokens, mesh)
+          batch_tokens = _halved(error, length, size * length, mesh)
           say(f"out of memory: batches now have {batch_tokens:,} tokens")
           continue
         sums = TaskRouting(*(np.asarray(x, np.float64) for x in sums))
@@ -311,10 +311,19 @@ def _halved(
   return rows * length // 2
 
 
-def _rows(length: int, batch_tokens: int, mesh: Mesh) -> int:
-  """Returns the number of rows in a batch of rows of `length` tokens."""
+def _rows(
+  length: int, batch_tokens: int, mesh: Mesh, most: int | None = None
+) -> int:
+  """Returns the number of rows in a batch of rows of `length` tokens.
+
+  `most` rows, if it is given, are all that there are; rounded up to a power of
+  two for each device, so that few programs serve many calls.
+  """
   shards = int(np.prod([mesh.shape[axis] for axis in sharding.ROW_AXES]))
-  return max(1, batch_tokens // length // shards) * shards
+  rows = max(1, batch_tokens // length // shards)
+  if most is not None:
+    rows = min(rows, 1 << (-(-most // shards) - 1).bit_length())
+  return rows * shards
 
 
 def _by_length(

@@ -46,13 +46,23 @@ SELECTED = {
 
 
 @pytest.fixture(scope="module")
-def result():
-  mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
-  model = jax.device_put(
-    naive.make_model(),
-    sharding.parameter_shardings(naive.make_model(), mesh),
-  )
-  encoded = encode_tasks(SELECTED, byte_tokenizer(), naive.LENGTH)
+def mesh():
+  return sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def model(mesh):
+  shardings = sharding.parameter_shardings(naive.make_model(), mesh)
+  return jax.device_put(naive.make_model(), shardings)
+
+
+@pytest.fixture(scope="module")
+def encoded():
+  return encode_tasks(SELECTED, byte_tokenizer(), naive.LENGTH)
+
+
+@pytest.fixture(scope="module")
+def result(model, encoded, mesh):
   # Without the question, the same answer is scored once.
   assert len(encoded.windows) == 7 + 3 + 3 + 2 + 2
   return evaluate_tasks(model, encoded, mesh, 64, DOMAINS)
@@ -198,9 +208,7 @@ def test_what_cannot_be_encoded_is_named():
     encode_tasks(tasks, Tokenizer(library), 4)
 
 
-def test_a_model_that_is_not_finite_is_refused():
-  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  model = jax.tree.map(lambda leaf: leaf * np.nan, naive.make_model())
-  encoded = encode_tasks(SELECTED, byte_tokenizer(), naive.LENGTH)
+def test_a_model_that_is_not_finite_is_refused(model, encoded, mesh):
+  bad = jax.tree.map(lambda leaf: leaf * np.nan, model)
   with pytest.raises(UserError, match="likelihoods are not finite"):
-    evaluate_tasks(model, encoded, mesh, 64)
+    evaluate_tasks(bad, encoded, mesh, 64)

@@ -21,7 +21,13 @@ TRAIN = TrainConfig(
 
 @pytest.fixture(scope="module")
 def mesh():
-  return sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  return sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+
+
+@pytest.fixture(scope="module")
+def model(mesh):
+  shardings = sharding.parameter_shardings(make_model(), mesh)
+  return jax.device_put(make_model(), shardings)
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +40,14 @@ def test_tasks_are_due_regularly_and_at_the_end(encoded, mesh):
   assert [step for step in range(1, 11) if tasks.is_due(step)] == [4, 8, 10]
 
 
-def test_what_is_logged_and_written(encoded, mesh, tmp_path):
-  want = evaluate_tasks(make_model(), encoded, mesh, 4 * LENGTH, DOMAINS)
+def test_what_is_logged_and_written(encoded, model, mesh, tmp_path):
+  want = evaluate_tasks(model, encoded, mesh, 4 * LENGTH, DOMAINS)
   tasks, said = TrainingTasks(encoded, TRAIN, mesh), []
   report = {
     "domains": DOMAINS.names,
     "probabilities": DOMAINS.probability_LDE.tolist(),
   }
-  figures = tasks.evaluate(make_model(), report, said.append)
+  figures = tasks.evaluate(model, report, said.append)
   assert figures == {
     f"eval/task/{name}/bpb": task["figures"]["bits_per_byte"]["mean"]
     for name, task in want["tasks"].items()
