@@ -60,7 +60,8 @@ def _compare(
   print(f"{name}, {count} prompts:", flush=True)
   task = {"prompts": _prompts(count), "num_tokens": _NUM_TOKENS.value}
   modes = {
-    key: each.best_mode("generate", **task) for key, each in running.items()
+    key: each.best_mode("generate", task, count)
+    for key, each in running.items()
   }
 
   def turn(key: str) -> float:

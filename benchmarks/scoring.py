@@ -46,6 +46,8 @@ _ENVIRONMENTS = COMMAND.flag(
 )
 _JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
+# Requests that a mode is tried on.
+_TRIED = 32
 # Largest difference between the two log-likelihoods of a request, in nats.
 _TOLERANCE = 1e-3
 
@@ -63,7 +65,8 @@ def _compare(name: str, pairs: list[tuple[str, str]]) -> dict[str, object]:
     ) as running,
   ):
     modes = {
-      key: each.best_mode("score", **task) for key, each in running.items()
+      key: each.best_mode("score", task, _TRIED)
+      for key, each in running.items()
     }
     found: dict[str, list[float]] = {}
 

@@ -244,9 +244,14 @@ def generate(
     The continuations: all samples of the first prompt, then of the second, ...
 
   Raises:
-    UserError: there is no prompt, the model has no tokens for one, or the run
-      has no such domain.
+    UserError: there is no prompt, the model has no tokens for one, the run has
+      no such domain, or there are several processes.
   """
+  if jax.process_count() > 1:
+    raise UserError(
+      f"generation runs in one process, and here are {jax.process_count()};"
+      " load the checkpoint on the devices of one"
+    )
   domain = _domain_index(taxonomy, settings.domain)
   encoded = [
     tokens[-settings.prompt_tokens :]

@@ -76,8 +76,10 @@ def test_logits_are_those_of_whole_documents(dtype):
     )
 
 
-@pytest.mark.parametrize("tokens", [2, 3, 8])
-@pytest.mark.parametrize("devices", [1, 2, 4])
+# On each number of devices, fewer routed tokens than its experts, and more.
+@pytest.mark.parametrize(
+  ("tokens", "devices"), [(3, 1), (8, 1), (1, 2), (3, 2)]
+)
 def test_few_tokens_are_dispatched_as_many_are(tokens, devices):
   random = np.random.default_rng(0)
   x_PM = random.normal(size=(tokens * devices, 6)).astype(np.float32)
