@@ -13,6 +13,7 @@ The harness is EleutherAI's, https://github.com/EleutherAI/lm-evaluation-harness
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -46,19 +47,18 @@ def _harness(name: str) -> Any:
     ) from error
 
 
-_utils = _harness("utils")
-# The harness's own models: it adds them itself to an empty registry alone.
-_harness("models")
-
-
-@_harness("api.registry").register_model("edl_jax")
-class HarnessModel(_harness("api.model").LM):
+class HarnessModel:
   """A checkpoint that answers the harness's requests, in one process.
+
+  `register` makes it a class of the harness, whose package is optional.
 
   Attributes:
     run: the loaded checkpoint.
     max_length: most tokens that the model reads of a request.
   """
+
+  # Of the harness's class: keeps answers for its next run.
+  cache_hook: Any
 
   def __init__(
     self,
@@ -158,7 +158,7 @@ class HarnessModel(_harness("api.model").LM):
     encoded = self.run.tokenizer.encode_batch([text for (text,) in texts])
     windows, owners = [], []
     for owner, tokens in enumerate(encoded):
-      for context, continuation in _utils.get_rolling_token_windows(
+      for context, continuation in _harness("utils").get_rolling_token_windows(
         tokens.tolist(),
         self.run.tokenizer.document_start_id,
         self.max_length,
@@ -259,3 +259,21 @@ class HarnessModel(_harness("api.model").LM):
     return dataclasses.replace(
       settings, prompt_tokens=self.max_length - num_tokens
     )
+
+
+def register() -> None:
+  """Makes the harness know the model `edl_jax`.
+
+  Raises:
+    UserError: the harness is not installed.
+  """
+  registry = _harness("api.registry")
+  # The harness's own models: it adds them itself to an empty registry alone.
+  _harness("models")
+  if "edl_jax" not in registry.model_registry:
+    bases = (HarnessModel, _harness("api.model").LM)
+    registry.register_model("edl_jax")(type("EdlJax", bases, {}))
+
+
+if importlib.util.find_spec("lm_eval") is not None:
+  register()
