@@ -16,7 +16,7 @@ from edl_jax.checkpoint.items import VERIFY, Verify
 from edl_jax.checkpoint.load import Loaded, checkpoint_provenance, load
 from edl_jax.checkpoint.lock import check_unlocked, locked
 from edl_jax.checkpoint.provenance import Provenance
-from edl_jax.checkpoint.stream import save_streamed
+from edl_jax.checkpoint.stream import rows_of_blocks, save_streamed
 from edl_jax.checkpoint.workdir import (
   check_workdir,
   describe_workdir,
@@ -38,6 +38,7 @@ __all__ = [
   "initial_provenance",
   "load",
   "locked",
+  "rows_of_blocks",
   "run_folder",
   "save_streamed",
   "saved_provenance",

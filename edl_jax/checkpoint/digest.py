@@ -55,18 +55,23 @@ def _sums(arrays: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
 
 
 def _array_sums(
-  array: jax.Array, start: int | jax.Array = 0
+  array: jax.Array, first: int | jax.Array = 0, row: int | jax.Array = 0
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns both sums of an array, or of its rows from number `start` on."""
-  start = jnp.uint32(start)
+  """Returns both sums of an array, or of a part of one.
+
+  Args:
+    array: whole rows, or a part of one row whose elements follow each other.
+    first: position of its first element in the whole.
+    row: index of its first row in the whole.
+  """
+  start, row = jnp.uint32(first), jnp.uint32(row)
   # Offloaded moments lie in the memory of the host.
   words = _words(jax.device_put(array, jax.memory.Space.Device))
-  first = start * jnp.uint32(math.prod(words.shape[1:]) % 2**32)
-  mixed = words ^ (_positions(words.shape, first) * jnp.uint32(_SPREAD))
+  mixed = words ^ (_positions(words.shape, start) * jnp.uint32(_SPREAD))
   mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(_MIX)
   mixed = jnp.atleast_1d(mixed ^ (mixed >> 13))
   rows = jnp.sum(mixed, tuple(range(1, mixed.ndim)), dtype=jnp.uint32)
-  weights = 2 * (start + jnp.arange(len(rows), dtype=jnp.uint32)) + 1
+  weights = 2 * (row + jnp.arange(len(rows), dtype=jnp.uint32)) + 1
   weighted = jnp.sum(rows * weights, dtype=jnp.uint32)
   return jnp.sum(rows, dtype=jnp.uint32), weighted
 
@@ -99,16 +104,28 @@ _block_sums = jax.jit(_array_sums)
 
 
 class StreamedDigest:
-  """The digest of an array that comes in blocks of rows, in any order."""
+  """The digest of an array that comes in blocks, in any order."""
 
   def __init__(self, shape: tuple[int, ...], dtype: np.dtype):
     """Takes the shape, of at least one axis, and the dtype of the whole."""
     self._whole = jax.ShapeDtypeStruct(shape, dtype)
     self._sums = [0, 0]
 
-  def add(self, start: int, block: np.ndarray) -> None:
-    """Adds rows of the first axis, from number `start` on."""
-    sums = jax.device_get(_block_sums(block, start))
+  def add(self, start: tuple[int, ...], block: np.ndarray) -> None:
+    """Adds a block.
+
+    Args:
+      start: where it begins on the first axes, 0 on the others.
+      block: whole rows of the first axis, or whole rows of the second within
+        one of the first.
+    """
+    shape = self._whole.shape
+    first = sum(
+      at * math.prod(shape[axis + 1 :]) for axis, at in enumerate(start)
+    )
+    # As arrays: the numbers may not fit 32 bits with a sign.
+    place = np.array([first % 2**32, start[0]], np.uint32)
+    sums = jax.device_get(_block_sums(block, place[0], place[1]))
     self._sums = [
       (old + int(new)) % 2**32 for old, new in zip(self._sums, sums)
     ]

@@ -29,7 +29,7 @@ _CHUNK_BYTES = 1 << 26
 def save_streamed(
   workdir: str,
   shapes: Mapping[str, tuple[int, ...]],
-  blocks: Iterable[tuple[str, int, np.ndarray]],
+  blocks: Iterable[tuple[str, tuple[int, ...], np.ndarray]],
   provenance: Provenance,
 ) -> None:
   """Writes a checkpoint of step 0 that holds parameters alone.
@@ -40,8 +40,10 @@ def save_streamed(
   Args:
     workdir: a local folder.
     shapes: of every parameter by path, such as "blocks/moe/router_ME".
-    blocks: path, first row and float32 rows of the first axis, until all are
-      there. A block must not change after it was yielded.
+    blocks: path, where the block begins on the first axes, and the block,
+      float32: whole rows of the first axis, or whole rows of the second within
+      one of the first. `rows_of_blocks` says how many. All elements must come.
+      A block must not change after it was yielded.
     provenance: of the checkpoint.
 
   Raises:
@@ -71,7 +73,7 @@ def save_streamed(
 def _fill(
   folder: str,
   shapes: Mapping[str, tuple[int, ...]],
-  blocks: Iterable[tuple[str, int, np.ndarray]],
+  blocks: Iterable[tuple[str, tuple[int, ...], np.ndarray]],
 ) -> dict[str, str]:
   """Writes the arrays; returns their digests."""
   stores = {
@@ -83,7 +85,8 @@ def _fill(
   }
   pending = None
   for path, start, block in blocks:
-    written = stores[path][start : start + len(block)].write(
+    place = tuple(slice(at, at + size) for at, size in zip(start, block.shape))
+    written = stores[path][place].write(
       block, can_reference_source_data_indefinitely=True
     )
     digests[path].add(start, block)
@@ -93,6 +96,14 @@ def _fill(
   if pending is not None:
     pending.result()
   return {f"parameters/{path}": each.text() for path, each in digests.items()}
+
+
+def rows_of_blocks(shape: tuple[int, ...], axis: int) -> int:
+  """Returns how many rows of an axis are stored together.
+
+  Blocks of so many, from a multiple of it on, are written once each.
+  """
+  return _chunks(shape)[axis]
 
 
 def _create(folder: str, path: str, shape: tuple[int, ...]) -> ts.TensorStore:

@@ -9,7 +9,7 @@ safetensors files, tensor by tensor. The run folder has one checkpoint, of step
   python -m edl_jax.main --experiment=runs/olmoe/experiment.py ...
 
 trains from it: that file has the settings of the model. The command runs on
-the host's CPU, and holds two layers at a time.
+the host's CPU, and holds some experts of one layer at a time.
 """
 
 import json
@@ -207,23 +207,43 @@ def _blocks(
   tensors: "Checkpoint",
   wanted: list["Slot"],
   shapes: Mapping[str, tuple[int, ...]],
-) -> Iterator[tuple[str, int, np.ndarray]]:
-  """Yields each parameter, layer by layer, filled from the tensors."""
-  parts: dict[tuple[str, int | None], list[Slot]] = {}
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+  """Yields the parameters as `save_streamed` takes them, from the tensors."""
+  from edl_jax.checkpoint import rows_of_blocks
+
+  parts: dict[tuple[str, tuple[int, ...]], list[Slot]] = {}
   for slot in wanted:
-    layer = slot.place[0] if slot.place else None
-    parts.setdefault((slot.parameter, layer), []).append(slot)
-  for (path, layer), own in parts.items():
-    if layer is None:
-      block = np.empty(shapes[path], np.float32)
-      (slot,) = own
-      slot.view(block)[...] = tensors.read(slot.name)
-      yield path, 0, block
+    path, start = slot.parameter, slot.place[:1]
+    if slot.expert is not None:
+      together = rows_of_blocks(shapes[path], 1)
+      start = (*start, slot.expert // together * together)
+    parts.setdefault((path, start), []).append(slot)
+  for (path, start), own in parts.items():
+    if not start:
+      yield from _rows(tensors, own[0], shapes[path])
       continue
-    block = np.empty((1, *shapes[path][1:]), np.float32)
+    shape = [1, *shapes[path][1:]]
+    if len(start) > 1:
+      # The last block may be smaller.
+      shape[1] = min(rows_of_blocks(shapes[path], 1), shape[1] - start[1])
+    block = np.empty(shape, np.float32)
     for slot in own:
-      slot.view_in_layer(block[0])[...] = tensors.read(slot.name)
-    yield path, layer, block
+      slot.view(block, start)[...] = tensors.read(slot.name)
+    yield path, start, block
+
+
+def _rows(
+  tensors: "Checkpoint", slot: "Slot", shape: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+  """Yields a parameter that is one tensor, some rows at a time."""
+  from edl_jax.checkpoint import rows_of_blocks
+
+  tensor = tensors.read(slot.name)
+  whole = tensor.T if slot.layout == "linear" else tensor
+  count = rows_of_blocks(shape, 0)
+  for first in range(0, len(whole), count):
+    rows = whole[first : first + count]
+    yield slot.parameter, (first,), rows.astype(np.float32, order="C")
 
 
 def _experiment_file(experiment: Experiment) -> str:

@@ -39,13 +39,25 @@ class Slot(NamedTuple):
   place: tuple[Any, ...]
   layout: str
 
-  def view(self, parameter: np.ndarray) -> np.ndarray:
-    """Returns the tensor as a view of the whole parameter."""
-    return _LAYOUTS[self.layout](parameter[self.place])
+  @property
+  def expert(self) -> int | None:
+    """The tensor's expert; None unless it is of a routed one."""
+    inner = self.place[1:2]
+    return inner[0] if inner and isinstance(inner[0], int) else None
 
-  def view_in_layer(self, layer: np.ndarray) -> np.ndarray:
-    """Returns the tensor as a view of the parameter of its layer alone."""
-    return _LAYOUTS[self.layout](layer[self.place[1:]])
+  def view(
+    self, parameter: np.ndarray, start: tuple[int, ...] = ()
+  ) -> np.ndarray:
+    """Returns the tensor as a view of the parameter.
+
+    Args:
+      parameter: all of it, or a block that contains the tensor.
+      start: where the block begins on the first axes of the parameter.
+    """
+    place = list(self.place)
+    for axis, at in enumerate(start):
+      place[axis] -= at
+    return _LAYOUTS[self.layout](parameter[tuple(place)])
 
 
 def slots(architecture: Architecture, model: ModelConfig) -> Iterator[Slot]:

@@ -33,12 +33,17 @@ def test_blocks_in_any_order_have_the_digest_of_the_whole():
   array = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
   digest = StreamedDigest(array.shape, array.dtype)
   for start, end in ((3, 5), (0, 1), (1, 3)):
-    digest.add(start, array[start:end])
+    digest.add((start,), array[start:end])
   assert {"x": digest.text()} == array_digests({"x": array})
   swapped = StreamedDigest(array.shape, array.dtype)
   for start, place in ((0, 1), (1, 0), (2, 2), (3, 3), (4, 4)):
-    swapped.add(place, array[start : start + 1])
+    swapped.add((place,), array[start : start + 1])
   assert swapped.text() != digest.text()
+  parts = StreamedDigest(array.shape, array.dtype)
+  for row in range(5):
+    for first, end in ((2, 3), (0, 2)):
+      parts.add((row, first), array[row : row + 1, first:end])
+  assert parts.text() == digest.text()
 
 
 def test_chunks_are_small_and_never_of_two_layers():
@@ -64,9 +69,14 @@ def saved(tmp_path_factory):
     for path, array in arrays.items():
       if path.startswith(("blocks", "dense_blocks")):
         for layer in range(len(array)):
-          yield path, layer, array[layer : layer + 1].copy()
+          if path.endswith("EFM"):
+            for expert in range(MODEL.num_experts):
+              block = array[layer : layer + 1, expert : expert + 1]
+              yield path, (layer, expert), block.copy()
+          else:
+            yield path, (layer,), array[layer : layer + 1].copy()
       else:
-        yield path, 0, array
+        yield path, (0,), array
 
   save_streamed(folder, shapes, blocks(), PROVENANCE)
   return folder, arrays

@@ -10,6 +10,7 @@ import pytest
 
 import edl_jax
 from edl_jax import checkpoint, config_files, main
+from edl_jax.checkpoint import stream
 from edl_jax.config import Experiment, ModelConfig
 from edl_jax.interop import import_weights, safetensors
 from edl_jax.interop.architectures import OLMOE, hub_config
@@ -92,6 +93,18 @@ def test_run_folder(run_folder):
     "bos_token_id": 256,
     "eos_token_id": 256,
   }
+
+
+def test_blocks_smaller_than_a_layer(source, tmp_path, monkeypatch):
+  """Three experts of four in a block, and 48 rows of the embedding."""
+  monkeypatch.setattr(stream, "_CHUNK_BYTES", 3100)
+  out = tmp_path / "out"
+  import_weights.import_weights(str(source), str(out))
+  wanted = parameters(Model(MODEL, jax.random.key(0)))
+  # Digests are compared too.
+  found = parameters(edl_jax.load(str(out)).model)
+  for path, array in wanted.items():
+    np.testing.assert_array_equal(found[path], array)
 
 
 def test_the_experiment_is_that_of_the_checkpoint(run_folder):

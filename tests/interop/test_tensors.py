@@ -206,14 +206,20 @@ def test_every_element_is_in_one_tensor(architecture):
   assert len(names) == len(list(tensors.slots(architecture, config)))
 
 
-def test_a_tensor_is_the_same_view_of_its_layer():
+def test_a_tensor_is_the_same_view_of_a_block():
   model = randomised(SMALL)
   arrays = {
     path: np.asarray(leaf) for path, leaf in tensors.parameters(model).items()
   }
   for slot in tensors.slots(QWEN3_MOE, SMALL):
+    whole = arrays[slot.parameter]
+    wanted = slot.view(whole)
     if slot.place:
-      layer = arrays[slot.parameter][slot.place[0]]
-      np.testing.assert_array_equal(
-        slot.view_in_layer(layer), slot.view(arrays[slot.parameter])
-      )
+      layer = slot.place[0]
+      block = whole[layer : layer + 1]
+      np.testing.assert_array_equal(slot.view(block, (layer,)), wanted)
+      if slot.expert is not None:
+        assert f"experts.{slot.expert}." in slot.name
+        block = block[:, slot.expert : slot.expert + 2]
+        start = (layer, slot.expert)
+        np.testing.assert_array_equal(slot.view(block, start), wanted)

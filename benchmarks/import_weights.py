@@ -1,0 +1,189 @@
+"""Measures the import of a large checkpoint: memory and time.
+
+  python -m benchmarks.import_weights --layers=8
+
+Writes a random checkpoint in bfloat16 of the shape of Qwen3-30B-A3B with fewer
+layers and experts (8 layers have 3 billion parameters: 6 GB, and 12 GB in the
+run folder, as training keeps float32), and imports it in a process of its own.
+Prints the greatest memory of that process over the size of the checkpoint, and
+its time over that of copying: reading the checkpoint's bytes and writing the
+run folder's, without converting anything. Files are read from the disk, not
+from the memory in which the system keeps them.
+"""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from edl_jax.command import Command
+from edl_jax.config import Experiment, ModelConfig
+from edl_jax.interop.architectures import QWEN3_MOE, hub_config
+from edl_jax.interop.safetensors_reader import Checkpoint
+from edl_jax.interop.tensors import parameters, slots
+from edl_jax.model.transformer import abstract_model
+from edl_jax.storage import write_json
+from edl_jax.text.tokenizer import byte_tokenizer
+
+COMMAND = Command(__doc__)
+_LAYERS = COMMAND.flag("layers", 8, "Layers of the model.", minimum=1)
+_EXPERTS = COMMAND.flag("experts", 64, "Experts of a layer.", minimum=8)
+_FOLDER = COMMAND.flag(
+  "folder",
+  "",
+  "Where to make the folder of the files, which is removed at the end. By"
+  " default the system's for temporary files.",
+)
+_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
+
+# Of a piece that is copied at a time.
+_BYTES = 1 << 26
+_SHARD_TENSORS = 1000
+
+
+def _model() -> ModelConfig:
+  return ModelConfig(
+    vocabulary_size=151_936,
+    num_layers=_LAYERS.value,
+    width=2048,
+    num_heads=32,
+    num_kv_heads=4,
+    head_width=128,
+    num_experts=_EXPERTS.value,
+    num_active_experts=8,
+    expert_width=768,
+    rope_theta=1e6,
+  )
+
+
+def _write_checkpoint(folder: str, model: ModelConfig) -> None:
+  """Writes a random checkpoint, tensor by tensor."""
+  experiment = Experiment(model=model)
+  content = hub_config(QWEN3_MOE, experiment, 256, "bfloat16")
+  write_json(f"{folder}/config.json", content)
+  with open(f"{folder}/tokenizer.json", "w", encoding="utf-8") as file:
+    file.write(byte_tokenizer().to_json())
+  empty = {
+    path: np.broadcast_to(np.float32(0), leaf.shape)
+    for path, leaf in parameters(abstract_model(model)).items()
+  }
+  shapes = {
+    slot.name: slot.view(empty[slot.parameter]).shape
+    for slot in slots(QWEN3_MOE, model)
+  }
+  names = list(shapes)
+  weight_map = {}
+  for first in range(0, len(names), _SHARD_TENSORS):
+    shard = names[first : first + _SHARD_TENSORS]
+    name = f"model-{first // _SHARD_TENSORS:05}.safetensors"
+    weight_map |= dict.fromkeys(shard, name)
+    _write_shard(f"{folder}/{name}", {key: shapes[key] for key in shard})
+  index = {"weight_map": weight_map}
+  write_json(f"{folder}/model.safetensors.index.json", index)
+
+
+def _write_shard(path: str, shapes: dict[str, tuple[int, ...]]) -> None:
+  header: dict[str, Any] = {}
+  end = 0
+  for name, shape in shapes.items():
+    start, end = end, end + 2 * int(np.prod(shape))
+    header[name] = {
+      "dtype": "BF16",
+      "shape": shape,
+      "data_offsets": (start, end),
+    }
+  text = json.dumps(header).encode()
+  random = np.random.default_rng(0)
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for shape in shapes.values():
+      values = random.standard_normal(shape, np.float32)
+      file.write((0.02 * values).astype(ml_dtypes.bfloat16).tobytes())
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _forget(folder: str) -> None:
+  """Makes the system read the folder's files from the disk again."""
+  for name in os.listdir(folder):
+    with open(f"{folder}/{name}", "rb") as file:
+      os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _copy_seconds(source: str, target: str, size: int) -> float:
+  """Returns the seconds of reading the source and writing `size` bytes."""
+  _forget(source)
+  started = time.monotonic()
+  for name in os.listdir(source):
+    with open(f"{source}/{name}", "rb", buffering=0) as file:
+      while file.read(_BYTES):
+        pass
+  noise = np.random.default_rng(0).bytes(_BYTES)
+  with open(target, "wb", buffering=0) as file:
+    for _ in range(-(-size // _BYTES)):
+      file.write(noise)
+    os.fsync(file.fileno())
+  seconds = time.monotonic() - started
+  os.unlink(target)
+  return seconds
+
+
+def _measure(folder: str) -> dict[str, float]:
+  source, out = f"{folder}/source", f"{folder}/run"
+  os.mkdir(source)
+  model = _model()
+  _write_checkpoint(source, model)
+  size = Checkpoint(source).num_bytes
+  print(f"checkpoint: {size / 1e9:.2f} GB", flush=True)
+  _forget(source)
+  command = [sys.executable, "-m", "edl_jax.interop.import_weights"]
+  started = time.monotonic()
+  subprocess.run(
+    [*command, f"--source={source}", f"--out={out}"],
+    check=True,
+    stdout=subprocess.DEVNULL,
+  )
+  os.sync()
+  seconds = time.monotonic() - started
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  written = sum(
+    os.path.getsize(os.path.join(root, name))
+    for root, _, names in os.walk(out)
+    for name in names
+  )
+  shutil.rmtree(out)
+  copy = _copy_seconds(source, f"{folder}/copy", 2 * size)
+  return {
+    "checkpoint_bytes": size,
+    "written_bytes": written,
+    # Linux counts in KiB.
+    "memory_bytes": used.ru_maxrss * 1024,
+    "memory_over_checkpoint": used.ru_maxrss * 1024 / size,
+    "seconds": seconds,
+    "processor_seconds": used.ru_utime + used.ru_stime,
+    "copy_seconds": copy,
+    "time_over_copy": seconds / copy,
+  }
+
+
+@COMMAND.main
+def main() -> None:
+  """Imports once and prints the figures."""
+  with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
+    figures = _measure(folder)
+  for name, value in figures.items():
+    print(f"{name:24} {value:,.2f}")
+  if _JSON.value:
+    write_json(_JSON.value, figures, indent=2)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
