@@ -260,7 +260,7 @@ def test_training_text_is_encoded_once(runs, monkeypatch, tmp_path):
   )
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    train._Loop(*arguments, mesh, str(tmp_path), "full").close()
+    train._Loop(*arguments, mesh, str(tmp_path), "full", None).close()
   assert read == ["held_out"]
 
 
