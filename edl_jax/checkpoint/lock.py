@@ -51,7 +51,8 @@ def locked(workdir: str) -> Iterator[None]:
     if jax.process_index() == 0 and not storage.in_bucket(workdir):
       try:
         stack.enter_context(_locked(workdir))
-      except UserError as error:
+      except (UserError, OSError) as error:
+        # Raise it below: the other processes wait there for this one.
         problem = error
     if any_process(problem is not None):
       raise problem or UserError(f"--workdir={workdir}: another run writes it")

@@ -127,7 +127,7 @@ def figures(workdir: pathlib.Path) -> dict[str, Any]:
     {
       key: value
       for key, value in json.loads(line).items()
-      if not re.search("tokens_per_second|input_wait_fraction", key)
+      if not re.search("^time/|tokens_per_second|input_wait_fraction", key)
     }
     for line in lines
   ]
