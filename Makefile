@@ -1,4 +1,5 @@
 # make demo        a small sweep on this machine's CPU: results in runs/demo
+#                  (make demo TPU=1: on the chips of a TPU VM, with uv)
 # make test        lint, types and the test suite (slow tests: make test-all)
 # make types       types alone
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
@@ -27,7 +28,15 @@ $(VENV)/test: $(VENV)/demo requirements-test.txt requirements-data.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	@touch $@
 
-demo: $(VENV)/demo
+# A TPU VM brings Python 3.10: uv finds or downloads 3.12.
+$(VENV)/demo-tpu: requirements.txt
+	@command -v uv > /dev/null \
+	  || { echo "error: uv is missing; run: python3 -m pip install --user uv" >&2; exit 2; }
+	uv venv --clear --python 3.12 $(VENV)
+	uv pip install --quiet --python $(RUN) -r requirements.txt "jax[tpu]"
+	@touch $@
+
+demo: $(VENV)/demo$(if $(TPU),-tpu)
 	$(RUN) -m edl_jax.sweep --experiment=experiments/demo.py \
 	  --grid=losses.divergence_weight=0,0.01 --carve=4 --workdir=runs/demo
 

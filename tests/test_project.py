@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -62,6 +63,44 @@ def test_workflow_can_only_read_and_pins_its_actions():
   assert len(uses) == 4
   for action in uses:
     assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action), action
+
+
+def commands_of(*arguments: str) -> str:
+  """Returns what make would run, from scratch."""
+  return subprocess.run(
+    ["make", "--dry-run", "--always-make", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+
+
+def test_demo_of_a_tpu_vm_brings_its_own_python():
+  commands = commands_of("demo", "TPU=1")
+  assert "uv venv --clear --python 3.12 .venv" in commands
+  assert '-r requirements.txt "jax[tpu]"' in commands
+  assert "edl_jax.sweep" in commands and "-m venv" not in commands
+  assert "uv " not in commands_of("demo")
+  page = (ROOT / "docs" / "tpu.md").read_text()
+  assert "uv venv --python 3.12 .venv" in page
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_each_python_has_one_exact_version_of_every_package(version):
+  found: dict[str, str] = {}
+  for line in (ROOT / "requirements.txt").read_text().splitlines():
+    if not line.strip() or line.startswith("#"):
+      continue
+    requirement = Requirement(line)
+    marker = requirement.marker
+    if marker is None or marker.evaluate({"python_version": version}):
+      assert requirement.name not in found, requirement.name
+      found[requirement.name] = str(requirement.specifier)
+  assert all(pin.startswith("==") for pin in found.values())
+  jax = found["jax"]
+  assert jax == found["jaxlib"]
+  assert jax == ("==0.10.2" if version == "3.11" else "==0.12.0.1")
 
 
 # --- The wheel ---------------------------------------------------------------
