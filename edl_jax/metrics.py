@@ -1,4 +1,4 @@
-"""The metrics of a run, in `metrics.jsonl` and TensorBoard.
+"""The metrics of a run, in `metrics.jsonl` and other places.
 
 This module imports no JAX: reports and sweeps read metrics without a device.
 """
@@ -6,21 +6,22 @@ This module imports no JAX: reports and sweeps read metrics without a device.
 import contextlib
 import json
 import os
-import re
-import socket
 import tempfile
-import time
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from etils import epath
 
 from edl_jax import storage
 from edl_jax.config import UserError
-
-_METRICS_FILE = "metrics.jsonl"
+from edl_jax.metric_writers import (
+  METRICS_FILE,
+  WRITERS,
+  RunDescription,
+  Writer,
+)
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 
 def _read_lines(workdir: str) -> list[tuple[bytes, dict[str, Any]]]:
   """Returns every complete line of metrics.jsonl: its bytes, and its values."""
-  path = os.path.join(workdir, _METRICS_FILE)
+  path = os.path.join(workdir, METRICS_FILE)
   if not epath.Path(path).exists():
     return []
   lines = epath.Path(path).read_bytes().splitlines(keepends=True)
@@ -62,22 +63,31 @@ def _read_lines(workdir: str) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 class MetricsWriter:
-  """Appends scalars to metrics.jsonl and to TensorBoard, both in `workdir`.
+  """Appends metrics to metrics.jsonl in `workdir`, and to other places.
 
   A killed run may have written lines after its last checkpoint. The constructor
   drops the lines after `first_step`, so that the file of a resumed run equals
   that of an uninterrupted one.
 
-  An object in a bucket cannot be appended to. If `workdir` is in a bucket, both
+  An object in a bucket cannot be appended to. If `workdir` is in a bucket, the
   files grow in a temporary folder, and `sync` uploads them.
   """
 
-  def __init__(self, workdir: str, *, first_step: int = 0):
+  def __init__(
+    self,
+    workdir: str,
+    *,
+    first_step: int = 0,
+    writers: Sequence[str] = ("jsonl", "tensorboard"),
+    run: RunDescription = RunDescription(),  # noqa: B008
+  ):
     """Opens the files; creates `workdir` if it is missing.
 
     Args:
       workdir: folder of the run.
       first_step: step of the checkpoint that the run resumes from, 0 for none.
+      writers: names of places, from `metric_writers.WRITERS`.
+      run: what they may want to know of the run; its folder is `workdir`.
 
     Raises:
       UserError: `workdir` cannot be written.
@@ -91,14 +101,11 @@ class MetricsWriter:
         self._temporary = tempfile.TemporaryDirectory()
         folder = self._temporary.name
       os.makedirs(folder, exist_ok=True)
-      path = os.path.join(folder, _METRICS_FILE)
-      _drop_after(workdir, first_step, path)
-      self._file = open(path, "ab")  # noqa: SIM115
-      self._tensorboard = _TensorBoard(
-        os.path.join(folder, "tensorboard"),
-        first_step,
-        _names(os.path.join(workdir, "tensorboard")),
-      )
+      _drop_after(workdir, first_step, os.path.join(folder, METRICS_FILE))
+      run = run._replace(workdir=workdir)
+      self._writers = [
+        WRITERS[name](folder, first_step, run) for name in writers
+      ]
       self.sync()
     except OSError as error:
       raise UserError(
@@ -117,11 +124,22 @@ class MetricsWriter:
       UserError: the disk is full or cannot be written any more.
     """
     scalars = {name: float(value) for name, value in values.items()}
-    line = json.dumps({"step": int(step), **scalars}) + "\n"
+    self._to_all(lambda writer: writer.write(step, scalars))
+
+  def write_histograms(
+    self, step: int, values: Mapping[str, np.ndarray]
+  ) -> None:
+    """Adds histograms of the elements of arrays, where a place has them.
+
+    Raises:
+      UserError: as `write`.
+    """
+    self._to_all(lambda writer: writer.write_histograms(step, values))
+
+  def _to_all(self, write: Callable[[Writer], None]) -> None:
     try:
-      self._file.write(line.encode())
-      self._file.flush()
-      self._tensorboard.write(step, scalars)
+      for writer in self._writers:
+        write(writer)
     except OSError as error:
       raise UserError(
         f"cannot write metrics to {self._workdir}: {error.strerror}; make room"
@@ -155,13 +173,13 @@ class MetricsWriter:
       self._synced[name] = len(content)
 
   def close(self) -> None:
-    """Closes both files."""
+    """Closes all places."""
     # Every write was flushed. Closing can only fail again for a line whose
     # failure `write` has reported. An upload that fails here loses metrics that
     # are newer than the last checkpoint.
-    for file in (self._file, self._tensorboard):
+    for writer in self._writers:
       with contextlib.suppress(OSError):
-        file.close()
+        writer.close()
     with contextlib.suppress(UserError):
       self.sync()
     if self._temporary is not None:
@@ -172,69 +190,6 @@ class MetricsWriter:
 
   def __exit__(self, *exception: object) -> None:
     self.close()
-
-
-_EVENTS = re.compile(r"events[.]out[.]tfevents[.][0-9]+[.]")
-
-
-def _names(folder: str) -> list[str]:
-  path = epath.Path(folder)
-  return [each.name for each in path.iterdir()] if path.is_dir() else []
-
-
-class _TensorBoard:
-  """Writes TensorBoard's event files in the calling thread.
-
-  tensorboardX.SummaryWriter has two faults for our use. It writes in a thread
-  of its own, which dies on a full disk, and the run then hangs on its queue.
-  And it names files by the time alone: two writers opened within one second
-  share a name, so that a quick restart overwrites the events of the first.
-  """
-
-  def __init__(self, folder: str, first_step: int, others: Iterable[str]):
-    # These load protobuf, which readers of metrics do not need.
-    from tensorboardX.proto import event_pb2, summary_pb2
-    from tensorboardX.record_writer import RecordWriter
-
-    os.makedirs(folder, exist_ok=True)
-    # Any: protobuf makes the classes at import.
-    events: Any = event_pb2
-    summaries: Any = summary_pb2
-    self._event, self._summary = events.Event, summaries.Summary
-    self._file: Any = RecordWriter(os.path.join(folder, _events_name(others)))
-    self._add(0, file_version="brain.Event:2")
-    # TensorBoard then hides events of this step and later in older files.
-    self._add(
-      first_step + 1,
-      session_log=events.SessionLog(status=events.SessionLog.START),
-    )
-
-  def write(self, step: int, scalars: Mapping[str, float]) -> None:
-    values = [
-      self._summary.Value(tag=name, simple_value=value)
-      for name, value in scalars.items()
-    ]
-    self._add(step, summary=self._summary(value=values))
-
-  def _add(self, step: int, **content: Any) -> None:
-    event = self._event(wall_time=time.time(), step=step, **content)
-    self._file.write(event.SerializeToString())
-    self._file.flush()
-
-  def close(self) -> None:
-    self._file.close()
-
-
-def _events_name(others: Iterable[str]) -> str:
-  """Returns a name for an event file that sorts behind those of `others`.
-
-  TensorBoard reads files in the order of their names, which begin with a time.
-  The clock may stand behind that of an earlier process of the run.
-  """
-  times = [int(name.split(".")[3]) for name in others if _EVENTS.match(name)]
-  now = max(int(time.time()), *(1 + each for each in times), 0)
-  owner = f"{socket.gethostname()}.{uuid.uuid4().hex}"
-  return f"events.out.tfevents.{now:010}.{owner}"
 
 
 def _drop_after(workdir: str, first_step: int, path: str) -> None:

@@ -64,6 +64,18 @@ def averaged(state: TrainState) -> Model:
   return state.model if state.ema is None else merged(state.ema, state.model)
 
 
+def starting_from(
+  state: TrainState, model: Model, experiment: Experiment
+) -> TrainState:
+  """Returns a new run's state with another model, and averages from it on."""
+  state = state._replace(model=model)
+  if state.ema is None:
+    return state
+  # A copy: the training step donates both.
+  ema = jax.tree.map(jnp.copy, trained(experiment.optimizer, model))
+  return state._replace(ema=ema)
+
+
 def _coarse_weight(experiment: Experiment) -> float:
   """Returns the share of the coarse level in the divergence loss."""
   by_granularity = {

@@ -23,6 +23,7 @@ from edl_jax.checkpoint import (
 )
 from edl_jax.clock import Clock, goodput, read_records, write_record
 from edl_jax.config import Experiment
+from edl_jax.environment import environment
 from edl_jax.evaluate import (
   Evaluation,
   NonFiniteError,
@@ -31,10 +32,12 @@ from edl_jax.evaluate import (
 )
 from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
+from edl_jax.metric_writers import RunDescription, writer_names
 from edl_jax.metrics import MetricsWriter, read_metrics
 from edl_jax.model.transformer import parameter_counts, training_flops
 from edl_jax.optim import make_optimizer
 from edl_jax.preemption import Preempted, requests_to_end
+from edl_jax.profiling import Profile
 from edl_jax.progress import Progress
 from edl_jax.runtime import compile_program, peak_flops
 from edl_jax.step import (
@@ -42,6 +45,7 @@ from edl_jax.step import (
   averaged,
   init_state,
   make_train_step,
+  starting_from,
 )
 from edl_jax.tasks.evaluation import EncodedTasks
 from edl_jax.tasks.training import TrainingTasks
@@ -58,6 +62,8 @@ class _Pending(NamedTuple):
   scalars: dict[str, jax.Array]
   # Training metrics of routing; None for steps that are not logged.
   routing: dict[str, jax.Array] | None
+  # Tokens sent to each expert; None too.
+  load_LE: jax.Array | None
 
 
 _training_figures = jax.jit(
@@ -127,7 +133,7 @@ class _Loop:
       self.state = init_state(experiment, optimizer, mesh)
       if initial := experiment.train.initial_checkpoint:
         loaded = load(initial, mesh=mesh, verify=verify)
-        self.state = self.state._replace(model=loaded.model)
+        self.state = starting_from(self.state, loaded.model, experiment)
     self._last_saved = self._last_shown = self.first_step
     self._clock = Clock(
       experiment.train.batch_size * experiment.train.sequence_length,
@@ -138,16 +144,28 @@ class _Loop:
     self._process = f"{time.time_ns()}"
     if self._is_first:
       describe_workdir(workdir, provenance)
-    self._writer = (
-      MetricsWriter(workdir, first_step=self.first_step)
-      if self._is_first
-      else None
-    )
+    self._environment = environment()
+    self._profile = Profile(experiment.train.profile_steps, workdir)
+    self._writer = self._metrics_writer() if self._is_first else None
     self.progress = Progress(
       experiment.train.num_steps,
       self.first_step,
       # Other processes stay silent.
       None if self._is_first else open(os.devnull, "w"),  # noqa: SIM115
+    )
+
+  def _metrics_writer(self) -> MetricsWriter:
+    metrics = self._experiment.metrics
+    settings = self._provenance.to_dict()["experiment"]
+    return MetricsWriter(
+      self._workdir,
+      first_step=self.first_step,
+      writers=writer_names(metrics.writers),
+      run=RunDescription(
+        name=self._experiment.name,
+        project=metrics.project,
+        record=settings | {"environment": self._environment},
+      ),
     )
 
   def step(self, step: int) -> None:
@@ -164,15 +182,19 @@ class _Loop:
       self._clock.exclude(started, "compile")
       self._clock.restart(step - 1)
       self.progress.restart(step - 1)
+    self._profile.before(step)
     self.state, output = self._compiled_step(self.state, batch)
     # Devices run programs in order: dispatched after the next step, the metrics
     # would be ready one step later.
-    logged = None
+    logged = load_LE = None
     if self._is_logged(step):
       first_layer = self._experiment.model.num_dense_layers
       logged = _training_figures(output.routing, first_layer=first_layer)
+      load_LE = output.routing.assignments_LE
     self.read_pending()
-    self._pending = _Pending(step, output.scalars, logged)
+    self._pending = _Pending(step, output.scalars, logged, load_LE)
+    if told := self._profile.after(step, self.state):
+      self.progress.print(told)
     self._clock.end_step()
 
   def _is_logged(self, step: int) -> bool:
@@ -187,7 +209,7 @@ class _Loop:
     """
     if self._pending is None:
       return
-    step, scalars, figures = jax.device_get(self._pending)
+    step, scalars, figures, load_LE = jax.device_get(self._pending)
     self._pending = None
     if scalars.get("skipped"):
       self.progress.print(
@@ -199,6 +221,7 @@ class _Loop:
       self._check_finite(step, scalars)
     if figures is not None:
       self._log(step, scalars, figures)
+      self._log_load(step, load_LE)
 
   def _check_finite(self, step: int, scalars: Mapping[str, np.ndarray]) -> None:
     bad = [
@@ -244,10 +267,25 @@ class _Loop:
       self.progress.print(f"step {step}: {line}")
     self._last_shown = step
 
+  def _log_load(self, step: int, load_LE: np.ndarray) -> None:
+    """Adds a histogram of the experts' loads of each layer.
+
+    A load is a multiple of the layer's mean.
+    """
+    if self._writer is None:
+      return
+    first = self._experiment.model.num_dense_layers
+    histograms = {
+      f"routing/load/layer_{layer}": load_E / max(load_E.mean(), 1)
+      for layer, load_E in enumerate(load_LE, start=first)
+    }
+    self._writer.write_histograms(step, histograms)
+
   def _record(self, step: int) -> None:
     """Writes where this process's time went, on the first process."""
     if self._is_first:
-      write_record(self._workdir, self._process, self._clock.record(step))
+      record = self._clock.record(step) | {"environment": self._environment}
+      write_record(self._workdir, self._process, record)
 
   def _epochs_at(self, step: int) -> dict[str, float]:
     return self._epochs.at(step * self._experiment.train.batch_size)
@@ -371,6 +409,7 @@ class _Loop:
     self.progress.close()
     self._iterator.close()
     self._checkpointer.close()
+    self._profile.close()
     if self._writer is not None:
       self._writer.close()
 

@@ -8,6 +8,8 @@ import dataclasses
 
 from edl_jax import config, fields
 from edl_jax.config import DataConfig, Experiment, ModelConfig, UserError
+from edl_jax.metric_writers import writer_names
+from edl_jax.profiling import parse_steps
 
 # Tokens that each kind of trained tokenizer needs at least: a byte tokenizer
 # has 256 bytes and the end of a document, BPE has merges beside them.
@@ -174,6 +176,19 @@ def _check_train(experiment: Experiment) -> None:
       f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds"
       f" train.num_steps={train.num_steps}"
     )
+  try:
+    profiled = parse_steps(train.profile_steps)
+  except ValueError as error:
+    raise UserError(
+      f"train.profile_steps={train.profile_steps!r}: must be FIRST:LAST, such"
+      " as 20:25, with steps that rise from 1"
+    ) from error
+  if profiled and profiled[1] > train.num_steps:
+    raise UserError(
+      f"train.profile_steps={train.profile_steps} ends behind"
+      f" train.num_steps={train.num_steps}"
+    )
+  writer_names(experiment.metrics.writers)
 
 
 def _check_mesh(experiment: Experiment) -> None:

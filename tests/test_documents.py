@@ -14,6 +14,7 @@ import yaml
 
 from edl_jax import config, config_files
 from edl_jax.analysis import comparison
+from edl_jax.metric_writers import METRICS_FILE
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -118,8 +119,11 @@ def test_settings_that_pages_name_exist(page):
   parts = {key.partition(".")[0] for key in known if "." in key}
   for text in code(page):
     match = re.fullmatch(rf"((?:{'|'.join(parts)})\.[a-z_0-9]+)(=.*)?", text)
-    # The folder `data` has a setting's name: data.prepare is a module.
-    if match and not (ROOT / f"{match[1].replace('.', '/')}.py").exists():
+    # The folder `data` has a setting's name: data.prepare is a module. And
+    # metrics.jsonl is a file.
+    if not match or match[1] == METRICS_FILE:
+      continue
+    if not (ROOT / f"{match[1].replace('.', '/')}.py").exists():
       assert match[1] in known, f"no setting {match[1]}"
 
 

@@ -216,6 +216,7 @@ HOLDERS = {
   "train": {"train", "config", "settings"},
   "mesh": {"mesh", "config"},
   "data": {"data", "config"},
+  "metrics": {"metrics", "config"},
 }
 
 # Files that read fields by name, from a table of strings.

@@ -34,6 +34,7 @@ ARROWS = {
     *("cache", "command", "config", "progress", "storage", "tables", "text"),
   },
   "describe": {"config", "fields", "tables"},
+  "environment": set(),
   "evaluate": {
     *("checkpoint", "config", "losses", "model", "sharding", "storage"),
     *("tables", "text"),
@@ -54,12 +55,14 @@ ARROWS = {
     *("output", "preemption", "runtime", "sharding", "step", "storage"),
     *("tasks", "text", "train"),
   },
-  "metrics": {"config", "storage"},
+  "metric_writers": {"config", "fields", "storage"},
+  "metrics": {"config", "metric_writers", "storage"},
   "model": {"config", "losses", "sharding", "text"},
   "muon": {"sharding"},
   "optim": {"config", "fields", "muon", "sharding"},
   "output": {"config"},
   "preemption": set(),
+  "profiling": {"storage"},
   "progress": set(),
   "runtime": {"cache", "config"},
   "sharding": {"config"},
@@ -79,11 +82,12 @@ ARROWS = {
   },
   "text": {"cache", "config", "progress", "storage"},
   "train": {
-    *("analysis", "checkpoint", "clock", "config", "evaluate", "losses"),
-    *("metrics", "model", "optim", "preemption", "progress", "runtime"),
-    *("sharding", "step", "storage", "tasks", "text"),
+    *("analysis", "checkpoint", "clock", "config", "environment"),
+    *("evaluate", "losses", "metric_writers", "metrics", "model", "optim"),
+    *("preemption", "profiling", "progress", "runtime", "sharding", "step"),
+    *("storage", "tasks", "text"),
   },
-  "validation": {"config", "fields"},
+  "validation": {"config", "fields", "metric_writers", "profiling"},
 }
 
 

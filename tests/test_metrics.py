@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from edl_jax import metrics
+from edl_jax import metric_writers, metrics
 from edl_jax.config import UserError
 
 
@@ -154,7 +154,7 @@ def test_event_files_stay_in_order_when_the_clock_goes_back(
 ):
   # TensorBoard reads them in the order of their names.
   for step, clock in enumerate((2_000_000_000.0, 1_000_000_000.0, 3.0)):
-    monkeypatch.setattr(metrics.time, "time", lambda now=clock: now)
+    monkeypatch.setattr(metric_writers.time, "time", lambda now=clock: now)
     with metrics.MetricsWriter(str(tmp_path), first_step=step) as writer:
       writer.write(step + 1, {"train/loss": 0.5})
   scalars, starts = read_tensorboard(tmp_path / "tensorboard")

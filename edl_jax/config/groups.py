@@ -69,6 +69,12 @@ class LossesConfig:
   z_weight: float = field(
     1e-4, at_least=0, help="Weight of the router z-loss L_z, zeta."
   )
+  output_z_weight: float = field(
+    0.0,
+    at_least=0,
+    help="Weight of the z-loss of the output's logits, such as 1e-4, which"
+    " keeps them from drifting.",
+  )
   orthogonality_weight: Weight = field(
     0.0,
     at_least=0,
@@ -244,6 +250,29 @@ class TrainConfig:
     " tokenizer this run starts from. If empty, parameters start random.",
   )
 
+  profile_steps: str = field(
+    "",
+    resumable=True,
+    help="First and last step of a trace for XProf, such as 20:25; empty for"
+    " none. The run says where it is and how to open it.",
+  )
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class MetricsConfig:
+  """Where the metrics of a run go."""
+
+  writers: str = field(
+    "jsonl,tensorboard",
+    resumable=True,
+    help="Places that get metrics, separated by commas: jsonl, which reports"
+    " read and must be there, tensorboard, and wandb (Weights & Biases), which"
+    " needs requirements-wandb.txt.",
+  )
+  project: str = field(
+    "edl_jax", resumable=True, help="Project in Weights & Biases."
+  )
+
 
 def _axis(size: int, help: str) -> Any:
   return field(size, at_least=1, also=-1, resumable=True, help=help)
@@ -360,5 +389,6 @@ class Experiment:
     default_factory=OptimizerConfig
   )
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -15,7 +15,8 @@ def chunked_cross_entropy(
   weights_BT: jax.Array,
   chunk_elements: int = 1 << 22,
   tied: bool = False,
-) -> tuple[jax.Array, jax.Array]:
+  z_weight: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Weighted cross-entropy of a linear head, without all logits at once.
 
   Logits exist for one chunk of tokens at a time. The forward pass forms the
@@ -34,44 +35,56 @@ def chunked_cross_entropy(
     weights_BT: float32, 0 for padding; no gradient.
     chunk_elements: elements of the largest array of logits.
     tied: whether the embedding is given in place of the head, (V, M).
+    z_weight: the objective's weight of the second result, where that of the
+      first is 1. The gradient, which the forward pass forms, rests on it.
 
   Returns:
-    The weighted sum in nats over these rows, a float32 scalar; and weighted
-    nats_BT, float32, for reports. No gradient flows through nats_BT.
+    The weighted sum in nats over these rows, and the weighted sum of
+    logsumexp(logits)^2, float32 scalars; and weighted nats_BT, float32, for
+    reports. No gradient flows through nats_BT.
   """
-  total, nats_BT = _cross_entropy(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied
+  total, squares, nats_BT = _cross_entropy(
+    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, z_weight
   )
-  return total, jax.lax.stop_gradient(nats_BT)
+  return total, squares, jax.lax.stop_gradient(nats_BT)
 
 
 def _cross_entropy_primal(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied
-) -> tuple[jax.Array, jax.Array]:
-  nats_BT, _, _ = _in_chunks(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, False
-  )
-  return nats_BT.sum(), nats_BT
+  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, z_weight
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  return _in_chunks(
+    *(x_BTM, head_MV, targets_BT, weights_BT),
+    *(chunk_elements, tied, z_weight),
+    with_gradient=False,
+  )[0]
 
 
 def _cross_entropy_forward(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied
+  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, z_weight
 ):
-  nats_BT, dx_BTM, dhead_MV = _in_chunks(
-    x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, True
+  sums, dx_BTM, dhead_MV = _in_chunks(
+    *(x_BTM, head_MV, targets_BT, weights_BT),
+    *(chunk_elements, tied, z_weight),
+    with_gradient=True,
   )
-  return (nats_BT.sum(), nats_BT), (dx_BTM, dhead_MV)
+  return sums, (dx_BTM, dhead_MV)
 
 
-def _cross_entropy_backward(chunk_elements, tied, residuals, cotangents):
-  del chunk_elements, tied
+def _cross_entropy_backward(
+  chunk_elements, tied, z_weight, residuals, cotangents
+):
+  # The cotangent of the squares is z_weight times that of the nats, so that the
+  # gradient of their weighted sum serves both.
+  del chunk_elements, tied, z_weight
   dx_BTM, dhead_MV = residuals
   # Devices along `tensor` hold the same sum, and each a part of its cotangent.
   scale = sharding.sum_over(cotangents[0], ("tensor",))
   return (scale * dx_BTM).astype(dx_BTM.dtype), scale * dhead_MV, None, None
 
 
-_cross_entropy = jax.custom_vjp(_cross_entropy_primal, nondiff_argnums=(4, 5))
+_cross_entropy = jax.custom_vjp(
+  _cross_entropy_primal, nondiff_argnums=(4, 5, 6)
+)
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
@@ -91,9 +104,19 @@ def _chunk_size(tokens: int, most: int) -> int:
 
 
 def _in_chunks(
-  x_BTM, head_MV, targets_BT, weights_BT, chunk_elements, tied, with_gradient
+  x_BTM,
+  head_MV,
+  targets_BT,
+  weights_BT,
+  chunk_elements,
+  tied,
+  z_weight,
+  with_gradient,
 ):
-  """Returns nats_BT, and dx_BTM and dhead_MV (None without gradient).
+  """Returns (nats, squares, nats_BT), dx_BTM and dhead_MV.
+
+  The last two are the gradient of nats plus `z_weight` times squares, None
+  without gradient.
 
   Each device along `tensor` has the logits of its part of the vocabulary, and
   returns what these contribute to dx_BTM.
@@ -128,19 +151,24 @@ def _in_chunks(
       (exp_PV.sum(-1), jnp.where(hit_PV, shifted_PV, 0).sum(-1)), ("tensor",)
     )
     nats_P = (jnp.log(sum_P) - target_logit_P) * weight_P
+    logsumexp_P = jnp.log(sum_P) + largest_P
+    squares_P = jnp.square(logsumexp_P) * weight_P
     if not with_gradient:
-      return dhead_MV, (nats_P, None)
-    dlogits_PV = exp_PV * (weight_P / sum_P)[:, None]
+      return dhead_MV, (nats_P, squares_P, None)
+    share_P = weight_P / sum_P
+    if z_weight:
+      share_P *= 1 + 2 * z_weight * logsumexp_P
+    dlogits_PV = exp_PV * share_P[:, None]
     dlogits_PV = jnp.where(hit_PV, dlogits_PV - weight_P[:, None], dlogits_PV)
     dlogits_PV = dlogits_PV.astype(x_PM.dtype)
     dx_PM = jnp.dot(dlogits_PV, head.T)
     dhead_MV += jnp.dot(x_PM.T, dlogits_PV, preferred_element_type=jnp.float32)
-    return dhead_MV, (nats_P, dx_PM)
+    return dhead_MV, (nats_P, squares_P, dx_PM)
 
   dhead_MV = (
     jnp.zeros((width, vocabulary), jnp.float32) if with_gradient else None
   )
-  dhead_MV, (nats, dx) = jax.lax.scan(
+  dhead_MV, (nats, squares, dx) = jax.lax.scan(
     body,
     dhead_MV,
     (in_chunks(x_BTM), in_chunks(targets_BT), in_chunks(weights_BT)),
@@ -152,4 +180,5 @@ def _in_chunks(
     dhead = (dhead_MV.T if tied else dhead_MV).astype(x_BTM.dtype)
     dhead = sharding.scatter(name, dhead, sharding.STORAGE_AXES)
     dhead_MV = dhead.astype(jnp.float32)
-  return nats_BT, dx, dhead_MV
+  # Padded tokens have no weight.
+  return (nats_BT.sum(), squares.sum(), nats_BT), dx, dhead_MV

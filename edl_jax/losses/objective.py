@@ -12,7 +12,7 @@ documentation's table of losses follow from the entry.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +51,9 @@ class LossTerm(NamedTuple):
   name: str
   # Field of `LossesConfig` that holds the weight.
   weight: str
-  # Maps statistics of the global batch to the loss of each layer, (L,).
-  function: Callable[[routing.RoutingStats, LossContext], jax.Array]
+  # Maps statistics of the global batch to the loss of each layer, (L,). With
+  # `of_output` it maps `BatchSums` to one loss.
+  function: Callable[[Any, LossContext], jax.Array]
   # For documents.
   formula: str
   source: str
@@ -60,6 +61,8 @@ class LossTerm(NamedTuple):
   other_weights: tuple[str, ...] = ()
   # The term reads `RoutingStats.outputs`, which are summed on demand.
   needs_outputs: bool = False
+  # The term is about the output's logits, not about layers.
+  of_output: bool = False
   # The progress line of a run shows the term.
   in_progress_line: bool = False
 
@@ -135,6 +138,16 @@ def router_z_loss(
   return stats.squared_logsumexp_L / jnp.maximum(stats.tokens_L, 1)
 
 
+def output_z_loss(sums: routing.BatchSums, context: LossContext) -> jax.Array:
+  """Mean over tokens of logsumexp(output logits)^2, a scalar.
+
+  It keeps the softmax of the output normalised. PaLM, arXiv:2204.02311,
+  section 5, with the weight 1e-4.
+  """
+  del context
+  return sums.squared_logsumexp / jnp.maximum(sums.tokens, 1)
+
+
 def orthogonality_loss(
   stats: routing.RoutingStats, context: LossContext
 ) -> jax.Array:
@@ -202,6 +215,14 @@ LOSS_TERMS: tuple[LossTerm, ...] = (
     function=router_z_loss,
     formula="mean over tokens of logsumexp(router logits)^2",
     source="arXiv:2202.08906",
+  ),
+  LossTerm(
+    name="output_z_loss",
+    weight="output_z_weight",
+    function=output_z_loss,
+    formula="mean over tokens of logsumexp(output logits)^2",
+    source="arXiv:2204.02311",
+    of_output=True,
   ),
   LossTerm(
     name="orthogonality_loss",
@@ -281,9 +302,10 @@ def summaries(config: LossesConfig) -> routing.Summaries:
   needs_outputs = any(
     term.needs_outputs and getattr(config, term.weight) for term in LOSS_TERMS
   )
+  made = routing.Summaries(output_z_weight=config.output_z_weight)
   if not needs_outputs:
-    return routing.ROUTING_ONLY
-  return routing.Summaries(
+    return made
+  return made._replace(
     outputs=functools.partial(
       routing.output_stats, form=config.specialization_form
     )
@@ -329,7 +351,8 @@ def objective(
   scalars = {"lm_loss": sums.nats / jnp.maximum(sums.tokens, 1)}
   for term in LOSS_TERMS:
     if stats.outputs is not None or not term.needs_outputs:
-      scalars[term.name] = term.function(stats, context).mean()
+      read = sums if term.of_output else stats
+      scalars[term.name] = term.function(read, context).mean()
   loss, found = scalars["lm_loss"], {}
   for term in LOSS_TERMS:
     weight = getattr(config, term.weight)

@@ -123,6 +123,8 @@ class BatchSums(NamedTuple):
 
   # Summed cross-entropy of counted tokens, nats, scalar.
   nats: jax.Array
+  # Sum over counted tokens of logsumexp(output logits)^2, scalar.
+  squared_logsumexp: jax.Array
   # Counted tokens, scalar.
   tokens: jax.Array
   routing: RoutingStats
@@ -309,6 +311,9 @@ class Summaries(NamedTuple):
   outputs: Callable[..., OutputStats] | None = None
   # The class of every token id, int32 (V,): asks for `token_assignments`.
   token_class_V: np.ndarray | None = None
+  # The objective's weight of `BatchSums.squared_logsumexp` over tokens: see
+  # `chunked_cross_entropy`.
+  output_z_weight: float = 0.0
 
 
 # Leaves the experts' outputs alone.

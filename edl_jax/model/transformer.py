@@ -249,9 +249,9 @@ class Model(nnx.Module):
     """Runs a device's share of `batch_sums`.
 
     Returns:
-      nats_1, nats_BT, the routing of rows (L, B, ...), and the sums of outputs,
-      the probabilities of pairs and the assignments of tokens, each (L, 1, ...)
-      or None. The axes of size 1 become Z.
+      (nats_1, squares_1), nats_BT, the routing of rows (L, B, ...), and the
+      sums of outputs, the probabilities of pairs and the assignments of tokens,
+      each (L, 1, ...) or None. The axes of size 1 become Z.
     """
 
     def rows_and_tokens(
@@ -284,16 +284,18 @@ class Model(nnx.Module):
     )
     head = self.embedding_VM if self.head_MV is None else self.head_MV
     with jax.named_scope("head"):
-      nats, nats_BT = chunked_cross_entropy(
+      nats, squares, nats_BT = chunked_cross_entropy(
         x_BTM,
         head[...],
         batch.targets_BT,
         batch.weights_BT,
         self.config.logits_elements,
         self.head_MV is None,
+        summaries.output_z_weight,
       )
     outputs_L1 = jax.tree.map(lambda x: x[:, None], outputs_L)
-    return nats[None], nats_BT, routing_LB, outputs_L1, probs_L1I2E, count_L1VE
+    sums_1 = nats[None], squares[None]
+    return sums_1, nats_BT, routing_LB, outputs_L1, probs_L1I2E, count_L1VE
 
   def batch_sums(
     self,
@@ -329,7 +331,7 @@ class Model(nnx.Module):
     def of_shard(model: Model, batch: Batch, *rest: Any):
       return model._shard_sums(batch, summaries, moe, *rest)
 
-    nats_Z, nats_BT, routing_LB, *by_shard_L = sharding.per_shard(
+    sums_Z, nats_BT, routing_LB, *by_shard_L = sharding.per_shard(
       of_shard,
       (
         sharding.parameter_specs(self),
@@ -363,7 +365,7 @@ class Model(nnx.Module):
     if pairs is not None:
       pairs_L22 = token_pair_sums(probs_LI2E, pairs.domain_I2, pairs.counted_I)
     sums = routing.BatchSums(
-      nats=nats_Z.sum(),
+      *jax.tree.map(jnp.sum, sums_Z),
       tokens=batch.weights_BT.sum(),
       routing=routing.collect(
         routing_LB,

@@ -25,4 +25,5 @@ def test_only_these_fields_may_change_on_resume():
     *("model.remat", "model.scan_unroll", "model.logits_elements"),
     *("train.log_every", "train.eval_every", "train.eval_rows"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.profile_steps", "metrics.writers", "metrics.project"),
   }

@@ -70,7 +70,7 @@ def test_cross_entropy_in_chunks_against_all_logits(elements):
   assert float(got) == pytest.approx(1.5 * float(want), rel=1e-6)
   for g, w in zip(got_gradient, want_gradient):
     np.testing.assert_allclose(g, 1.5 * w, rtol=1e-5, atol=1e-6)
-  _, nats_BT = chunked_cross_entropy(x, head, targets, weights)
+  _, _, nats_BT = chunked_cross_entropy(x, head, targets, weights)
   assert float(nats_BT.sum()) == pytest.approx(float(want), rel=1e-6)
   assert not np.any(nats_BT[weights == 0])
 

@@ -21,6 +21,7 @@ WEIGHTS = LossesConfig(
   balance_weight=0.3,
   divergence_weight=0.2,
   z_weight=0.05,
+  output_z_weight=0.02,
   orthogonality_weight=0.1,
   variance_weight=0.7,
 )
@@ -75,8 +76,9 @@ def ours(
     )
     for layer in range(LAYERS)
   ]
-  nats, _ = chunked_cross_entropy(
-    variables["x"], variables["head"], constants["targets"], weights
+  nats, squares, _ = chunked_cross_entropy(
+    *(variables["x"], variables["head"], constants["targets"], weights),
+    z_weight=config.output_z_weight,
   )
   stats = routing.collect(
     rows,
@@ -84,7 +86,7 @@ def ours(
     DOMAINS,
     jax.tree.map(lambda *x: jnp.stack(x), *outputs),
   )
-  sums = BatchSums(nats, weights.sum(), stats)
+  sums = BatchSums(nats, squares, weights.sum(), stats)
   context = LossContext(config, parent_D, coarse_weight)
   return losses.objective(sums, context, kept_weights)
 
@@ -98,10 +100,11 @@ def naive_terms(variables, constants, config=WEIGHTS):
   counted = [
     (b, t) for b in range(BATCH) for t in range(LENGTH) if weights[b, t]
   ]
-  nats = 0.0
+  nats = output_z = 0.0
   for b, t in counted:
     scores = x[b, t] @ head
     nats += np.log(np.exp(scores).sum()) - scores[targets[b, t]]
+    output_z += np.log(np.exp(scores).sum()) ** 2
   balance, divergence, z, orthogonality, variance = [], [], [], [], []
   for layer in range(LAYERS):
     p = np.exp(logits[layer])
@@ -169,6 +172,7 @@ def naive_terms(variables, constants, config=WEIGHTS):
     "balance_loss": np.mean(balance),
     "divergence_loss": np.mean(divergence),
     "z_loss": np.mean(z),
+    "output_z_loss": output_z / len(counted),
     "orthogonality_loss": np.mean(orthogonality),
     "variance_loss": np.mean(variance),
   }
@@ -297,7 +301,7 @@ def test_one_expert_and_one_domain_give_zero_loss_and_gradient():
     top, expert = jax.lax.top_k(probs, 1)
     row = rows(logits, probs, expert, top / top, weights)
     stats = routing.collect(row, domain, DOMAINS)
-    sums = BatchSums(jnp.zeros(()), weights.sum(), stats)
+    sums = BatchSums(*jnp.zeros(2), weights.sum(), stats)
     return losses.objective(sums, LossContext(LossesConfig()))[1]
 
   several, same = jnp.arange(BATCH) % DOMAINS, jnp.ones(BATCH, jnp.int32)
