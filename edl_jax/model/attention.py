@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from edl_jax import sharding
 from edl_jax.config import ModelConfig
-from edl_jax.model import splash
+from edl_jax.model import cudnn, splash
 from edl_jax.model.layers import HeadsRMSNorm, RMSNorm, fan_in_normal
 from edl_jax.model.rope import rotary_embedding
 
@@ -196,11 +196,15 @@ def causal_attention(
   }
   if backend is not None:
     return attend[backend](*arrays)
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform == "gpu":
+    if cudnn.fits(q_BTNH, sequence_axis):
+      return cudnn.attention(*arrays)
+    return attend["default"](*arrays)
   if not splash.fits(shards * length, shards):
     return attend["default"](*arrays)
   # A mesh names the platform that the program is compiled for. Without one,
   # trace every backend and let the compiler choose.
-  device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None:
     return jax.lax.platform_dependent(*arrays, **attend)
   return attend.get(device.platform, attend["default"])(*arrays)
