@@ -208,21 +208,19 @@ WRITERS: dict[str, Callable[[str, int, RunDescription], Writer]] = {
 
 
 def writer_names(text: str) -> list[str]:
-  """Returns the names in `metrics.writers`.
+  """Returns the places that `metrics.writers` asks for, metrics.jsonl first.
 
   Raises:
-    UserError: a name is unknown or comes twice, jsonl is missing, or what a
-      place needs is not installed.
+    UserError: a name is unknown or comes twice, or what a place needs is not
+      installed.
   """
-  names = [name.strip() for name in text.split(",")]
+  names = ["jsonl", *filter(None, map(str.strip, text.split(",")))]
   shown = f"metrics.writers={text}"
   for name in names:
     if name not in WRITERS:
       raise UserError(f"{shown}: {name!r}: {nearest(name, WRITERS)}")
-  if "jsonl" not in names or len(set(names)) < len(names):
-    raise UserError(
-      f"{shown}: must have jsonl, which reports read, and no name twice"
-    )
+  if len(set(names)) < len(names):
+    raise UserError(f"{shown}: names a place twice (metrics.jsonl is one)")
   if "wandb" in names and importlib.util.find_spec("wandb") is None:
     raise UserError(
       f"{shown}: wandb is not installed: python -m pip install -r"

@@ -68,10 +68,11 @@ def test_only_the_places_that_were_asked_for(tmp_path):
 
 
 def test_what_is_missing_is_named(monkeypatch):
-  assert writer_names("jsonl, tensorboard") == ["jsonl", "tensorboard"]
+  assert writer_names(" tensorboard ") == ["jsonl", "tensorboard"]
+  assert writer_names("") == ["jsonl"]
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install -r requirements-wandb.txt"):
-    writer_names("jsonl,wandb")
+    writer_names("wandb")
   assert (ROOT / "requirements-wandb.txt").exists()
 
 
@@ -87,7 +88,7 @@ for first_step in (0, 2):
   with MetricsWriter(
     sys.argv[1],
     first_step=first_step,
-    writers=writer_names("jsonl,wandb"),
+    writers=writer_names("wandb"),
     run=run,
   ) as writer:
     for step in range(first_step + 1, first_step + 3):

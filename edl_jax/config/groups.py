@@ -147,7 +147,7 @@ class OptimizerConfig:
   rates: str = field(
     "",
     help="Factors of the learning rate of parts, as PATTERN=FACTOR entries that"
-    " commas separate, such as *router_ME=0.1,embedding_VM=2. The first pattern"
+    " commas separate, such as *router_ME=0.1,head_MV=2. The first pattern"
     " that matches a parameter's name counts; others learn at the rate itself.",
   )
   trainable: str = field(
@@ -263,11 +263,11 @@ class MetricsConfig:
   """Where the metrics of a run go."""
 
   writers: str = field(
-    "jsonl,tensorboard",
+    "tensorboard",
     resumable=True,
-    help="Places that get metrics, separated by commas: jsonl, which reports"
-    " read and must be there, tensorboard, and wandb (Weights & Biases), which"
-    " needs requirements-wandb.txt.",
+    help="Places that get metrics beside metrics.jsonl, separated by commas:"
+    " tensorboard, and wandb (Weights & Biases), which needs"
+    " requirements-wandb.txt. Empty for none.",
   )
   project: str = field(
     "edl_jax", resumable=True, help="Project in Weights & Biases."
