@@ -83,6 +83,12 @@ def test_both_ways_to_join_halves():
     assert ("dynamic_update_slice" in text) == in_place
 
 
+def test_both_ways_to_add_along_rows():
+  x = np.random.default_rng(0).random((3, 4, 50), np.float32)
+  for add in (layers._row_sums, layers._row_sums_by_product):
+    np.testing.assert_allclose(jax.jit(add)(x), x.sum(-1), rtol=1e-5)
+
+
 def test_weights_stay_float32_beside_bfloat16():
   both, weight = jnp.ones((4, 6), jnp.bfloat16), jnp.full(4, 0.3)
   y, pull_back = jax.vjp(weighted_swiglu, both, weight)
