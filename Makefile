@@ -4,6 +4,7 @@
 # make types       types alone
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
 # make update-tpu  writes the collectives that these find to tests/aot/golden
+# make test-wandb  tests of Weights & Biases, offline, installed by it
 # make test-interop  tests against PyTorch, Transformers and lm-evaluation-harness,
 #                    installed by it
 # make test-beam   tests of preparation on Apache Beam, installed by it
@@ -15,7 +16,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo types test test-all campaign test-tpu update-tpu test-interop test-beam docs clean
+.PHONY: demo types test test-all campaign test-tpu update-tpu test-interop test-wandb test-beam docs clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -89,6 +90,17 @@ $(VENV)/interop/done: $(INTEROP)
 test-interop: $(VENV)/test $(VENV)/interop/done
 	EDL_JAX_INTEROP_PYTHON=$(VENV)/interop/bin/python \
 	  $(RUN) -m pytest --quiet tests/interop
+
+# An environment of its own: the client brings a server process along.
+$(VENV)/wandb/done: requirements.txt requirements-wandb.txt
+	$(PYTHON) -m venv $(VENV)/wandb
+	$(VENV)/wandb/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements.txt -r requirements-wandb.txt
+	@touch $@
+
+test-wandb: $(VENV)/test $(VENV)/wandb/done
+	EDL_JAX_WANDB_PYTHON=$(VENV)/wandb/bin/python \
+	  $(RUN) -m pytest --quiet tests/test_metric_writers.py
 
 # An environment of its own: Beam wants an older pyarrow.
 $(VENV)/beam/done: requirements-beam.txt
