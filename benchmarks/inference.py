@@ -89,11 +89,13 @@ class Transformers:
     self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
   def modes(self, kind: str) -> list[Any]:
-    sizes = (1, 8, 32) if kind == "score" else (0,)
+    if kind == "generate":
+      return [{"experts": name} for name in self.experts]
+    # "batched_mm" copies the weights for every token of every request.
     return [
       {"experts": name, "batch_size": size}
-      for name in self.experts
-      for size in sizes
+      for name in ("eager", "grouped_mm")
+      for size in (8, 32)
     ]
 
   def score(

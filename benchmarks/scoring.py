@@ -6,9 +6,9 @@
 Both score the first requests of a file, such as ARC-Easy's: five examples, a
 question, and one of its answers. The model has the shapes of an experiment and
 random weights in float32; Transformers loads them from our export. The harness
-asks `HFLM`, its class for Transformers, in the fastest of its modes: three ways
-of running experts, and batches of 1, 8 and 32 requests, tried before. We take
-the better of two sizes of batches.
+asks `HFLM`, its class for Transformers, in the fastest of its modes: experts
+"eager" and "grouped_mm", and batches of 8 and 32 requests, tried before. We
+take the better of two sizes of batches.
 
 Both start from texts and end with log-likelihoods, which must agree. They take
 turns in processes of their own, which compile before the first turn. The ratio
