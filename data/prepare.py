@@ -100,7 +100,7 @@ _RUNNER = COMMAND.flag(
   choices=("local", "DirectRunner", "FlinkRunner", "SparkRunner"),
 )
 _BEAM = COMMAND.flag(
-  "beam", [], "Argument for Beam, such as --beam=direct_num_workers=2."
+  "beam", [], "Argument for Beam, without its dashes; may be repeated."
 )
 _WORKERS = COMMAND.flag(
   "workers", os.cpu_count() or 1, "Processes that share the work.", minimum=1

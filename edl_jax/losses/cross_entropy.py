@@ -139,9 +139,7 @@ def _in_chunks(
     padding = [(0, num_chunks * chunk - tokens)] + [(0, 0)] * (flat.ndim - 1)
     return jnp.pad(flat, padding).reshape(num_chunks, chunk, *flat.shape[1:])
 
-  def body(
-    dhead_MV: Any, inputs: Any
-  ) -> tuple[Any, tuple[jax.Array, jax.Array, Any]]:
+  def body(dhead_MV: Any, inputs: Any) -> tuple[Any, tuple[Any, Any, Any]]:
     x_PM, target_P, weight_P = inputs
     logits_PV = jnp.dot(x_PM, head, preferred_element_type=jnp.float32)
     hit_PV = target_P[:, None] - first == jnp.arange(vocabulary)

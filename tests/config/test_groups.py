@@ -25,5 +25,7 @@ def test_only_these_fields_may_change_on_resume():
     *("model.remat", "model.scan_unroll", "model.logits_elements"),
     *("train.log_every", "train.eval_every", "train.eval_rows"),
     *("train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.task_every", "train.tasks", "train.task_files"),
+    "train.task_documents",
     *("train.profile_steps", "metrics.writers", "metrics.project"),
   }
