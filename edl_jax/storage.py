@@ -214,7 +214,11 @@ def check_writable(path: str) -> None:
   """
   # Processes that start together need different names.
   trial = f"{path}/{uuid.uuid4().hex}"
-  write_bytes(trial, b"")
+  try:
+    write_bytes(trial, b"")
+  except OSError as error:
+    # Name the folder: the caller does not know the trial.
+    raise OSError(error.errno, error.strerror, path) from error
   try:
     epath.Path(trial).unlink()
   except Exception as error:

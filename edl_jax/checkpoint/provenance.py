@@ -12,6 +12,11 @@ from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import Tokenizer
 
 
+def is_import(saved: Mapping[str, Any]) -> bool:
+  """Says whether the saved provenance is of weights that were imported."""
+  return not saved["content_hash"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Provenance:
   """What a run is made from. A run resumes only one of equal provenance."""
@@ -45,11 +50,6 @@ class Provenance:
       content_hash=saved["content_hash"],
       source=saved.get("source"),
     )
-
-  @property
-  def is_import(self) -> bool:
-    """Whether the weights were imported and not trained here."""
-    return not self.content_hash
 
   def check_continues(
     self, saved: Mapping[str, Any], where: str, step: int = 0

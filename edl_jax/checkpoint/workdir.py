@@ -16,7 +16,7 @@ from edl_jax.checkpoint.folders import (
   saved_provenance,
 )
 from edl_jax.checkpoint.load import checkpoint_provenance
-from edl_jax.checkpoint.provenance import Provenance
+from edl_jax.checkpoint.provenance import Provenance, is_import
 from edl_jax.config import Experiment, UserError
 
 
@@ -40,7 +40,7 @@ def check_workdir(
   if not storage.in_bucket(workdir):
     _check_places(workdir)
   saved = saved_provenance(workdir)
-  if saved is not None and Provenance.from_dict(saved).is_import:
+  if saved is not None and is_import(saved):
     if checkpoint_bytes:
       raise UserError(
         f"--workdir={workdir} holds imported weights, which no run continues;"
@@ -54,7 +54,8 @@ def check_workdir(
   try:
     room = _room(workdir)
   except OSError as error:
-    where = f" ({error.filename})" if error.filename else ""
+    named = error.filename in (None, workdir)
+    where = "" if named else f" ({error.filename})"
     raise UserError(
       f"cannot write to --workdir={workdir}: {error.strerror}{where}; choose"
       " another"
@@ -155,14 +156,15 @@ def initial_provenance(
   saved = None
   if checkpoint_steps(os.path.join(workdir, FOLDER)):
     saved = saved_provenance(workdir)
-  if saved:
+  if saved and is_import(saved):
     provenance = Provenance.from_dict(saved)
-    if provenance.is_import:
-      where = f"--workdir={workdir}"
-      _check_same_model(provenance.experiment, experiment, where)
-    return provenance if path or provenance.is_import else None
+    where = f"--workdir={workdir}"
+    _check_same_model(provenance.experiment, experiment, where)
+    return provenance
   if not path:
     return None
+  if saved:
+    return Provenance.from_dict(saved)
   try:
     provenance = checkpoint_provenance(path)
   except UserError as error:
