@@ -71,8 +71,8 @@ $(VENV)/tpu-next/done:
 	@touch $@
 
 test-tpu: $(VENV)/tpu
-	python3.12 -c "" && $(MAKE) $(VENV)/tpu-next/done || true
-	EDL_JAX_TPU_PYTHONS="$$(ls $(VENV)/tpu-next/bin/python)" \
+	if python3.12 -c "" 2>/dev/null; then $(MAKE) $(VENV)/tpu-next/done; fi
+	EDL_JAX_TPU_PYTHONS="$$(ls $(VENV)/tpu-next/bin/python 2>/dev/null)" \
 	  PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot tests/test_runtime.py
 
 update-tpu: $(VENV)/tpu
