@@ -9,8 +9,8 @@ of the experts, and prints both side by side. One run by hand:
 
 Takes about two minutes a run on two CPU cores. The held-out LM loss ends at 3.6
 nats per token; the divergence loss more than doubles routing diversity, from
-0.20 to 0.45, and changes the LM loss by +0.02, and by -0.03 with 4 of 16
-experts in each layer (one seed).
+0.20 to 0.45, and changes the LM loss by +0.01, and by -0.26 with 4 of 16
+experts in each layer (one seed; -0.03 in an earlier run).
 
 The loss compares the fine domains. The variant `demo.py:coarse` compares their
 parents (code, math, prose, tables), `:hierarchical` both levels, and
