@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -199,6 +200,21 @@ class _Carver:
       return None
     return self._held_out.loss(name, kept_LE)
 
+  def _losses(self, choices: Sequence[tuple[Any, np.ndarray]]) -> list[float]:
+    """Returns the losses of sets of rows, each with its kept experts.
+
+    A CPU computes two at a time, since parts of each use one core alone. Where
+    devices exchange data, all of them must run programs in one order.
+    """
+
+    def loss(choice: tuple[Any, np.ndarray]) -> float:
+      # The mesh in use is one of each thread.
+      with jax.set_mesh(self._mesh):
+        return self._held_out.loss(*choice)
+
+    with ThreadPoolExecutor(2 if self._mesh.size == 1 else 1) as threads:
+      return list(threads.map(loss, choices))
+
   def measure(self, say: Callable[[str], None]) -> dict[str, Any]:
     settings, model = self._settings, self._run.experiment.model
     most_used = {
@@ -269,19 +285,26 @@ class _Carver:
     self, domain: int, keep: int, most_used_LE: np.ndarray
   ) -> dict[str, Any]:
     kept_LE = self._selector.select([domain], keep)
+    others = [("others", domain)] if ("others", domain) in self._batches else []
+    own, most_used, *rest = self._losses(
+      [
+        (domain, kept_LE),
+        (domain, most_used_LE),
+        *((name, kept_LE) for name in others),
+        *(
+          (domain, selection.random_experts(self._shape, keep, draw))
+          for draw in range(self._settings.draws)
+        ),
+      ]
+    )
     return {
       "domain": self._fine[domain],
       "keep": keep,
       "experts": selection.expert_numbers(kept_LE),
-      "loss": self._held_out.loss(domain, kept_LE),
-      "others_loss": self._others_loss(domain, kept_LE),
-      "most_used_loss": self._held_out.loss(domain, most_used_LE),
-      "random_losses": [
-        self._held_out.loss(
-          domain, selection.random_experts(self._shape, keep, draw)
-        )
-        for draw in range(self._settings.draws)
-      ],
+      "loss": own,
+      "others_loss": rest.pop(0) if others else None,
+      "most_used_loss": most_used,
+      "random_losses": rest,
     }
 
   def _calibrate(self, domain: int) -> list[dict[str, Any]]:
