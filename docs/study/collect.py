@@ -102,7 +102,7 @@ def _best_losses(
   if "mixture" not in content:
     return {}
   # Runs that differ in other settings have the same held-out rows.
-  keys = ("data.files", "data.held_out_fraction", "train.eval_rows", "data.max")
+  keys = ("data.", "train.eval_rows", "train.sequence_length")
   known = json.dumps([v for k, v in experiment.items() if k.startswith(keys)])
   if known not in _known:
     mixture = MarkovMixture(**content["mixture"])

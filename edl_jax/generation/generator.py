@@ -160,11 +160,6 @@ def _further(
   return tokens_BI, cache, expert_LBIA
 
 
-@jax.jit
-def _cast(model: Model) -> Model:
-  return in_compute_dtype(model)
-
-
 def _rounded(length: int) -> int:
   return -(-length // _ROUND) * _ROUND
 
@@ -351,7 +346,7 @@ def _continue(
   # The embedding may have more rows than the tokenizer has ids.
   allowed_V = np.arange(model.config.vocabulary_size)
   allowed_V = allowed_V < tokenizer.vocabulary_size
-  model = _cast(model)
+  model = in_compute_dtype(model)
   experts: list[list[np.ndarray]] = [[] for _ in samples]
   tokens_BI, cache, expert_LBTA = _first(
     *(model, tokens_BT, positions_BT, last_B, cache, choice, keys_B),

@@ -43,6 +43,7 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
   )
 
 
+@jax.jit
 def in_compute_dtype(model: Model) -> Model:
   """Returns the model with each parameter in the dtype that products read.
 

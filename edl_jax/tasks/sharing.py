@@ -6,8 +6,7 @@ what many rows begin with, such as examples before every question, is a stem
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -98,8 +97,8 @@ def score_sequences(
   nats_I = np.zeros(len(sequences))
   greedy_I = np.ones(len(sequences), bool)
   with jax.set_mesh(mesh):
-    run = functools.partial(_score, _cast(model))
-    for rows, results in _batches(run, model, groups, mesh, batch_tokens):
+    cast = in_compute_dtype(model)
+    for rows, results in _batches(cast, groups, mesh, batch_tokens):
       nats_P, greedy_P = jax.device_get(results)
       start = 0
       for number, count in (part for row in rows for part in row.parts):
@@ -217,13 +216,18 @@ def _lengths(sizes: Sequence[int]) -> list[int]:
 
 
 def _batches(
-  run: Callable[..., tuple[jax.Array, jax.Array]],
   model: Model,
   groups: Sequence[_Group],
   mesh: Mesh,
   batch_tokens: int,
 ) -> Iterator[tuple[list[_Row], tuple[jax.Array, jax.Array]]]:
-  """Yields rows, and their results from `run`, which may yet be computed."""
+  """Yields rows, and their results from `_score`, which may yet be computed.
+
+  Args:
+    model: from `in_compute_dtype`.
+    groups: the rows.
+    mesh, batch_tokens: as for `score_sequences`.
+  """
   shards = int(np.prod([mesh.shape[axis] for axis in sharding.ROW_AXES]))
   lengths = _lengths([len(row) for group in groups for row in group.rows])
   slots = max(len(group.stem) for group in groups)
@@ -247,13 +251,14 @@ def _batches(
   }
   waiting = None
   for tokens, by_length in parts:
-    stem = _run_stem(_cast(model), tokens, slots, shards, mesh)
+    stem = _run_stem(model, tokens, slots, shards, mesh)
     for length, rows in by_length.items():
       for start in range(0, len(rows), sizes[length]):
         some = rows[start : start + sizes[length]]
         arrays = _arrays(some, length, sizes[length])
         placed = sharding.put_batch(arrays[:3], mesh)
-        results = run(*placed, stem, np.int32(len(tokens)), *arrays[3:])
+        count = np.int32(len(tokens))
+        results = _score(model, *placed, stem, count, *arrays[3:])
         # The next batch is made while this one is computed.
         if waiting:
           yield waiting
@@ -285,11 +290,6 @@ def _arrays(
     done = end
   counts = np.array(done, np.int32)
   return tokens_BT, positions_BT, branch_BT, before_P, target_P, counts
-
-
-@jax.jit
-def _cast(model: Model) -> Model:
-  return in_compute_dtype(model)
 
 
 def _run_stem(

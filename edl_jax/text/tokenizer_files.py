@@ -123,6 +123,11 @@ def _nodes(part: Any) -> list[dict[str, Any]]:
 
 
 def is_byte_level(settings: dict[str, Any]) -> bool:
+  """Says whether a tokenizer's tokens spell bytes, as in byte-level BPE.
+
+  Args:
+    settings: the content of a tokenizer.json.
+  """
   steps = _nodes(settings["pre_tokenizer"])
   return any(step["type"] == "ByteLevel" for step in steps)
 
