@@ -67,7 +67,7 @@ $(VENV)/tpu-next/done:
 	python3.12 -m venv $(VENV)/tpu-next
 	$(VENV)/tpu-next/bin/python -m pip install --quiet \
 	  --disable-pip-version-check jax==0.11.1 libtpu==0.0.46.3 absl-py \
-	  ml_collections
+	  ml_collections "etils[epath]"
 	@touch $@
 
 test-tpu: $(VENV)/tpu
