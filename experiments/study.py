@@ -109,7 +109,7 @@ def _truth(variant: str) -> Experiment:
       batch_size=48,
       sequence_length=128,
       log_every=20,
-      eval_every=200,
+      eval_every=100,
       eval_rows=64,
       checkpoint_every=400,
       keep_checkpoints=1,
