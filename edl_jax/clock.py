@@ -90,6 +90,7 @@ class Clock:
       "first_step": self._first_step,
       "step": step,
       "wall": time.monotonic() - self._began,
+      "cpu": time.process_time(),
       "seconds": dict(self.seconds),
     }
 
@@ -125,10 +126,11 @@ def goodput(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Adds up the processes that a run took.
 
   Returns:
-    "processes", their number; "wall_seconds", in all; "seconds" by what took
-    them; and "goodput", the share of wall time that went into steps that the
-    run kept. A process that was killed may have taken steps behind its last
-    checkpoint: these were taken again, and do not count.
+    "processes", their number; "wall_seconds" in all; "cpu_seconds", which the
+    operating system counted for their threads; "seconds" by what took them; and
+    "goodput", the share of wall time that went into steps that the run kept. A
+    process that was killed may have taken steps behind its last checkpoint:
+    these were taken again, and do not count.
   """
   useful = wall = 0.0
   seconds: dict[str, float] = {}
@@ -144,6 +146,8 @@ def goodput(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {
     "processes": len(records),
     "wall_seconds": wall,
+    # Records of older versions lack it.
+    "cpu_seconds": sum(record.get("cpu", 0.0) for record in records),
     "seconds": seconds,
     "goodput": useful / wall if wall else 0.0,
   }

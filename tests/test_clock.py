@@ -57,6 +57,7 @@ def record(first, last, wall, steps, **others):
     "first_step": first,
     "step": last,
     "wall": wall,
+    "cpu": wall / 2,
     "seconds": {"steps": steps, **others},
   }
 
@@ -75,6 +76,9 @@ def test_goodput_leaves_out_steps_that_were_taken_again(tmp_path):
   assert list(read_records(str(tmp_path))) == records
   found = goodput(records)
   assert found["processes"] == 3 and found["wall_seconds"] == 60.0
+  assert found["cpu_seconds"] == 30.0
+  del records[0]["cpu"]  # As an older version left it.
+  assert goodput(records)["cpu_seconds"] == 20.0
   assert found["seconds"] == {"steps": 37.0, "compile": 17.0, "checkpoint": 1.0}
   # 10 of 14 steps of one second, none, and all.
   assert found["goodput"] == pytest.approx((10.0 + 0.0 + 20.0) / 60.0)
