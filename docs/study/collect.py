@@ -3,9 +3,11 @@
   python -m docs.study.collect --runs=runs/study
 
 Each folder of --runs is a sweep, as run.sh makes it; its runs become the rows
-of docs/study/results/<folder>.csv. Started again, it writes the same files, so
-that parts of the study can be added as they finish. Runs on text of Markov
-sources also get the best loss that their held-out text allows.
+of docs/study/results/<folder>.csv. Rows of other runs stay, so that parts of
+the study can be made at different times and on different machines. A row has
+the run's settings and figures; its held-out loss by tokens, `lm_loss@TOKENS`;
+what its loss rises by with K experts in each layer, `carved/K`; and on text of
+Markov sources, the best loss that the held-out text allows.
 """
 
 import csv
@@ -21,9 +23,12 @@ import numpy as np
 
 from edl_jax import storage
 from edl_jax.analysis import run_text, sweep_report
+from edl_jax.analysis.carve import report as carve_report
+from edl_jax.analysis.carve import swept
 from edl_jax.checkpoint import checkpoint_provenance
 from edl_jax.command import Command
 from edl_jax.config import UserError
+from edl_jax.metrics import read_metrics
 from edl_jax.text.input_pipeline import held_out_rows
 from edl_jax.text.markov import MarkovMixture
 
@@ -54,33 +59,53 @@ SETTINGS = (
 _TEXTS = os.path.join("text", "*.jsonl.gz")
 
 
+def read_rows(path: str) -> list[dict[str, str]]:
+  """Returns the rows of a file of results; none if it is missing."""
+  if not os.path.exists(path):
+    return []
+  with open(path, newline="") as file:
+    return list(csv.DictReader(file))
+
+
 def rows_of(sweep: str) -> list[dict[str, Any]]:
   """Returns a row for each finished run of a sweep's folder.
 
   Raises:
     UserError: no run is finished, or a file of one is damaged.
   """
+  runs = sweep_report.read_runs(sweep)
   rows = []
-  for run in sweep_report.read_runs(sweep):
+  for run, carved in zip(runs, swept.read(sweep, runs)):
     experiment = run.result["experiment"]
-    missing = [key for key in SETTINGS if key not in experiment]
-    if missing:
-      raise UserError(
-        f"{sweep}/{run.name}: made by a version without {missing[0]}; run it"
-        " again"
-      )
+    workdir = os.path.join(sweep, run.name)
+    tokens = (
+      experiment["train.batch_size"] * experiment["train.sequence_length"]
+    )
     rows.append(
       {key: experiment[key] for key in SETTINGS}
       | {
         "parameters/active": run.result["parameters"]["active"],
-        "tokens": run.result["step"]
-        * experiment["train.batch_size"]
-        * experiment["train.sequence_length"],
+        "tokens": run.result["step"] * tokens,
+        "cpu_seconds": run.result["time"]["cpu_seconds"],
       }
       | sweep_report.figures(run.result)
-      | _best_losses(os.path.join(sweep, run.name), experiment)
+      | {
+        f"lm_loss@{line['step'] * tokens}": line["eval/lm_loss"]
+        for line in read_metrics(workdir)
+        if "eval/lm_loss" in line
+      }
+      | _rises(carved)
+      | _best_losses(workdir, experiment)
     )
   return rows
+
+
+def _rises(carved: Mapping[str, Any] | None) -> dict[str, float]:
+  """Returns the rise of a carved run's loss by experts, mean over domains."""
+  if carved is None:
+    return {}
+  rises = carve_report.mean_rises(carved, carve_report.OWN)
+  return {f"carved/{keep}": rises[keep] for keep in sorted(rises)}
 
 
 _known: dict[str, dict[str, float]] = {}
@@ -91,8 +116,8 @@ def _best_losses(
 ) -> dict[str, float]:
   """Returns the best losses of a run's held-out text; none without a manifest.
 
-  They are means over sources: of the best predictor that infers the source,
-  and of one that knows it.
+  They are of the best predictor that infers the source, and of one that knows
+  it: means over sources, and by source.
   """
   files = experiment["data.files"]
   manifest = Path(files.removesuffix(_TEXTS), "manifest.json")
@@ -110,35 +135,45 @@ def _best_losses(
     corpus = run_text.read_corpus(provenance, workdir)
     start = provenance.tokenizer.document_start_id
     rows = held_out_rows(corpus, provenance.tokenizer, provenance.experiment)
-    best: dict[str, list[float]] = {"inferred": [], "known": []}
-    for name, own in zip(corpus.taxonomy.fine, rows):
-      known_D = np.eye(mixture.num_sources)[int(name.removeprefix("source_"))]
-      uniform_D = np.full_like(known_D, 1 / len(known_D))
-      best["inferred"].append(mixture.best_loss(own, start, uniform_D))
-      best["known"].append(mixture.best_loss(own, start, known_D))
-    _known[known] = {
-      f"best_loss/{name}": float(np.mean(losses))
-      for name, losses in best.items()
-    }
+    best: dict[str, float] = {}
+    for how in ("inferred", "known"):
+      losses = {}
+      for name, own in zip(corpus.taxonomy.fine, rows):
+        source = int(name.removeprefix("source_"))
+        prior_D = np.eye(mixture.num_sources)[source]
+        if how == "inferred":
+          prior_D = np.full_like(prior_D, 1 / len(prior_D))
+        losses[f"best_loss/{how}/{name}"] = mixture.best_loss(
+          own, start, prior_D
+        )
+      best[f"best_loss/{how}"] = float(np.mean(list(losses.values())))
+      best |= losses
+    _known[known] = best
   return _known[known]
 
 
 @COMMAND.main
 def main() -> None:
-  """Writes a CSV file for each sweep that has a finished run."""
+  """Writes a CSV file for each sweep that has a finished run.
+
+  Raises:
+    UserError: no run is finished, or a file of one is damaged.
+  """
   sweeps = sorted(Path(_RUNS.value).glob("*"))
   finished = [path for path in sweeps if any(path.glob("*/result.json"))]
   if not finished:
     raise UserError(f"--runs={_RUNS.value}: no run in it is finished")
   storage.make_folder(_OUT.value)
   for sweep in finished:
-    rows = rows_of(str(sweep))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    path = os.path.join(_OUT.value, f"{sweep.name}.csv")
+    rows = {}
+    for row in [*read_rows(path), *rows_of(str(sweep))]:
+      rows[tuple(str(row[key]) for key in SETTINGS)] = row
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    path = os.path.join(_OUT.value, f"{sweep.name}.csv")
+    writer.writerows(rows.values())
     storage.write_bytes(path, file.getvalue().encode())
     print(f"{path}: {len(rows)} runs")
 

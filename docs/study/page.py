@@ -7,16 +7,16 @@ page, and puts each table between the marks `<!-- table NAME -->` and
 `<!-- end -->` of docs/study/index.md. The text around them is written by hand.
 """
 
-import csv
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from scipy import stats
 
+from docs.study.collect import read_rows
 from docs.study.questions import QUESTIONS, Condition, Question
 from edl_jax import storage
 from edl_jax.analysis import report
@@ -33,13 +33,11 @@ _Runs = dict[int, dict[str, str]]
 
 def read(folder: Path, question: Question) -> list[dict[str, str]]:
   """Returns the rows of a question's files; none of files that are missing."""
-  rows = []
-  for name in question.files:
-    path = folder / "results" / f"{name}.csv"
-    if path.exists():
-      with path.open(newline="") as file:
-        rows += csv.DictReader(file)
-  return rows
+  return [
+    row
+    for name in question.files
+    for row in read_rows(str(folder / "results" / f"{name}.csv"))
+  ]
 
 
 def runs_of(rows: Sequence[Mapping[str, str]], condition: Condition) -> _Runs:
@@ -58,19 +56,32 @@ def runs_of(rows: Sequence[Mapping[str, str]], condition: Condition) -> _Runs:
   return found
 
 
-def figure_of(row: Mapping[str, str], name: str) -> float:
-  """Returns a figure of a run; "distance" is that of its loss from the best."""
-  if name == "distance":
-    return float(row["lm_loss"]) - float(row["best_loss/inferred"])
-  return float(row[name])
+def figures_of(runs: _Runs, name: str) -> dict[int, float]:
+  """Returns a figure of each run that has it, by seed.
+
+  "distance" is that of the loss from the best possible; "distance@TOKENS" is
+  what it was after so many tokens.
+  """
+  found = {}
+  for seed, row in runs.items():
+    best = 0.0
+    column = name
+    if name.startswith("distance"):
+      best = float(row["best_loss/inferred"])
+      column = name.replace("distance", "lm_loss")
+    if row.get(column):
+      found[seed] = float(row[column]) - best
+  return found
 
 
-def spread(values: Sequence[float], form: str) -> str:
-  """Returns mean and sample standard deviation as text."""
+def spread(values: Collection[float], form: str) -> str:
+  """Returns mean and sample standard deviation as text; "" without values."""
+  if not values:
+    return ""
   mean = format(statistics.fmean(values), form)
   if len(values) < 2:
     return mean
-  return f"{mean} ± {format(statistics.stdev(values), form)}"
+  return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
 def paired(first: _Runs, second: _Runs, name: str, form: str) -> str:
@@ -78,16 +89,13 @@ def paired(first: _Runs, second: _Runs, name: str, form: str) -> str:
 
   The interval and the two-sided p are Student's, for paired values.
   """
-  seeds = sorted(first.keys() & second.keys())
-  pairs = [
-    figure_of(second[seed], name) - figure_of(first[seed], name)
-    for seed in seeds
-  ]
+  before, after = figures_of(first, name), figures_of(second, name)
+  pairs = [after[seed] - before[seed] for seed in before if seed in after]
   if len(pairs) < 2:
     return ""
   test = stats.ttest_1samp(pairs, 0.0)
   low, high = test.confidence_interval(0.95)
-  signed = f"+{form}"
+  signed = f"+{form.lstrip('+')}"
   return (
     f"{format(statistics.fmean(pairs), signed)}"
     f" [{format(low, signed)}, {format(high, signed)}], p = {test.pvalue:.2g}"
@@ -122,7 +130,7 @@ def table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
         condition.label,
         str(len(runs)),
         *(
-          spread([figure_of(row, name) for row in runs.values()], style)
+          spread(figures_of(runs, name).values(), style)
           for _, name, style in question.columns
         ),
         paired(base, runs, first, form) if base else "",
@@ -135,9 +143,9 @@ def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
   """Draws the first column: a point for each run, a bar at the mean."""
   heading, name, _ = question.columns[0]
   drawn = [
-    (condition.label, [figure_of(row, name) for row in runs.values()])
+    (condition.label, list(values.values()))
     for condition in question.conditions
-    if (runs := runs_of(rows, condition))
+    if (values := figures_of(runs_of(rows, condition), name))
   ]
   figure = Figure(figsize=(7, 0.8 + 0.3 * len(drawn)), layout="constrained")
   axes = figure.subplots()
@@ -148,6 +156,45 @@ def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
   axes.invert_yaxis()
   axes.set_xlabel(heading)
   axes.grid(axis="x", alpha=0.3)
+  return figure
+
+
+def draw_by_tokens(
+  question: Question, rows: Sequence[Mapping[str, str]]
+) -> Figure:
+  """Draws the first column against tokens trained on.
+
+  A panel has a condition and those that are compared with it; lines are means
+  over seeds, and bands reach from the least to the largest.
+  """
+  heading, name, _ = question.columns[0]
+  bases = [each.label for each in question.conditions if not each.base]
+  figure = Figure(figsize=(3 * len(bases), 3.2), layout="constrained")
+  panels = figure.subplots(1, len(bases), sharey=True, squeeze=False)[0]
+  tokens = sorted(
+    {int(key.partition("@")[2]) for row in rows for key in row if "@" in key}
+  )
+  for axes, base in zip(panels, bases):
+    for condition in question.conditions:
+      if base not in (condition.label, condition.base):
+        continue
+      runs = runs_of(rows, condition)
+      values = [list(figures_of(runs, f"{name}@{n}").values()) for n in tokens]
+      drawn = [(n, each) for n, each in zip(tokens, values) if each]
+      if not drawn:
+        continue
+      places = [n / 1e6 for n, _ in drawn]
+      lows, highs = zip(*((min(each), max(each)) for _, each in drawn))
+      title, _, label = condition.label.rpartition(": ")
+      means = [statistics.fmean(each) for _, each in drawn]
+      (line,) = axes.plot(places, means, label=label)
+      axes.fill_between(places, lows, highs, color=line.get_color(), alpha=0.2)
+      axes.set_title(title)
+    axes.set_xlabel("million tokens")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+  panels[0].set_ylabel(heading)
+  panels[0].legend()
   return figure
 
 
@@ -181,6 +228,9 @@ def main() -> None:
       tables[question.name] = table(question, rows)
       path = folder / f"{question.name}.png"
       report.save_figure(draw(question, rows), str(path))
+      if question.by_tokens:
+        path = folder / f"{question.name}_by_tokens.png"
+        report.save_figure(draw_by_tokens(question, rows), str(path))
   page = folder / "index.md"
   text = filled(page.read_text(), tables)
   storage.write_bytes(page, text.encode())

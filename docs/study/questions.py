@@ -25,8 +25,11 @@ class Question(NamedTuple):
   # Files in results, without their ending.
   files: Sequence[str]
   conditions: Sequence[Condition]
-  # Columns: heading, figure, format.
+  # Columns: heading, figure, format. The figure and the paired differences are
+  # of the first.
   columns: Sequence[tuple[str, str, str]]
+  # Whether a second figure has the first column by tokens trained on.
+  by_tokens: bool = False
 
 
 _WEIGHT = "losses.divergence_weight"
@@ -34,6 +37,10 @@ _ROUTING = (
   ("diversity", "diversity", ".3f"),
   ("D_inter / D_total", "inter_fraction", ".3f"),
   ("MaxVio", "max_violation", ".2f"),
+)
+_CARVED = (
+  ("rise with 4 experts", "carved/4", "+.3f"),
+  ("with 8", "carved/8", "+.3f"),
 )
 _SCOPES = {
   "the global batch": {
@@ -83,19 +90,36 @@ def _truth(share: str) -> list[Condition]:
   ]
 
 
+_BALANCE = [
+  Condition(
+    f"{scope}, beta {float(weight):g}",
+    _LEARNED | where | {_WEIGHT: weight},
+    f"{scope}, beta 0" if weight != "0.0" else "",
+  )
+  for scope, where in _SCOPES.items()
+  for weight in _WEIGHTS
+]
+_LABELS = [
+  Condition("none", _NO_LOSS),
+  Condition("39 sources", _DIVERGENCE, "none"),
+  *(
+    Condition(label, _DIVERGENCE | {"data.granularity": value}, "none")
+    for label, value in (
+      ("4 coarse domains", "coarse"),
+      ("both levels", "hierarchical"),
+      ("random ones", "shuffled"),
+    )
+  ),
+  Condition(
+    "none, pools of 2 to 16", _NO_LOSS | {"model.pool_min": "2"}, "none"
+  ),
+]
+
 QUESTIONS = (
   Question(
     "balance",
     ("balance", "micro_batches"),
-    [
-      Condition(
-        f"{scope}, beta {float(weight):g}",
-        _LEARNED | where | {_WEIGHT: weight},
-        f"{scope}, beta 0" if weight != "0.0" else "",
-      )
-      for scope, where in _SCOPES.items()
-      for weight in _WEIGHTS
-    ],
+    _BALANCE,
     (("LM loss", "lm_loss", ".4f"), *_ROUTING),
   ),
   Question(
@@ -109,19 +133,7 @@ QUESTIONS = (
       "labels_router",
     ),
     [
-      Condition("none", _NO_LOSS),
-      Condition("39 sources", _DIVERGENCE, "none"),
-      *(
-        Condition(label, _DIVERGENCE | {"data.granularity": value}, "none")
-        for label, value in (
-          ("4 coarse domains", "coarse"),
-          ("both levels", "hierarchical"),
-          ("random ones", "shuffled"),
-        )
-      ),
-      Condition(
-        "none, pools of 2 to 16", _NO_LOSS | {"model.pool_min": "2"}, "none"
-      ),
+      *_LABELS,
       Condition(
         "none, fixed experts", _NO_LOSS | {"model.router": "domain"}, "none"
       ),
@@ -129,13 +141,35 @@ QUESTIONS = (
     (("LM loss", "lm_loss", ".4f"), *_ROUTING),
   ),
   Question(
+    "carve",
+    (
+      "balance",
+      "micro_batches",
+      "labels_coarse",
+      "labels_hierarchical",
+      "labels_shuffled",
+      "labels_pools",
+    ),
+    [
+      *_BALANCE,
+      *(
+        condition._replace(
+          label=f"labels: {condition.label}", base="the global batch, beta 0"
+        )
+        for condition in _LABELS[2:]
+      ),
+    ],
+    (*_CARVED, ("LM loss", "lm_loss", ".4f")),
+  ),
+  Question(
     "truth",
     ("truth", "truth_pools", "truth_router"),
     [condition for share in _SHARES for condition in _truth(share)],
     (
       ("nats above the best", "distance", ".4f"),
-      ("LM loss", "lm_loss", ".4f"),
       *_ROUTING,
+      *_CARVED,
     ),
+    by_tokens=True,
   ),
 )

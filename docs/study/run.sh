@@ -17,6 +17,18 @@ sweep() {  # QUESTION VARIANT GRIDS...
     --workdir="$out/$question" --jobs="$jobs" "${@/#/--grid=}"
 }
 
+carve() {  # QUESTION KEEP: measures its runs with few experts in each layer.
+  local folder=$out/$1 runs=() old=$out/$1/carve/carve.json
+  for result in "$folder"/*/result.json; do
+    runs+=("--workdir=${result%/result.json}")
+  done
+  # find says something too where there is no carve.json.
+  if [[ $(find "$folder"/*/result.json -newer "$old" 2>&1) ]]; then
+    "$python" -m edl_jax.analysis.carve "${runs[@]}" --keep="$2" --draws=0 \
+      --out="$folder/carve"
+  fi
+}
+
 # Text whose best loss is known.
 files=
 for shared in 0.0 0.25 0.5 0.75 1.0; do
@@ -27,6 +39,8 @@ sweep truth truth seed=0,1,2 losses.divergence_weight=0,0.01 \
   data.files="$files"
 sweep truth_pools truth_pools seed=0,1,2 data.files="$files"
 sweep truth_router truth_router seed=0,1,2 data.files="$files"
+carve truth 2,4,8
+carve truth_pools 2,4,8
 
 for seed in 0 1 2 3 4; do
   # Where the load is balanced, against the weight of the divergence loss.
@@ -45,4 +59,8 @@ for seed in 0 1 2; do
   sweep labels_shuffled shuffled losses.divergence_weight=0.01 seed=$seed
   sweep labels_pools pools losses.divergence_weight=0 seed=$seed
   sweep labels_router router losses.divergence_weight=0 seed=$seed
+done
+for question in balance micro_batches labels_{coarse,hierarchical,shuffled} \
+  labels_pools; do
+  carve "$question" 4,8
 done

@@ -66,6 +66,33 @@ def test_figure_has_a_line_for_each_condition(rows):
   assert [label.get_text() for label in labels] == ["none", "some"]
 
 
+def test_figures_that_some_runs_lack(rows):
+  del rows[0]["diversity"]
+  rows[1]["diversity"] = ""
+  line = page.table(QUESTION, rows).splitlines()[2]
+  assert line == "| none | 4 | 4.938 ± 2.757 | 0.5 ± 0.0 |  |"
+  for row in rows:
+    row["diversity"] = ""
+  line = page.table(QUESTION, rows).splitlines()[2]
+  assert line == "| none | 4 | 4.938 ± 2.757 |  |  |"
+
+
+def test_distances_by_tokens(rows):
+  question = QUESTION._replace(
+    columns=(("nats above the best", "distance", ".2f"),)
+  )
+  for row in rows:
+    row |= {"best_loss/inferred": "2.5", "lm_loss@2000000": row["lm_loss"]}
+    row["lm_loss@1000000"] = str(float(row["lm_loss"]) + 1)
+  table = page.table(question, rows).splitlines()
+  assert table[2] == "| none | 4 | 2.44 ± 2.76 |  |"
+  (axes,) = page.draw_by_tokens(question, rows).axes
+  none, some = axes.get_lines()
+  assert none.get_xydata().tolist() == [[1, 3.4375], [2, 2.4375]]
+  means = np.mean(LOSSES["0.01"]) - 2.5 + np.array([1.0, 0.0])
+  np.testing.assert_allclose(some.get_ydata(), means)
+
+
 def test_page_is_filled_between_its_marks():
   text = "# A\n<!-- table x -->\nold\n<!-- end -->\nB\n"
   filled = page.filled(text, {"x": "| new |"})
