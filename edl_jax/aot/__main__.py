@@ -8,6 +8,11 @@ dearest places. Fields are set as for edl_jax.main:
 
   --experiment.mesh.fsdp=8
 
+--num_slices=2 compiles for several slices, whose first mesh axis must hold
+them, and prints what travels between them:
+
+  ... --topology=v5p:4x4x4 --num_slices=2 --experiment.mesh.data=2
+
 --compare prints what changing a field costs, in all and by place:
 
   ... --compare=losses.divergence_weight=0
@@ -33,6 +38,12 @@ COMMAND = Command(__doc__)
 _EXPERIMENT = COMMAND.experiment()
 _TOPOLOGY = COMMAND.flag(
   "topology", "", "Chip and shape of the slice, such as v5p:4x4x4."
+)
+_NUM_SLICES = COMMAND.flag(
+  "num_slices",
+  1,
+  "Slices, which a data-centre network joins. They lie along mesh.data.",
+  minimum=1,
 )
 _COMPARE = COMMAND.flag(
   "compare", "", "KEY=VALUE: compile this variant too; print the difference."
@@ -79,6 +90,7 @@ def _write_json(
       for name in ("jax", "jaxlib", "libtpu")
     },
     "topology": topology.name,
+    "num_slices": topology.num_slices,
     "chip": topology.chip._asdict(),
     # The field that the second run sets, if there is a second run.
     "compare": list(variants)[1:],
@@ -102,7 +114,7 @@ def main() -> int:
       "--topology is missing: name chip and shape, such as --topology=v5p:4x4x4"
     )
   topologies.prepare_environment()
-  topology = topologies.load(_TOPOLOGY.value)
+  topology = topologies.load(_TOPOLOGY.value, _NUM_SLICES.value)
   # These import JAX, which reads the environment.
   from edl_jax.aot import compile as aot_compile
   from edl_jax.aot import report as aot_report
@@ -115,7 +127,7 @@ def main() -> int:
     text = f"compiling {experiment.name} {name}".strip()
     try:
       with elapsed(
-        f"{text} for {topology.name} ({len(topology.devices):,} chips)"
+        f"{text} for {topology.title} ({len(topology.devices):,} chips)"
       ):
         step = aot_compile.compile_step(
           experiment, topology, _NUM_DOMAINS.value

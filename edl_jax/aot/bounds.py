@@ -28,6 +28,8 @@ class StepBound(NamedTuple):
   products: float
   memory: float
   interconnect: float
+  # What joins slices; 0 for one slice.
+  network: float
 
   @property
   def seconds(self) -> float:
@@ -190,10 +192,66 @@ def memory_bytes(
   return total + 2 * kept * _residual_bytes(experiment, mesh)
 
 
+def split(
+  collective: Collective, units: Sequence[Any]
+) -> tuple[Collective, Collective | None]:
+  """Separates what a collective sends within units from what it sends between.
+
+  Each device sends its own share of the value between units: a gather goes
+  first between units and then within, a reduction the other way round. Of a
+  permutation that crosses units, everything counts as crossing.
+
+  Args:
+    collective: its group has as many devices in each unit that it reaches.
+    units: the unit of each device, such as its slice, by place in the mesh.
+
+  Returns:
+    What stays within units, and what leaves them, if anything does.
+  """
+  places = collective.devices
+  reached = {units[place] for place in places}
+  if len(reached) <= 1:
+    return collective, None
+  inner = tuple(x for x in places if units[x] == units[places[0]])
+  if collective.kind == "collective-permute":
+    return collective._replace(group=1, devices=inner), collective
+  size, payload = len(inner), collective.payload
+  is_exchange = collective.kind.endswith("all-to-all")
+  return (
+    collective._replace(
+      group=size,
+      devices=inner,
+      payload=payload / len(reached) if is_exchange else payload,
+    ),
+    collective._replace(
+      group=len(reached),
+      payload=payload if is_exchange else payload / size,
+    ),
+  )
+
+
+def by_network(
+  collectives: Sequence[Collective], mesh: Mesh
+) -> tuple[list[Collective], list[Collective]]:
+  """Returns what travels within slices, and what between them."""
+  slices = [getattr(device, "slice_index", 0) for device in mesh.devices.flat]
+  parts = [split(collective, slices) for collective in collectives]
+  return (
+    [within for within, between in parts if not between or within.group > 1],
+    [between for _, between in parts if between],
+  )
+
+
+def network_seconds(between: Sequence[Collective], topology: Topology) -> float:
+  """Returns the seconds that transfers between slices need at least."""
+  sent = sum(collective.wire_bytes for collective in between)
+  return sent / topology.chip.network_bandwidth
+
+
 def interconnect_seconds(
   collectives: Sequence[Collective], topology: Topology, mesh: Mesh
 ) -> float:
-  """Returns the seconds that a program's collectives need on the links.
+  """Returns the seconds that collectives within a slice need on the links.
 
   A collective uses the links along the dimensions in which its group's chips
   lie apart. For any set of dimensions, all collectives that stay within the set

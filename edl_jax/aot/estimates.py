@@ -26,7 +26,7 @@ _PACKAGE = "/edl_jax/"
 _FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
   *("after-all", "partition-id", "replica-id", "while", "conditional", "call"),
-  *("iota", "opt-barrier", "add-dependency", "domain"),
+  *("iota", "opt-barrier", "add-dependency", "domain", "send", "recv"),
 }
 # Custom calls that only prepare memory or mark something.
 _FREE_TARGETS = re.compile(

@@ -26,6 +26,7 @@ class Collective(NamedTuple):
   # Number of devices that take part.
   group: int
   # One group of devices, by place in the mesh; all devices for permutations.
+  # Of several slices, the first in the mesh has the lowest places.
   devices: tuple[int, ...]
   # Bytes of the whole value that a group holds or makes, for each run.
   payload: float
@@ -237,6 +238,10 @@ COLLECTIVES = (
 # SparseCores.
 _STARTS = ("async-start", "call-start")
 
+# Marks what crosses slices, and names that differ from those of collectives.
+_MEGASCALE = "_xla_megascale"
+_TRANSFERS = {"ONE_TO_ONE": "collective-permute"}
+
 
 def _group(attributes: str, num_devices: int) -> tuple[int, ...]:
   """Returns the devices of the first group, in any notation of XLA."""
@@ -300,6 +305,11 @@ def _participants(
   return 2 if moved else 1, tuple(sorted({n for pair in moved for n in pair}))
 
 
+def _source(instruction: Instruction) -> str:
+  found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+  return found[1] if found else ""
+
+
 def costs(module: Module, num_experts: int) -> Costs:
   """Adds up what one device does in one step.
 
@@ -346,7 +356,9 @@ class _Counter:
           kernels[kernel] = Kernel(kernel, runs + times, total)
         if instruction.opcode == "while":
           unknown_loops += hlo.trip_count(self._module, instruction) is None
-        if collective := self._collective(instruction, operands, name):
+        if collective := self._collective(
+          instruction, operands, name
+        ) or self._transfer(instruction, operands, name):
           collectives.append(collective._replace(runs=times))
     return Costs(
       flops,
@@ -375,6 +387,47 @@ class _Counter:
         )
       total += trips * self._flops_within[callee]
     return total
+
+  def _transfer(
+    self, instruction: Instruction, operands: Sequence[Array], within: str
+  ) -> Collective | None:
+    """Returns one run of a transfer between slices, None for anything else.
+
+    The program is that of one slice. Each of its chips exchanges a value with
+    the chips in its place in the other slices: it sends to its host, and
+    receives what the hosts have made of it, such as the sum.
+    """
+    if instruction.opcode != "send" or _MEGASCALE not in instruction.attributes:
+      return None
+    text = instruction.attributes
+    kind = _search(rf'{_MEGASCALE}_transfer_type="(\w+)"', text)[1]
+    kind = _TRANSFERS.get(kind, kind.lower().replace("_", "-"))
+    # Such as "{1,2}x{0:3}": slices from 1, and the devices of each from 0.
+    slices = _search(rf'{_MEGASCALE}_target="\{{([\d,:]+)\}}x', text)[1]
+    count = sum(
+      int(part.rpartition(":")[2]) - int(part.partition(":")[0]) + 1
+      for part in slices.split(",")
+    )
+    payload = sum(array.bytes for array in operands)
+    if kind == "all-gather":
+      payload *= count
+    rendezvous = _search(r'rendezvous="[^"]*"', text)[0]
+    received = next(
+      other
+      for other in self._module.computations[within].values()
+      if other.opcode == "recv" and rendezvous in other.attributes
+    )
+    enclosed = self._enclosed_flops(received, within)
+    return Collective(
+      kind,
+      1,
+      count,
+      tuple(i * self._module.num_devices for i in range(count)),
+      payload,
+      enclosed > 0,
+      enclosed,
+      _source(instruction),
+    )
 
   def _collective(
     self, instruction: Instruction, operands: Sequence[Array], within: str
@@ -411,7 +464,6 @@ class _Counter:
       # One buffer is sent and one received. One of them has room for the worst
       # case, so take the smaller one.
       payload = min(array.bytes for array in operands[:2])
-    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return Collective(
       kind,
       1,
@@ -420,7 +472,7 @@ class _Counter:
       payload,
       is_async,
       self._enclosed_flops(start, outside) if is_async else 0.0,
-      source[1] if source else "",
+      _source(instruction),
     )
 
   def _enclosed_flops(self, start: Instruction, within: str) -> float:

@@ -1,7 +1,7 @@
 """The report on a compiled training step: its figures, and their text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ def analyze(
   }
   model_flops = sum(by_part.values())
   memory = step.memory
-  sent = sum(collective.wire_bytes for collective in costs.collectives)
+  within, between = bounds.by_network(costs.collectives, step.mesh)
   least_sent = bounds.collective_bytes(experiment, step.parameters, step.mesh)
   moved = bounds.memory_bytes(
     experiment,
@@ -53,11 +53,12 @@ def analyze(
   bound = bounds.StepBound(
     costs.flops / chip.flops,
     moved / chip.hbm_bandwidth,
-    bounds.interconnect_seconds(costs.collectives, topology, step.mesh),
+    bounds.interconnect_seconds(within, topology, step.mesh),
+    bounds.network_seconds(between, topology),
   )
   exposed = bounds.interconnect_seconds(
-    [one for one in costs.collectives if not one.is_async], topology, step.mesh
-  )
+    _synchronous(within), topology, step.mesh
+  ) + bounds.network_seconds(_synchronous(between), topology)
   total, active = parameter_counts(experiment.model)
   return {
     "chips": chips,
@@ -80,8 +81,10 @@ def analyze(
       "unknown_loops": costs.unknown_loops,
     },
     "collectives": {
-      "by_kind": _by_kind(costs.collectives),
-      "sent_bytes": sent,
+      **_sent(within),
+      "between_slices": {**_sent(between), "seconds": bound.network},
+      # Within slices and between them.
+      "sent_bytes": sum(one.wire_bytes for one in within + between),
       "least_sent_bytes": least_sent,
     },
     "compile_seconds": step.seconds,
@@ -100,8 +103,13 @@ def analyze(
   }
 
 
-def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
-  """Adds collectives up by kind; the kind that sends most comes first."""
+def _synchronous(collectives: Sequence[Collective]) -> list[Collective]:
+  """Returns the collectives that no other work runs beside."""
+  return [collective for collective in collectives if not collective.is_async]
+
+
+def _sent(collectives: Sequence[Collective]) -> dict[str, Any]:
+  """Adds collectives up, and by kind; the kind that sends most comes first."""
   kinds: dict[str, dict[str, float]] = {}
   for collective in collectives:
     figures = kinds.setdefault(
@@ -113,7 +121,12 @@ def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict[str, float]]:
     figures["sent_bytes"] += collective.wire_bytes
     if collective.enclosed_flops:
       figures["enclosing"] += collective.runs
-  return dict(sorted(kinds.items(), key=lambda item: -item[1]["sent_bytes"]))
+  return {
+    "by_kind": dict(
+      sorted(kinds.items(), key=lambda item: -item[1]["sent_bytes"])
+    ),
+    "sent_bytes": sum(collective.wire_bytes for collective in collectives),
+  }
 
 
 # --- Text --------------------------------------------------------------------
@@ -136,7 +149,6 @@ def describe(
   """Returns the lines that tell the figures of `analyze`."""
   memory, bound = figures["memory"], figures["step_bound"]
   model, compiled = figures["model_flops"], figures["hlo_flops"]
-  sent = figures["collectives"]
   parameters = figures["parameters"]
   axes = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
   unknown = [
@@ -144,19 +156,9 @@ def describe(
     for name, kernel in compiled["kernels"].items()
     if kernel["flops"] is None
   ]
-  rows = [["", "runs", "bytes", "sent", "beside products"]]
-  for kind, of_kind in sent["by_kind"].items():
-    rows.append(
-      [
-        kind,
-        f"{of_kind['count']:,}",
-        f"{of_kind['bytes']:.4g}",
-        f"{of_kind['sent_bytes']:.4g}",
-        f"{of_kind['enclosing']:,}",
-      ]
-    )
   lines = [
-    f"{experiment.name} on {topology.name}: {figures['chips']:,} chips, {axes}",
+    f"{experiment.name} on {topology.title}: {figures['chips']:,} chips,"
+    f" {axes}",
     f"parameters: {parameters['total']:,}, {parameters['active']:,} active per"
     " token",
     f"memory of a chip: {_gib(memory['arguments'])} arguments,"
@@ -182,23 +184,56 @@ def describe(
       if compiled["unknown_loops"]
       else []
     ),
-    "collectives of a chip:",
-    *_table(rows),
-    f"  in all {sent['sent_bytes']:.4g} bytes sent, the least for"
-    f" moe.dispatch={experiment.moe.dispatch} is {sent['least_sent_bytes']:.4g}"
-    + (
-      f" ({sent['sent_bytes'] / sent['least_sent_bytes']:.2f} times that)"
-      if sent["least_sent_bytes"]
-      else ""
-    ),
+    *_describe_collectives(experiment, topology, figures["collectives"]),
     f"compiled in {figures['compile_seconds']:.1f} s",
     f"a step takes at least {bound['seconds']:.4g} s, bound by"
     f" {bound['binding']} (products {bound['products']:.4g} s, memory"
-    f" {bound['memory']:.4g} s, interconnect {bound['interconnect']:.4g} s)",
+    f" {bound['memory']:.4g} s, interconnect {bound['interconnect']:.4g} s,"
+    f" network between slices {bound['network']:.4g} s)",
     f"at best {bound['best_mfu']:.1%} of peak FLOP/s in the model's products,"
     f" {bound['tokens_per_second_per_chip']:,.0f} tokens/s a chip",
     *_describe_estimate(figures["estimate"]),
   ]
+  return lines
+
+
+def _kinds(sent: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Yields names and figures of collectives within, then between slices."""
+  yield from sent["by_kind"].items()
+  for kind, of_kind in sent["between_slices"]["by_kind"].items():
+    yield f"{kind} between slices", of_kind
+
+
+def _describe_collectives(
+  experiment: Experiment, topology: Topology, sent: dict[str, Any]
+) -> list[str]:
+  """Returns the lines that tell what a chip sends."""
+  rows = [["", "runs", "bytes", "sent", "beside products"]]
+  for kind, of_kind in _kinds(sent):
+    rows.append(
+      [
+        kind,
+        f"{of_kind['count']:,}",
+        f"{of_kind['bytes']:.4g}",
+        f"{of_kind['sent_bytes']:.4g}",
+        f"{of_kind['enclosing']:,}",
+      ]
+    )
+  least = sent["least_sent_bytes"]
+  times = f" ({sent['sent_bytes'] / least:.2f} times that)" if least else ""
+  lines = [
+    "collectives of a chip:",
+    *_table(rows),
+    f"  in all {sent['sent_bytes']:.4g} bytes sent, the least for"
+    f" moe.dispatch={experiment.moe.dispatch} is {least:.4g}{times}",
+  ]
+  if topology.num_slices > 1:
+    chip, between = topology.chip, sent["between_slices"]
+    lines.append(
+      f"  between slices {between['sent_bytes']:.4g} bytes, at least"
+      f" {between['seconds']:.4g} s at the {chip.network_bandwidth / 1e9:.4g}"
+      f" GB/s of a chip on the data-centre network ({chip.source})"
+    )
   return lines
 
 
@@ -280,7 +315,7 @@ def describe_overflow(
   """Returns the lines that tell how much memory is missing, and for what."""
   short = overflow.needed - overflow.available
   lines = [
-    f"{experiment.name} does not fit {topology.name}: a chip needs"
+    f"{experiment.name} does not fit {topology.title}: a chip needs"
     f" {_gib(overflow.needed)} and has {_gib(overflow.available)},"
     f" {_gib(short)} too little"
   ]
@@ -329,7 +364,7 @@ def describe_difference(
       "step by roofline, s": figures["estimate"]["step"]["low"],
       "step by estimate, s": figures["estimate"]["step"]["high"],
     }
-    for kind, of_kind in figures["collectives"]["by_kind"].items():
+    for kind, of_kind in _kinds(figures["collectives"]):
       found[f"{kind} runs"] = of_kind["count"]
       found[f"{kind} sent"] = of_kind["sent_bytes"]
     return found

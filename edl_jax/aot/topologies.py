@@ -30,6 +30,8 @@ class Chip(NamedTuple):
   hbm_bandwidth: float
   # Bytes per second that one link to a neighbour carries, each way.
   link_bandwidth: float
+  # Bytes per second between slices, over the data-centre network, each way.
+  network_bandwidth: float
   # Chips in a ring: slices wrap around in dimensions that are multiples of it.
   ring: int
   # Common slices.
@@ -49,7 +51,8 @@ _CUBES = (
 # knows v4 and tpu7x too, but JAX sees two devices in each of these chips, so
 # they are left out. A clock is the peak over the FLOPs that the matrix units do
 # in a cycle, each 2 x 128 x 128: 4 units on v5e, 8 on v5p, 16 on v6e. With half
-# as many the compiler's estimates of products would be below the ideal.
+# as many the compiler's estimates of products would be below the ideal. The
+# data-centre network of v5e is published for a pod of 256 chips.
 CHIPS = {
   "v5e": Chip(
     flops=197e12,
@@ -57,6 +60,7 @@ CHIPS = {
     hbm_bytes=16 * _GIB,
     hbm_bandwidth=819e9,
     link_bandwidth=400e9 / 2 / 4,
+    network_bandwidth=6.4e12 / 8 / 256,
     ring=16,
     slices=_FLAT,
     source=f"{_PAGES}/v5e",
@@ -67,6 +71,7 @@ CHIPS = {
     hbm_bytes=95 * _GIB,
     hbm_bandwidth=2765e9,
     link_bandwidth=1200e9 / 2 / 6,
+    network_bandwidth=50e9 / 8,
     ring=4,
     slices=_CUBES,
     source=f"{_PAGES}/v5p",
@@ -77,6 +82,7 @@ CHIPS = {
     hbm_bytes=32 * _GIB,
     hbm_bandwidth=1640e9,
     link_bandwidth=800e9 / 2 / 4,
+    network_bandwidth=100e9 / 8,
     ring=16,
     slices=_FLAT,
     source=f"{_PAGES}/v6e",
@@ -85,14 +91,23 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-  """A slice of chips, as the compiler sees it."""
+  """Slices of chips, as the compiler sees them."""
 
+  # The name of one slice, such as "v5p:4x4x4".
   name: str
   chip: Chip
-  # Chips along each dimension of the mesh or torus.
+  # Chips along each dimension of one slice's mesh or torus.
   shape: tuple[int, ...]
   # Abstract devices: programs are compiled for them, but nothing runs.
   devices: Sequence[Any]
+  num_slices: int = 1
+
+  @property
+  def title(self) -> str:
+    """The slice, or how many of them, for messages."""
+    if self.num_slices == 1:
+      return self.name
+    return f"{self.num_slices} slices of {self.name}"
 
   def links(self) -> tuple[int, ...]:
     """Returns the links of a corner chip along each dimension.
@@ -151,8 +166,8 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
   return chip, tuple(int(size) for size in found.groups())
 
 
-def load(name: str) -> Topology:
-  """Returns the slice called `name`, such as "v5p:4x4x4".
+def load(name: str, num_slices: int = 1) -> Topology:
+  """Returns one or several slices called `name`, such as "v5p:4x4x4".
 
   Raises:
     UserError: the slice is unknown, or the compiler is not installed.
@@ -165,10 +180,11 @@ def load(name: str) -> Topology:
   # Imports JAX, for which a wrong name should not wait.
   from jax.experimental import topologies
 
+  several = {"num_slices": num_slices} if num_slices > 1 else {}
   try:
-    found = topologies.get_topology_desc(name, platform="tpu")
+    found = topologies.get_topology_desc(name, platform="tpu", **several)
   except RuntimeError as error:
     reason = " ".join(str(error).split())
     raise UserError(f"--topology={name}: {reason}") from error
-  assert len(found.devices) == math.prod(shape)
-  return Topology(name, chip, shape, found.devices)
+  assert len(found.devices) == num_slices * math.prod(shape)
+  return Topology(name, chip, shape, found.devices, num_slices)

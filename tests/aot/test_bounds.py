@@ -46,6 +46,47 @@ def test_interconnect_takes_the_busiest_set_of_links():
   assert found == pytest.approx(9e9 / (2 * 100e9))
 
 
+@pytest.mark.parametrize(
+  ("kind", "within", "between"),
+  [
+    # Eight devices in two slices, a value of 8 bytes. Each device sends 3 / 4
+    # of it within, and of its own 2 bytes the half that the other slice lacks.
+    ("all-gather", 6, 1),
+    ("reduce-scatter", 6, 1),
+    ("all-reduce", 12, 2),
+    # Half of the value goes to the other slice, 3 / 4 of the rest stays near.
+    ("all-to-all", 3, 4),
+    ("collective-permute", 0, 8),
+  ],
+)
+def test_collectives_over_slices_send_each_share_once(kind, within, between):
+  # Slices alternate along the group.
+  slices = [0, 1] * 4
+  found = bounds.split(
+    collective(8.0, tuple(range(8)), kind)._replace(
+      group=2 if kind == "collective-permute" else 8
+    ),
+    slices,
+  )
+  assert [part.wire_bytes for part in found] == [within, between]
+  assert found[0].devices == (0, 2, 4, 6)
+
+
+def test_seconds_between_slices_are_at_the_published_rate():
+  devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
+  mesh = types.SimpleNamespace(devices=np.array(devices).reshape(2, 4))
+  pair = collective(1e9, (0, 4), "all-reduce")
+  near = collective(1e9, (0, 1), "all-reduce")
+  within, between = bounds.by_network([pair, near], mesh)
+  assert within == [near] and between == [pair]
+  topology = topologies.Topology(
+    "v5p:2x2x1", *topologies.parse("v5p:2x2x1"), devices, 2
+  )
+  # 50 Gbit/s a chip.
+  found = bounds.network_seconds(between, topology)
+  assert found == pytest.approx(1e9 * 8 / 50e9)
+
+
 def parameters(mesh):
   """Weights of every kind, with the bytes that one chip gathers."""
 

@@ -168,6 +168,67 @@ def test_tpu_collectives_beside_products():
   assert found.flops == found.product_flops + known.flops
 
 
+_SLICES = """\
+HloModule step, is_scheduled=true, num_partitions=4
+
+ENTRY %main (a: f32[32,8], w: f32[16,16]) -> f32[32,8] {
+  %a = f32[32,8]{1,0} parameter(0)
+  %w = f32[16,16]{1,0} parameter(1)
+  %after-all = token[] after-all()
+  %send = (f32[32,8]{1,0}, u32[], token[]) send(%a, %after-all),\
+ is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_target="{TARGET}x{0:3}",\
+_xla_megascale_transfer_type="TYPE"}, metadata={op_name="jit(step)/psum"}
+  %recv = (f32[32,8]{1,0}, u32[], token[]) recv(%after-all),\
+ is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_target="{TARGET}x{0:3}",\
+_xla_megascale_transfer_type="TYPE"}
+  %send-done = token[] send-done(%send), is_host_transfer=true
+  %y = f32[16,16]{1,0} dot(%w, %w), lhs_contracting_dims={1},\
+ rhs_contracting_dims={0}
+  %recv-done = (f32[32,8]{1,0}, token[]) recv-done(%recv)
+  %z = f32[16,16]{1,0} dot(%y, %y), lhs_contracting_dims={1},\
+ rhs_contracting_dims={0}
+  ROOT %r = f32[32,8]{1,0} get-tuple-element(%recv-done), index=0
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("transfer", "target", "kind", "places", "wire"),
+  [
+    ("ALL_REDUCE", "1,2", "all-reduce", (0, 4), 2 / 2),
+    ("ALL_REDUCE", "1:4", "all-reduce", (0, 4, 8, 12), 2 * 3 / 4),
+    ("REDUCE_SCATTER", "1,2", "reduce-scatter", (0, 4), 1 / 2),
+    # A gather's value is that of all slices.
+    ("ALL_GATHER", "1:2,3", "all-gather", (0, 4, 8), 2),
+    ("ONE_TO_ONE", "1,2", "collective-permute", (0, 4), 1),
+  ],
+)
+def test_transfers_between_slices(transfer, target, kind, places, wire):
+  text = _SLICES.replace("TYPE", transfer).replace("TARGET", target)
+  found = hlo_costs.costs(hlo.parse(text), 1)
+  (sent,) = found.collectives
+  assert (sent.kind, sent.devices, sent.source) == (
+    kind,
+    places,
+    "jit(step)/psum",
+  )
+  assert sent.wire_bytes == pytest.approx(wire * 32 * 8 * 4)
+  # The second product comes after the value.
+  assert sent.is_async and sent.enclosed_flops == 2 * 16**3
+  assert found.product_flops == 4 * 16**3
+
+
+def test_transfers_beside_nothing_are_synchronous():
+  text = _SLICES.replace("TYPE", "ALL_REDUCE").replace("TARGET", "1,2")
+  lines = text.splitlines()
+  moved = next(i for i, line in enumerate(lines) if "recv-done" in line)
+  lines.insert(8, lines.pop(moved))
+  (sent,) = hlo_costs.costs(hlo.parse("\n".join(lines)), 1).collectives
+  assert not sent.is_async and not sent.enclosed_flops
+
+
 @pytest.mark.parametrize(
   ("groups", "first"),
   [

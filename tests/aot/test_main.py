@@ -72,6 +72,7 @@ def refused(capsys, *arguments):
     ([f"--experiment={TINY}", "--compare=seed"], "needs a value"),
     ([f"--experiment={TINY}", "--compare=seed=-1"], "seed=-1"),
     ([f"--experiment={TINY}", "--num_domains=0"], "num_domains"),
+    ([f"--experiment={TINY}", "--num_slices=0"], "num_slices"),
     ([f"--experiment={TINY}", "--toplogy=v5e:2x4"], "toplogy"),
     ([f"--experiment={TINY}", "v5e:2x4"], "unexpected argument 'v5e:2x4'"),
   ],
@@ -107,6 +108,21 @@ def compile_small(topology, path, *arguments, **overrides):
   )
 
 
+def check_golden(run, name):
+  """Compares collectives with those in a file, or writes it."""
+  kinds = dict(run["collectives"]["by_kind"])
+  for kind, figures in run["collectives"]["between_slices"]["by_kind"].items():
+    kinds[f"{kind} between slices"] = figures
+  facts = {
+    kind: {key: figures[key] for key in ("count", "bytes")}
+    for kind, figures in sorted(kinds.items())
+  }
+  golden = GOLDEN / f"aot_{name.replace(':', '_')}.json"
+  if "UPDATE_GOLDEN" in os.environ:
+    golden.write_text(json.dumps(facts, indent=2) + "\n")
+  assert facts == json.loads(golden.read_text())
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x4"])
@@ -115,14 +131,7 @@ def test_collectives_of_small_slices(topology, tmp_path):
   ended = compile_small(topology, path, "--compare=losses.divergence_weight=0")
   assert ended.returncode == 0, ended.stderr
   run, without = json.loads(path.read_text())["runs"]
-  facts = {
-    kind: {key: figures[key] for key in ("count", "bytes")}
-    for kind, figures in sorted(run["collectives"]["by_kind"].items())
-  }
-  golden = GOLDEN / f"aot_{topology.replace(':', '_')}.json"
-  if "UPDATE_GOLDEN" in os.environ:
-    golden.write_text(json.dumps(facts, indent=2) + "\n")
-  assert facts == json.loads(golden.read_text())
+  check_golden(run, topology)
   flops = run["hlo_flops"]
   # Rows are one block of attention, of which half is computed in vain.
   assert 1 < flops["total"] / run["model_flops"]["total"] < 1.5
@@ -145,6 +154,34 @@ def test_collectives_of_small_slices(topology, tmp_path):
   assert flops["total"] == pytest.approx(
     without["hlo_flops"]["total"], rel=1e-4
   )
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_between_slices_only_a_shard_of_each_gradient_travels(tmp_path):
+  path = tmp_path / "report.json"
+  ended = compile_small("v5p:2x2x1", path, "--num_slices=2", **{"mesh.data": 2})
+  assert ended.returncode == 0, ended.stderr
+  (run,) = json.loads(path.read_text())["runs"]
+  check_golden(run, "2_slices_v5p_2x2x1")
+  between = run["collectives"]["between_slices"]
+  # The gradient is in float32, and four chips of a slice share it out.
+  shard = run["parameters"]["total"] * 4 / 4
+  assert list(between["by_kind"]) == ["all-reduce"]
+  assert shard <= between["sent_bytes"] < 1.02 * shard
+  assert between["seconds"] == between["sent_bytes"] * 8 / 50e9
+  assert between["seconds"] == run["step_bound"]["network"]
+  assert "on 2 slices of v5p:2x2x1: 8 chips" in ended.stdout
+  assert "at the 6.25 GB/s of a chip on the data-centre net" in ended.stdout
+
+
+@needs_compiler
+def test_slices_that_mesh_data_does_not_divide_are_refused(tmp_path):
+  ended = compile_small("v5p:2x2x1", tmp_path / "none", "--num_slices=2")
+  assert ended.returncode == 2 and not ended.stdout
+  (line,) = ended.stderr.splitlines()
+  assert line.startswith("error: mesh.data=1, mesh.fsdp=2")
+  assert "2 slices need mesh.data to be a multiple of 2" in line
 
 
 @needs_compiler

@@ -43,6 +43,31 @@ def test_parameter_table_has_every_byte_of_a_chip():
   assert last.split()[-1] == str(4 * (8 * 16 // 2 + 8))
 
 
+def test_transfers_between_slices_have_rows_and_a_line():
+  kind = {"count": 3, "bytes": 2e9, "sent_bytes": 1e9, "enclosing": 1}
+  lines = aot_report._describe_collectives(
+    config_files.load(TINY),
+    topologies.Topology("v6e:2x2", *topologies.parse("v6e:2x2"), [], 4),
+    {
+      "by_kind": {"all-gather": kind},
+      "between_slices": {
+        "by_kind": {"all-reduce": kind},
+        "sent_bytes": 1e9,
+        "seconds": 0.08,
+      },
+      "sent_bytes": 2e9,
+      "least_sent_bytes": 0,
+    },
+  )
+  assert lines[3].split() == [
+    *("all-reduce", "between", "slices", "3", "2e+09", "1e+09", "1")
+  ]
+  assert (
+    "between slices 1e+09 bytes, at least 0.08 s at the 12.5 GB/s"
+    in (lines[-1])
+  )
+
+
 def test_difference_counts_what_only_one_program_has():
   def figures(flops, places, **kinds):
     return {
@@ -52,6 +77,9 @@ def test_difference_counts_what_only_one_program_has():
         "by_kind": {
           kind.replace("_", "-"): {"count": 1, "sent_bytes": sent}
           for kind, sent in kinds.items()
+        },
+        "between_slices": {
+          "by_kind": {"all-reduce": {"count": 2, "sent_bytes": flops}}
         },
         "sent_bytes": sum(kinds.values()),
       },
@@ -80,6 +108,9 @@ def test_difference_counts_what_only_one_program_has():
   # No share of nothing.
   assert cells["all-gather sent"][-3:] == ["8", "0", "+8"]
   assert cells["all-reduce sent"][-4:] == ["0", "4", "-4", "-100.0000%"]
+  assert cells["all-reduce between slices sent"][-4:-1] == [
+    *("300", "200", "+100")
+  ]
   # The largest difference comes first; places of one operation are added.
   assert [line.split() for line in lines[start + 2 :]] == [
     ["0.0", "400.0", "-400.0", "add"],
