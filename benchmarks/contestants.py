@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -160,25 +160,21 @@ def transformers(
   return size, ["transformers", "torch"]
 
 
-def maxtext_settings(request: Request) -> dict[str, Any]:
-  """Returns the settings of MaxText, by the names of its configuration.
+def maxtext_model(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings that give MaxText the shapes of an experiment.
 
-  "minimal_with_context" rematerialises least, and unscanned layers ran and
-  compiled faster on a CPU. Its Mixtral block has no QK-norm: in each layer, two
-  vectors of head width less than the others have.
+  Args:
+    flat: the experiment by dotted key.
+
+  Returns:
+    Values by the names of MaxText's configuration, for any device.
   """
-  flat = request.experiment
   return {
     "run_name": "peers",
-    "base_output_directory": os.path.join(os.getcwd(), "output"),
-    "hardware": "cpu",
     "skip_jax_distributed_system": True,
-    "jax_cache_dir": request.cache,
     "enable_checkpointing": False,
     "enable_tensorboard": False,
     "dataset_type": "synthetic",
-    "steps": request.all_steps,
-    "decoder_block": "mixtral",
     "vocab_size": flat["model.vocabulary_size"],
     "base_num_decoder_layers": flat["model.num_layers"],
     "base_emb_dim": flat["model.width"],
@@ -191,13 +187,9 @@ def maxtext_settings(request: Request) -> dict[str, Any]:
     "base_moe_mlp_dim": flat["model.expert_width"],
     "mlp_activations": '["silu","linear"]',
     "enable_dropout": False,
-    "attention": "dot_product",
     "dtype": flat["model.dtype"],
     "weight_dtype": "float32",
-    "remat_policy": "minimal_with_context",
-    "scan_layers": False,
     "max_target_length": flat["train.sequence_length"],
-    "per_device_batch_size": flat["train.batch_size"],
     "load_balance_loss_weight": flat["losses.balance_weight"],
     "learning_rate": flat["optimizer.learning_rate"],
     "adam_b1": flat["optimizer.beta1"],
@@ -205,6 +197,36 @@ def maxtext_settings(request: Request) -> dict[str, Any]:
     "adam_weight_decay": flat["optimizer.weight_decay"],
     "gradient_clipping_threshold": flat["optimizer.clip_norm"],
   }
+
+
+def maxtext_settings(request: Request) -> dict[str, Any]:
+  """Returns the settings of MaxText, by the names of its configuration.
+
+  "minimal_with_context" rematerialises least, and unscanned layers ran and
+  compiled faster on a CPU. Its Mixtral block has no QK-norm: in each layer, two
+  vectors of head width less than the others have.
+  """
+  return maxtext_model(request.experiment) | {
+    "base_output_directory": os.path.join(os.getcwd(), "output"),
+    "hardware": "cpu",
+    "jax_cache_dir": request.cache,
+    "steps": request.all_steps,
+    "decoder_block": "mixtral",
+    "attention": "dot_product",
+    "remat_policy": "minimal_with_context",
+    "scan_layers": False,
+    "per_device_batch_size": request.experiment["train.batch_size"],
+  }
+
+
+def maxtext_arguments(settings: Mapping[str, Any]) -> list[str]:
+  """Returns the command line of MaxText's programs, with its base settings."""
+  found = importlib.util.find_spec("maxtext")
+  assert found is not None and found.submodule_search_locations
+  base = os.path.join(
+    found.submodule_search_locations[0], "configs", "base.yml"
+  )
+  return ["train", base, *(f"{k}={v}" for k, v in settings.items())]
 
 
 def maxtext(
@@ -229,15 +251,7 @@ def maxtext(
     return metrics
 
   train.training_loop_iteration = timed_iteration
-  package = importlib.util.find_spec("maxtext").submodule_search_locations[0]
-  settings = maxtext_settings(request) | experts
-  train.main(
-    [
-      "train",
-      os.path.join(package, "configs", "base.yml"),
-      *(f"{key}={value}" for key, value in settings.items()),
-    ]
-  )
+  train.main(maxtext_arguments(maxtext_settings(request) | experts))
   return size, ["maxtext", "jax", "flax"]
 
 

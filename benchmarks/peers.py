@@ -57,9 +57,10 @@ _ROUNDS = COMMAND.flag(
 )
 _STEPS = COMMAND.flag("steps", 10, "Steps to time in each turn.", minimum=1)
 _THREADS = COMMAND.flag("threads", 2, "Cores for each contestant.", minimum=1)
+ENVIRONMENTS_FOLDER = str(cache_directory() / "peers")
 _ENVIRONMENTS = COMMAND.flag(
   "environments",
-  str(cache_directory() / "peers"),
+  ENVIRONMENTS_FOLDER,
   "Folder that keeps the peers' virtual environments.",
 )
 _JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
@@ -171,13 +172,13 @@ def python_of(contestant: str, folder: str) -> str:
     return python
   print(f"{name}: installing in {path}, once", flush=True)
   base = interpreter(environment.python)
-  _check([base, "-m", "venv", "--clear", path])
-  _check([python, "-m", "pip", "install", "--quiet", *environment.packages])
+  run([base, "-m", "venv", "--clear", path])
+  run([python, "-m", "pip", "install", "--quiet", *environment.packages])
   done.write_text(listed, encoding="utf-8")
   return python
 
 
-def _check(command: list[str], **options: Any) -> str:
+def run(command: list[str], **options: Any) -> str:
   """Runs a command and returns its output.
 
   Raises:
@@ -226,7 +227,7 @@ def take_turn(
       cache=cache,
       started=time.monotonic(),
     )
-    printed = _check(
+    printed = run(
       [python, "-P", contestants.__file__, json.dumps(request._asdict())],
       cwd=scratch,
       env=variables,
