@@ -23,6 +23,7 @@ PAGES = sorted(
     *ROOT.glob("docs/**/*.md"),
     *ROOT.glob("data/*.md"),
     *ROOT.glob("benchmarks/*.md"),
+    *ROOT.glob("examples/**/*.md"),
   ]
 )
 # The changelog also names what is gone.
