@@ -125,7 +125,8 @@ class StreamedDigest:
     )
     # As arrays: the numbers may not fit 32 bits with a sign.
     place = np.array([first % 2**32, start[0]], np.uint32)
-    sums = jax.device_get(_block_sums(block, place[0], place[1]))
+    rows = block.reshape(len(block), -1)
+    sums = jax.device_get(_block_sums(rows, place[0], place[1]))
     self._sums = [
       (old + int(new)) % 2**32 for old, new in zip(self._sums, sums)
     ]

@@ -7,6 +7,7 @@ reads and writes them, then replaces each by one of the right shape and fills
 it block by block.
 """
 
+import collections
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,8 @@ from edl_jax.checkpoint.provenance import Provenance
 
 # Largest part of an array that is read or written at once, in bytes.
 _CHUNK_BYTES = 1 << 26
+# Blocks that are written while the next one is made.
+_PENDING = 3
 
 
 def save_streamed(
@@ -35,7 +38,7 @@ def save_streamed(
   """Writes a checkpoint of step 0 that holds parameters alone.
 
   It has no optimizer state, so that runs start from it and none resumes it.
-  At most two blocks are in memory at a time.
+  At most four blocks are in memory at a time.
 
   Args:
     workdir: a local folder.
@@ -83,18 +86,19 @@ def _fill(
     path: StreamedDigest(shape, np.dtype(np.float32))
     for path, shape in shapes.items()
   }
-  pending = None
+  pending = collections.deque[Any]()
   for path, start, block in blocks:
     place = tuple(slice(at, at + size) for at, size in zip(start, block.shape))
-    written = stores[path][place].write(
-      block, can_reference_source_data_indefinitely=True
+    pending.append(
+      stores[path][place].write(
+        block, can_reference_source_data_indefinitely=True
+      )
     )
     digests[path].add(start, block)
-    if pending is not None:
-      pending.result()
-    pending = written
-  if pending is not None:
-    pending.result()
+    if len(pending) == _PENDING:
+      pending.popleft().result()
+  for written in pending:
+    written.result()
   return {f"parameters/{path}": each.text() for path, each in digests.items()}
 
 
@@ -119,7 +123,14 @@ def _create(folder: str, path: str, shape: tuple[int, ...]) -> ts.TensorStore:
         "dtype": "<f4",
         "shape": shape,
         "chunks": _chunks(shape),
-        "compressor": {"id": "zstd", "level": 1},
+        # Bits of the same place side by side: half of them are zero in weights
+        # that came in bfloat16. It takes a fifth of the time of Zstandard.
+        "compressor": {
+          "id": "blosc",
+          "cname": "lz4",
+          "clevel": 1,
+          "shuffle": 2,
+        },
       },
     },
     create=True,

@@ -2,12 +2,13 @@
 
 import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import edl_jax
 from edl_jax import sharding
-from edl_jax.checkpoint import Provenance, save_streamed
+from edl_jax.checkpoint import Provenance, save_streamed, stream
 from edl_jax.checkpoint.digest import StreamedDigest, array_digests
 from edl_jax.checkpoint.stream import _chunks
 from edl_jax.checkpoint.verify import verify_run
@@ -44,6 +45,19 @@ def test_blocks_in_any_order_have_the_digest_of_the_whole():
     for first, end in ((2, 3), (0, 2)):
       parts.add((row, first), array[row : row + 1, first:end])
   assert parts.text() == digest.text()
+
+
+def test_weights_that_came_in_bfloat16_take_less_than_it(tmp_path):
+  random = np.random.default_rng(3)
+  values = random.normal(size=(4, 64, 2048)).astype(ml_dtypes.bfloat16)
+  shapes = {"x": values.shape}
+  float32 = values.astype(np.float32)
+  rows = (("x", (i,), float32[i : i + 1]) for i in range(4))
+  stream._fill(str(tmp_path), shapes, rows)
+  written = sum(
+    path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()
+  )
+  assert written < values.nbytes
 
 
 def test_chunks_are_small_and_never_of_two_layers():
