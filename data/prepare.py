@@ -55,6 +55,7 @@ from edl_jax.text.tokenizer import (
   train_tokenizer,
   training_characters,
 )
+from edl_jax.text.tokenizer_files import tokenizer_file
 
 COMMAND = Command(__doc__)
 _FILES = COMMAND.flag("files", "", "Glob, as data.files.", required=True)
@@ -149,8 +150,11 @@ class Options:
       for key in ("near_duplicates", "near_shingle", "near_permutations"):
         del settings[key]
     for key in ("taxonomy", "labels", "tokenizer"):
-      if os.path.isfile(settings[key]):
-        settings[f"content of {key}"] = checksum(settings[key])["sha256"]
+      path = settings[key]
+      if key == "tokenizer" and os.path.isdir(path):
+        path = tokenizer_file(path)
+      if os.path.isfile(path):
+        settings[f"content of {key}"] = checksum(path)["sha256"]
     inputs = hashlib.sha256()
     for path in paths:
       state = os.stat(path)

@@ -259,10 +259,11 @@ def _check_weights(data: DataConfig) -> None:
 def _check_tokenizer(experiment: Experiment) -> None:
   name = experiment.data.tokenizer
   size = experiment.model.vocabulary_size
-  if name not in _LEAST_VOCABULARY and not name.endswith((".json", ".model")):
+  is_path = name.endswith((".json", ".model")) or "/" in name
+  if name not in _LEAST_VOCABULARY and not is_path:
     raise UserError(
-      f"data.tokenizer={name!r}: must be bpe, byte, or the path of a file that"
-      " ends in .json or .model"
+      f"data.tokenizer={name!r}: must be bpe, byte, a file that ends in .json"
+      " or .model, or a folder, such as hub/olmoe"
     )
   least = _LEAST_VOCABULARY.get(name, 0)
   if size < least:

@@ -356,8 +356,8 @@ class DataConfig:
   tokenizer: str = field(
     "bpe",
     help="bpe trains a byte-level BPE of model.vocabulary_size on the mixture,"
-    " byte makes each byte a token, and a path names a tokenizer.json or a"
-    " SentencePiece .model.",
+    " byte makes each byte a token, and a path names a tokenizer.json, a"
+    " SentencePiece .model, or the folder of a checkpoint with one of them.",
   )
   max_characters_per_domain: int = field(
     3_000_000, at_least=1, help="Most characters that are read per domain."

@@ -10,9 +10,12 @@ from tokenizers import decoders, processors
 
 from edl_jax.config import UserError
 from edl_jax.text.tokenizer import Tokenizer, byte_tokenizer, open_tokenizer
+from edl_jax.text.tokenizer_files import (
+  read_settings,
+  token_text,
+  tokenizer_file,
+)
 
-# In the order in which they are looked for.
-_FILES = ("tokenizer.json", "tokenizer.model")
 # Steps of a tokenizer.json that edl_jax changes, so that no text is lost.
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _CONFIG = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
@@ -40,16 +43,14 @@ def read_hub_tokenizer(
   """
   if path:
     return byte_tokenizer() if path == "byte" else open_tokenizer(path), {}
-  paths = [os.path.join(source, name) for name in _FILES]
-  found = next(filter(os.path.exists, paths), None)
-  if found is None:
-    raise UserError(
-      f"{source} has no {' or '.join(_FILES)}; name a tokenizer by --tokenizer"
-    )
-  tokenizer = open_tokenizer(found)
-  settings = _read_json(os.path.join(source, "tokenizer_config.json"))
+  try:
+    found = tokenizer_file(source)
+  except UserError as error:
+    raise UserError(f"{error}; name a tokenizer by --tokenizer") from error
+  tokenizer = open_tokenizer(source)
+  settings = read_settings(os.path.join(source, "tokenizer_config.json"))
   config = {
-    name: _token_text(settings[name])
+    name: token_text(settings[name])
     for name in _CONFIG
     if settings.get(name) is not None
   }
@@ -59,28 +60,8 @@ def read_hub_tokenizer(
       config["chat_template"] = file.read()
   steps = {}
   if found.endswith(".json"):
-    steps = {name: _read_json(found).get(name) for name in _STEPS}
+    steps = {name: read_settings(found).get(name) for name in _STEPS}
   return tokenizer, {"tokenizer_config": config, "tokenizer_steps": steps}
-
-
-def _token_text(token: Any) -> Any:
-  """Returns the text of a special token, which older files keep in a dict."""
-  is_token = isinstance(token, dict) and "content" in token
-  return token["content"] if is_token else token
-
-
-def _read_json(path: str) -> dict[str, Any]:
-  """Returns a JSON object; an empty one if there is no such file."""
-  if not os.path.exists(path):
-    return {}
-  try:
-    with open(path, encoding="utf-8") as file:
-      content = json.load(file)
-    if not isinstance(content, dict):
-      raise ValueError("not an object")
-    return content
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path} is damaged ({error})") from error
 
 
 def hub_tokenizer(
@@ -99,14 +80,14 @@ def hub_tokenizer(
     source: of the provenance; empty for weights that were trained here.
   """
   if source.get("tokenizer_steps"):
-    content = json.loads(tokenizer.to_json()) | source["tokenizer_steps"]
+    content = json.loads(tokenizer.library_json()) | source["tokenizer_steps"]
     return json.dumps(content, ensure_ascii=False, indent=2), {
       **source["tokenizer_config"],
       "clean_up_tokenization_spaces": False,
       "model_max_length": max_length,
       "tokenizer_class": "PreTrainedTokenizerFast",
     }
-  library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+  library = tokenizers.Tokenizer.from_str(tokenizer.library_json())
   start_id = tokenizer.document_start_id
   start = library.id_to_token(start_id)
   library.post_processor = processors.TemplateProcessing(

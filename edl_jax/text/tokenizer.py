@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ _TRAINING_CHARACTERS_PER_TOKEN = 1_000
 # A longer run of letters, signs or blanks, such as a genome, is cut before the
 # trainer sees it: it takes a time that grows with the square of a run.
 _LONG_RUN = re.compile(r"[^\W\d_]{1000}|(?:[^\w\s]|_){1000}|\s{1000}")
+# How the JSON begins of a tokenizer whose documents open with another token.
+_START_KEY = '{"document_start": '
 # Characters encoded in one call, which bounds the library's memory.
 _ENCODING_CHARACTERS = 4_000_000
 
@@ -44,15 +47,29 @@ class Tokenizer:
   text that spells it is encoded as any other text.
   """
 
-  def __init__(self, library: tokenizers.Tokenizer):
+  def __init__(self, library: tokenizers.Tokenizer, start: str | None = None):
+    """Wraps a tokenizer of the library.
+
+    Args:
+      library: the tokenizer.
+      start: the special token that opens documents; by default the first of
+        the usual ones.
+
+    Raises:
+      UserError: it has no such token.
+    """
     # This makes the library encode text that spells a special token as text.
     library.encode_special_tokens = True
     self._library = library
     self._special = special_tokens(library)
-    start = document_start(library)
-    if start is None:
+    usual = document_start(library)
+    ids = {name: i for i, name in self._special.items()}
+    chosen = start or usual
+    if chosen not in ids:
       raise UserError("the tokenizer has no token that opens a document")
-    self._document_start_id = start
+    self._document_start_id = ids[chosen]
+    # Only a start that needs to be told is kept.
+    self._start = start if start != usual else None
 
   @functools.cached_property
   def vocabulary_size(self) -> int:
@@ -116,14 +133,30 @@ class Tokenizer:
     text = self._bytes[token].decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-  def to_json(self) -> str:
+  def library_json(self) -> str:
     """Returns the tokenizer in the library's own JSON format."""
     return self._library.to_str()
+
+  def to_json(self) -> str:
+    """Returns all of the tokenizer as JSON.
+
+    It is the library's own format unless documents open with an unusual token.
+    """
+    text = self.library_json()
+    if self._start is None:
+      return text
+    return f'{_START_KEY}{json.dumps(self._start)}, "tokenizer": {text}}}'
 
   @classmethod
   def from_json(cls, text: str) -> "Tokenizer":
     """Inverse of `to_json`."""
-    return cls(tokenizers.Tokenizer.from_str(text))
+    if not text.startswith(_START_KEY):
+      return cls(tokenizers.Tokenizer.from_str(text))
+    content = json.loads(text)
+    library = json.dumps(content["tokenizer"], ensure_ascii=False)
+    return cls(
+      tokenizers.Tokenizer.from_str(library), content["document_start"]
+    )
 
 
 def _chunks(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
@@ -207,12 +240,13 @@ def _cut_runs(text: str) -> Iterator[str]:
 def open_tokenizer(path: str) -> Tokenizer:
   """Returns the tokenizer of a `tokenizer.json` or a SentencePiece `.model`.
 
-  `tokenizer_files` describes the supported kinds.
+  Of a checkpoint's folder too, whose settings may say which token opens
+  documents. `tokenizer_files` describes the supported kinds.
 
   Raises:
     UserError: there is no such file, it is no tokenizer, or it loses text.
   """
-  return Tokenizer(read_tokenizer(path))
+  return Tokenizer(*read_tokenizer(path))
 
 
 def load_tokenizer(experiment: Experiment, corpus: Corpus) -> Tokenizer:

@@ -1,5 +1,7 @@
 """Reads tokenizers from files: `tokenizer.json` and SentencePiece models.
 
+A folder of a checkpoint on the hub is read too.
+
 A tokenizer must keep every text, byte by byte: bits per byte are defined only
 if each token stands for a known number of bytes. Two families do so:
 
@@ -13,6 +15,7 @@ with an unknown token, or a normalizer that drops accents.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from edl_jax.config import UserError
 
 DOCUMENT_START = "<|document|>"
 
+# Of a checkpoint's folder, in the order in which they are looked for.
+_FILES = ("tokenizer.json", "tokenizer.model")
 # Special tokens that may open a document; the first one that exists does.
 _STARTS = (
   DOCUMENT_START,
@@ -68,10 +73,57 @@ def special_tokens(library: tokenizers.Tokenizer) -> dict[int, str]:
   return {i: token.content for i, token in added.items() if token.special}
 
 
-def document_start(library: tokenizers.Tokenizer) -> int | None:
-  """Returns the id of the special token that opens documents, if any."""
-  special = {name: i for i, name in special_tokens(library).items()}
-  return next((special[name] for name in _STARTS if name in special), None)
+def document_start(library: tokenizers.Tokenizer) -> str | None:
+  """Returns the usual special token that opens documents, if any."""
+  special = special_tokens(library).values()
+  return next((name for name in _STARTS if name in special), None)
+
+
+def tokenizer_file(folder: str) -> str:
+  """Returns the path of the tokenizer in the folder of a checkpoint.
+
+  Raises:
+    UserError: there is none.
+  """
+  paths = [os.path.join(folder, name) for name in _FILES]
+  found = next(filter(os.path.exists, paths), None)
+  if found is None:
+    raise UserError(f"{folder} has no {' or '.join(_FILES)}")
+  return found
+
+
+def read_settings(path: str) -> dict[str, Any]:
+  """Returns a JSON object; an empty one if there is no such file.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  if not os.path.exists(path):
+    return {}
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+    if not isinstance(content, dict):
+      raise ValueError("not an object")
+    return content
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} is damaged ({error})") from error
+
+
+def token_text(token: Any) -> Any:
+  """Returns the text of a special token, which older files keep in a dict."""
+  is_token = isinstance(token, dict) and "content" in token
+  return token["content"] if is_token else token
+
+
+def _first_token(folder: str, library: tokenizers.Tokenizer) -> str | None:
+  """Returns the special token that begins texts, if a checkpoint names one."""
+  settings = read_settings(os.path.join(folder, "tokenizer_config.json"))
+  name = token_text(settings.get("bos_token"))
+  if name is None:
+    i = read_settings(os.path.join(folder, "config.json")).get("bos_token_id")
+    name = special_tokens(library).get(i) if isinstance(i, int) else None
+  return name if name in special_tokens(library).values() else None
 
 
 def token_bytes(library: tokenizers.Tokenizer) -> list[bytes]:
@@ -158,19 +210,28 @@ def _check_alphabet(model: dict[str, Any], byte_level: bool) -> None:
     )
 
 
-def read_tokenizer(path: str) -> tokenizers.Tokenizer:
-  """Reads a `tokenizer.json` or a SentencePiece `.model`.
+def read_tokenizer(path: str) -> tuple[tokenizers.Tokenizer, str | None]:
+  """Reads a tokenizer from a file or from the folder of a checkpoint.
 
   This switches off needless steps that lose text: a space before the text, NFC,
   truncation, padding, dropout, added tokens that swallow the blanks beside
   them. A tokenizer without a token that may open
   documents gets "<|document|>" as its last id.
 
+  Returns:
+    The tokenizer, and the special token that opens documents if the folder of a
+    checkpoint names one: `bos_token` of tokenizer_config.json, or without it
+    `bos_token_id` of config.json.
+
   Raises:
     UserError: there is no such file, it is no tokenizer, or it loses text.
   """
+  path = os.path.expanduser(path)
+  folder = path if os.path.isdir(path) else None
+  if folder:
+    path = tokenizer_file(folder)
   try:
-    content = Path(path).expanduser().read_bytes()
+    content = Path(path).read_bytes()
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}") from error
   try:
@@ -178,7 +239,8 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
       library = _from_sentencepiece(content)
     else:
       library = _from_json(content)
-    if document_start(library) is None:
+    start = _first_token(folder, library) if folder else None
+    if start is None and document_start(library) is None:
       library.add_special_tokens([DOCUMENT_START])
     library.encode_special_tokens = True
     if isinstance(library.model, models.Unigram):
@@ -189,7 +251,7 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
       f"{path}: {error}; use a byte-level tokenizer, or one with a fallback to"
       " bytes and no normalizer"
     ) from error
-  return library
+  return library, start
 
 
 def _shield(library: tokenizers.Tokenizer) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from data import prepare as command
 from data.prepare import Options, prepare
@@ -31,7 +32,7 @@ from edl_jax.text.input_pipeline import (
 )
 from edl_jax.text.mixture import load_corpus
 from edl_jax.text.prepared import load_prepared
-from edl_jax.text.tokenizer import load_tokenizer
+from edl_jax.text.tokenizer import byte_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -340,6 +341,20 @@ def test_folder_of_another_command_is_refused(texts, tmp_path):
     file.write("\n")
   with pytest.raises(UserError, match=r"\(inputs: "):
     prepare(made)
+
+
+def test_a_checkpoint_folder_gives_tokenizer_and_start(texts, tmp_path):
+  hub, out = tmp_path / "hub", tmp_path / "out"
+  hub.mkdir()
+  library = tokenizers.Tokenizer.from_str(byte_tokenizer().library_json())
+  library.add_special_tokens(["<|start|>"])
+  library.save(str(hub / "tokenizer.json"))
+  (hub / "tokenizer_config.json").write_text('{"bos_token": "<|start|>"}')
+  options = options_for(texts, out, tokenizer=str(hub))
+  assert options.settings([])["content of tokenizer"]
+  prepare(options)
+  corpus = load_prepared(experiment_for(prepared=str(out)))
+  assert corpus.tokenizer.document_start_id == 257
 
 
 def test_two_at_once_are_refused(texts, tmp_path):

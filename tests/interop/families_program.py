@@ -53,23 +53,21 @@ FAMILIES = {
     transformers.Qwen3MoeConfig,
     {"num_experts": 5, "head_dim": 16, **DENSE, "norm_topk_prob": True}
     | {
-      "rope_parameters": {
+      # Transformers 5 takes the keys of version 4 too.
+      "rope_theta": 10000.0,
+      "rope_scaling": {
         "rope_type": "yarn",
-        "rope_theta": 10000.0,
         "factor": 4.0,
         "original_max_position_embeddings": 16,
-      }
+      },
     },
   ),
   "qwen3_moe_linear": (
     transformers.Qwen3MoeConfig,
     {"num_experts": 5, "head_dim": 8, **DENSE, "norm_topk_prob": True}
     | {
-      "rope_parameters": {
-        "rope_type": "linear",
-        "rope_theta": 10000.0,
-        "factor": 2.0,
-      }
+      "rope_theta": 10000.0,
+      "rope_scaling": {"rope_type": "linear", "factor": 2.0},
     },
   ),
   "mixtral": (

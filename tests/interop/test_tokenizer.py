@@ -9,6 +9,7 @@ from tokenizers import models, normalizers, processors
 from edl_jax.config import UserError
 from edl_jax.interop.tokenizer import hub_tokenizer, read_hub_tokenizer
 from edl_jax.text.tokenizer import (
+  Tokenizer,
   byte_tokenizer,
   open_tokenizer,
   train_tokenizer,
@@ -103,6 +104,67 @@ def test_an_imported_tokenizer_goes_out_as_it_came(tmp_path):
   assert written["bos_token"] == "<s>" and written["eos_token"] == "</s>"
   assert written["chat_template"] == "{{ messages }}"
   assert not written.get("split_special_tokens")
+
+
+def several_starts():
+  """A tokenizer on bytes in which two usual start tokens are special."""
+  library = tokenizers.Tokenizer.from_str(byte_tokenizer().library_json())
+  library.add_special_tokens(["<s>", "<|endoftext|>", "<|start|>"])
+  return library
+
+
+@pytest.mark.parametrize(
+  ("library", "tokenizer_config", "config", "start"),
+  [
+    (several_starts, {"bos_token": "<|start|>"}, {"bos_token_id": 1}, 259),
+    (several_starts, {"bos_token": None}, {"bos_token_id": 258}, 258),
+    # No special token has the name or the id: the usual one.
+    (several_starts, {"bos_token": "<other>"}, {}, 256),
+    (several_starts, {}, {"bos_token_id": 65}, 256),
+    (several_starts, {}, {}, 256),
+    (llama_like, {"bos_token": {"content": "</s>"}}, {}, 2),
+    (llama_like, {}, {"bos_token_id": 2}, 2),
+    (llama_like, {}, {"bos_token_id": [2]}, 1),
+  ],
+)
+def test_documents_begin_as_the_checkpoint_says(
+  tmp_path, library, tokenizer_config, config, start
+):
+  library().save(str(tmp_path / "tokenizer.json"))
+  for name, content in (
+    ("tokenizer_config", tokenizer_config),
+    ("config", config),
+  ):
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+  tokenizer, _ = read_hub_tokenizer(str(tmp_path))
+  assert tokenizer.document_start_id == start
+  # Provenance and prepared text keep it.
+  copy = Tokenizer.from_json(tokenizer.to_json())
+  assert copy.document_start_id == start
+  assert copy.to_json() == tokenizer.to_json()
+  assert open_tokenizer(str(tmp_path)).to_json() == tokenizer.to_json()
+  # Of the file alone, the usual token is the start, and JSON is the library's.
+  alone = open_tokenizer(str(tmp_path / "tokenizer.json"))
+  assert alone.document_start_id == (1 if library is llama_like else 256)
+  assert alone.to_json() == alone.library_json() == tokenizer.library_json()
+  for text in TEXTS:
+    assert tokenizer.encode(text).tolist() == alone.encode(text).tolist()
+
+
+def test_an_unusual_start_needs_no_other(tmp_path):
+  library = tokenizers.Tokenizer.from_str(byte_tokenizer().library_json())
+  content = json.loads(library.to_str())
+  content["added_tokens"][0]["content"] = "<|start|>"
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|start|>"}')
+  tokenizer = open_tokenizer(str(tmp_path))
+  assert tokenizer.vocabulary_size == 257
+  assert tokenizer.token_text(tokenizer.document_start_id) == "<|start|>"
+  copy = Tokenizer.from_json(tokenizer.to_json())
+  assert copy.document_start_id == 256
+  # The export names it too.
+  _, settings = hub_tokenizer(copy, 64, {})
+  assert settings["bos_token"] == "<|start|>"
 
 
 def test_a_template_in_a_file_of_its_own(tmp_path):

@@ -25,8 +25,9 @@ def main(folder, tokens_file, texts_file, new_tokens, out):
   tokens_BT = torch.tensor(np.load(tokens_file), dtype=torch.long)
   with open(texts_file, encoding="utf-8") as file:
     texts = json.load(file)
+  # "auto" is the default of Transformers 5, and float32 that of version 4.
   model, loading = AutoModelForCausalLM.from_pretrained(
-    folder, output_loading_info=True
+    folder, dtype="auto", output_loading_info=True
   )
   for problem, keys in loading.items():
     assert not keys, (problem, keys)
