@@ -21,7 +21,7 @@ from edl_jax.losses.objective import (
 )
 from edl_jax.model.balancing import balanced
 from edl_jax.model.choice import draw_pool_sizes
-from edl_jax.model.transformer import Model
+from edl_jax.model.transformer import Model, abstract_model
 from edl_jax.optim import (
   make_optimizer,
   make_schedule,
@@ -411,6 +411,13 @@ def init_state(
     lambda: _new_state(experiment, optimizer),
     out_shardings=state_shardings(experiment, optimizer, mesh),
   )()
+
+
+def learned_names(experiment: Experiment) -> set[str]:
+  """Returns the names of the parameters that have a gradient."""
+  kept = trained(experiment.optimizer, abstract_model(experiment.model))
+  leaves = jax.tree_util.tree_leaves_with_path(kept)
+  return {sharding.path_name(path) for path, _ in leaves}
 
 
 def state_bytes(experiment: Experiment) -> int:

@@ -44,6 +44,7 @@ from edl_jax.step import (
   abstract_state,
   averaged,
   init_state,
+  learned_names,
   make_train_step,
   starting_from,
 )
@@ -486,6 +487,9 @@ def _peak_rate(experiment: Experiment, mesh: Mesh) -> float | None:
     return None
   train = experiment.train
   flops = training_flops(
-    experiment.model, train.batch_size, train.sequence_length
+    experiment.model,
+    train.batch_size,
+    train.sequence_length,
+    learned_names(experiment),
   )
   return mesh.size * peak / sum(flops.values())

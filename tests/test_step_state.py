@@ -180,3 +180,41 @@ def test_same_on_a_mesh():
       np.testing.assert_allclose(
         got[name], want[name], rtol=1e-3, atol=1e-5, err_msg=name
       )
+
+
+def test_frozen_parts_are_spread_and_have_no_moments():
+  experiment = dataclasses.replace(
+    EXPERIMENT,
+    optimizer=OptimizerConfig(trainable="blocks/moe/router_ME,head_MV"),
+  )
+  mesh = sharding.make_mesh(MeshConfig(1, 2, 2, 2))
+  optimizer = make_optimizer(experiment.optimizer, 6)
+  state = abstract_state(experiment, optimizer, mesh)
+
+  def leaves(tree):
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {sharding.path_name(path): leaf for path, leaf in found}
+
+  def share(leaf):
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) / leaf.size
+
+  model = leaves(state.model)
+  # A device keeps an eighth of the experts, frozen or not.
+  for name in ("blocks/moe/gate_up_EM2F", "blocks/moe/down_EFM"):
+    assert share(model[name]) == 1 / 8
+  whole = dataclasses.replace(experiment, optimizer=OptimizerConfig())
+  for name, leaf in leaves(
+    abstract_state(whole, optimizer, mesh).model
+  ).items():
+    assert model[name].sharding == leaf.sharding
+  # Two moments of each trained parameter, spread as it is.
+  moments = {
+    name: leaf for name, leaf in leaves(state.optimizer).items() if leaf.ndim
+  }
+  assert len(moments) == 4
+  for name, leaf in moments.items():
+    own = next(
+      own for own in ("blocks/moe/router_ME", "head_MV") if own in name
+    )
+    assert leaf.shape == model[own].shape
+    assert leaf.sharding == model[own].sharding

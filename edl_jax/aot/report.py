@@ -14,6 +14,7 @@ from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment
 from edl_jax.model.transformer import parameter_counts, training_flops
 from edl_jax.sharding import path_name
+from edl_jax.step import learned_names
 
 # Places, and kinds of instructions without an estimate, that the text names;
 # JSON has all.
@@ -33,10 +34,11 @@ def analyze(
   tokens = train.batch_size * train.sequence_length / chips
   module = hlo.parse(step.text)
   costs = hlo_costs.costs(module, experiment.model.num_experts)
+  learned = learned_names(experiment)
   by_part = {
     part: flops / chips
     for part, flops in training_flops(
-      experiment.model, train.batch_size, train.sequence_length
+      experiment.model, train.batch_size, train.sequence_length, learned
     ).items()
   }
   model_flops = sum(by_part.values())

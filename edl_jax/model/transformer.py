@@ -1,6 +1,7 @@
 """The transformer: embedding, blocks, scan over layers, head."""
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -413,6 +414,17 @@ def _whole_documents(
   return jnp.ones(shape, jnp.int32), positions_BT, jnp.ones(shape)
 
 
+# Matrices that tokens are multiplied with, by the part that counts them.
+_PART_OF_MATRIX = {
+  **dict.fromkeys(("query_MNH", "key_MKH", "value_MKH"), "attention"),
+  "out_NHM": "attention",
+  "router_ME": "router",
+  **dict.fromkeys(("gate_up_EM2F", "down_EFM"), "experts"),
+  **dict.fromkeys(("gate_up_M2F", "down_FM"), "experts"),
+  "head_MV": "head",
+}
+
+
 def abstract_model(config: ModelConfig) -> Model:
   """Returns the model with shapes in place of arrays; allocates nothing."""
   return jax.eval_shape(lambda: Model(config, jax.random.key(0)))
@@ -438,33 +450,41 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
 
 
 def training_flops(
-  config: ModelConfig, rows: int, length: int
+  config: ModelConfig,
+  rows: int,
+  length: int,
+  learned: Collection[str] | None = None,
 ) -> dict[str, float]:
   """Returns the floating-point operations that a training step needs, by part.
 
-  A multiply-add of a matrix product counts as two, once forward and twice
-  backward. Attention counts the causal pairs of a row, as if each row were one
+  A multiply-add of a matrix product counts as two: once forward, once for the
+  gradient of the activations, and once for that of the matrix unless it is
+  frozen. Attention counts the causal pairs of a row, as if each row were one
   document. Rematerialisation and padding do not count.
 
   Args:
     config: sizes of the model.
     rows, length: B and T of the global batch.
+    learned: names of the parameters that have a gradient; by default all.
   """
   heads = config.num_heads * config.head_width
-  kv_heads = config.num_kv_heads * config.head_width
-  projections = config.width * 2 * (heads + kv_heads)
-  pairs = 2 * heads * (length + 1) / 2
-  expert = 3 * config.width * config.expert_width
-  active = config.num_active_experts + config.num_shared_experts
-  dense, moe = (
-    config.num_dense_layers,
-    config.num_layers - config.num_dense_layers,
-  )
-  products = {
-    "attention": config.num_layers * (projections + pairs),
-    "router": moe * config.width * config.num_experts,
-    "experts": moe * active * expert
-    + dense * 3 * config.width * config.dense_width,
-    "head": config.width * config.vocabulary_size,
+  operations: dict[str, float] = {
+    "attention": 6 * config.num_layers * heads * (length + 1),
+    "router": 0,
+    "experts": 0,
+    "head": 0,
   }
-  return {part: 6 * n * rows * length for part, n in products.items()}
+  leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(config))
+  for path, leaf in leaves:
+    name, last = sharding.path_name(path), sharding.last_name(path)
+    part = _PART_OF_MATRIX.get(last)
+    if last == "embedding_VM" and config.tied_embeddings:
+      part = "head"
+    if part is None:
+      continue
+    size = leaf.size
+    if last in ("gate_up_EM2F", "down_EFM"):
+      size = size // config.num_experts * config.num_active_experts
+    passes = 3 if learned is None or name in learned else 2
+    operations[part] += 2 * passes * size
+  return {part: n * rows * length for part, n in operations.items()}

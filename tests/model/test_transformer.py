@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from edl_jax import sharding
-from edl_jax.config import Experiment, LossesConfig, ModelConfig, MoEConfig
+from edl_jax.config import (
+  Experiment,
+  LossesConfig,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+)
 from edl_jax.evaluate import make_eval_step
 from edl_jax.losses import routing
 from edl_jax.model.transformer import (
@@ -18,7 +24,7 @@ from edl_jax.model.transformer import (
   parameter_counts,
   training_flops,
 )
-from edl_jax.step import loss_and_gradient
+from edl_jax.step import learned_names, loss_and_gradient
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
 from edl_jax.text.tokenizer import byte_tokenizer
@@ -241,6 +247,18 @@ def test_training_flops_are_six_a_token_for_each_weight_at_work():
   products = length * weights + pairs * 2 * CONFIG.head_width
   flops = training_flops(CONFIG, rows, length)
   assert sum(flops.values()) == 6 * rows * products
+
+
+def test_a_frozen_matrix_needs_no_gradient():
+  everything = training_flops(CONFIG, 3, 10)
+  optimizer = OptimizerConfig(trainable="*attention*,*router_ME,*norm*")
+  experiment = Experiment(model=CONFIG, optimizer=optimizer)
+  flops = training_flops(CONFIG, 3, 10, learned_names(experiment))
+  for part in ("attention", "router"):
+    assert flops[part] == everything[part]
+  # Forward, and the gradient of what the matrix takes.
+  for part in ("experts", "head"):
+    assert 6 * flops[part] == 4 * everything[part]
 
 
 def batch():
