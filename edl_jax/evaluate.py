@@ -133,7 +133,8 @@ def make_eval_step(
         outputs=routing.output_stats, token_class_V=token_class_V
       ),
     )
-    bytes_BT = jnp.asarray(byte_lengths_V)[batch.targets_BT] * batch.weights_BT
+    weights_BT = batch.target_weights_BT
+    bytes_BT = jnp.asarray(byte_lengths_V)[batch.targets_BT] * weights_BT
     by_domain = functools.partial(
       jnp.einsum,
       "BT,BD->D",
@@ -142,7 +143,7 @@ def make_eval_step(
     member_BD = jax.nn.one_hot(batch.domain_B, num_domains)
     return EvalSums(
       nats_D=by_domain(nats_BT, member_BD),
-      tokens_D=by_domain(batch.weights_BT, member_BD),
+      tokens_D=by_domain(weights_BT, member_BD),
       bytes_D=by_domain(bytes_BT, member_BD),
       routing=sums.routing,
     )

@@ -14,7 +14,7 @@ lists every field of the experiment, and does nothing else.
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import logging
@@ -79,6 +79,8 @@ class Run(NamedTuple):
   training: "tuple[grain.MapDataset[Batch], EpochCounter] | None"
   # What to evaluate on in training, if anything.
   tasks: "EncodedTasks | None" = None
+  # What rows leave out, a line each.
+  notes: Sequence[str] = ()
 
 
 def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
@@ -100,7 +102,7 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     checkpoint_steps,
   )
   from edl_jax.step import state_bytes
-  from edl_jax.text.input_pipeline import train_dataset
+  from edl_jax.text.input_pipeline import long_examples, train_dataset
 
   storage.check_access(workdir, "--workdir=")
   if mode == "eval" and not checkpoint_steps(
@@ -112,6 +114,7 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
   if mode == "train":
     check_unlocked(workdir)
   corpus, tokenizer, source = _load_text(experiment, workdir)
+  notes = long_examples(corpus, tokenizer, experiment)
   training = tasks = None
   if mode == "train":
     training = train_dataset(corpus, tokenizer, experiment)
@@ -120,7 +123,7 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     experiment, corpus.taxonomy, tokenizer, corpus.content_hash, source
   )
   check_workdir(workdir, provenance, state_bytes(experiment) if training else 0)
-  return Run(workdir, provenance, corpus, training, tasks)
+  return Run(workdir, provenance, corpus, training, tasks, notes)
 
 
 def _load_text(
@@ -132,6 +135,7 @@ def _load_text(
     UserError: bad text, or two different tokenizers.
   """
   from edl_jax.checkpoint import initial_provenance
+  from edl_jax.text.chat import find_template
   from edl_jax.text.mixture import load_corpus
   from edl_jax.text.prepared import load_prepared
   from edl_jax.text.tokenizer import load_tokenizer
@@ -140,7 +144,9 @@ def _load_text(
   tokenizer = initial.tokenizer if initial else None
   source = initial.source if initial else None
   if not experiment.data.prepared:
-    corpus = load_corpus(experiment.data)
+    special = tuple(tokenizer.special_ids) if tokenizer else ()
+    template = find_template(experiment.data, source, special)
+    corpus = load_corpus(experiment.data, template)
     tokenizer = tokenizer or load_tokenizer(experiment, corpus)
     return corpus, tokenizer, source
   corpus = load_prepared(experiment)
@@ -202,12 +208,11 @@ def _make_mesh(experiment: Experiment) -> "Mesh":
   return mesh
 
 
-def _description(
-  experiment: Experiment, corpus: "Corpus | PreparedCorpus", mesh: "Mesh"
-) -> list[str]:
+def _description(run: Run, mesh: "Mesh") -> list[str]:
   """Returns the lines that a run prints at its start."""
   from edl_jax.model.transformer import parameter_counts
 
+  experiment, corpus = run.provenance.experiment, run.corpus
   total, active = parameter_counts(experiment.model)
   axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
   train = experiment.train
@@ -218,6 +223,7 @@ def _description(
     f"{len(corpus.taxonomy.sources)} domains:",
     *_describe_sources(experiment, corpus),
     *corpus.notes,
+    *run.notes,
     f"{train.num_steps:,} steps of {train.batch_size} rows of"
     f" {train.sequence_length} tokens: {tokens:,} tokens",
   ]
@@ -260,10 +266,10 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   from edl_jax.evaluate import NonFiniteError, evaluate_checkpoint
   from edl_jax.preemption import Preempted
 
-  workdir, provenance, corpus, training, tasks = run
+  workdir, provenance, corpus, training, tasks, _ = run
   lines = []
   if jax.process_index() == 0:
-    lines = _description(provenance.experiment, corpus, mesh)
+    lines = _description(run, mesh)
   try:
     if training is None:
       _show(lines)

@@ -226,6 +226,11 @@ def _check_text(data: DataConfig) -> None:
       f"data.prepared={data.prepared} and data.files={data.files} both name the"
       " text: give one of them"
     )
+  if data.chat_template and not data.files:
+    raise UserError(
+      f"data.chat_template={data.chat_template}: only data.files has messages;"
+      " set it too, or leave the template out"
+    )
   if data.mixing == "equal" and data.temperature != 1:
     raise UserError(
       f"data.temperature={data.temperature}: needs data.mixing=tokens or"

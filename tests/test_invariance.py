@@ -93,21 +93,24 @@ def random_model(config=MODEL):
 def random_batch():
   """Packed rows, the last positions of some and all of three being padding."""
   random = np.random.default_rng(2)
-  starts_BT = random.random((ROWS, LENGTH)) < 0.15
+  shape = (ROWS, LENGTH)
+  starts_BT = random.random(shape) < 0.15
   starts_BT[:, 0] = True
-  index_BT = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
+  index_BT = np.broadcast_to(np.arange(LENGTH), shape)
   begin_BT = np.maximum.accumulate(np.where(starts_BT, index_BT, 0), 1)
   tokens_B = random.integers(LENGTH // 2, LENGTH + 1, ROWS)
   tokens_B[[3, 8, 9]] = 0
   counted_BT = index_BT < tokens_B[:, None]
   return Batch(
-    tokens_BT=random.integers(0, 64, (ROWS, LENGTH), np.int32) * counted_BT,
-    targets_BT=random.integers(0, 64, (ROWS, LENGTH), np.int32) * counted_BT,
+    tokens_BT=random.integers(0, 64, shape, np.int32) * counted_BT,
+    targets_BT=random.integers(0, 64, shape, np.int32) * counted_BT,
     segments_BT=(starts_BT.cumsum(1) * counted_BT).astype(np.int32),
     positions_BT=((index_BT - begin_BT) * counted_BT).astype(np.int32),
     weights_BT=counted_BT.astype(np.float32),
     # Some rows have no domain.
     domain_B=random.integers(-1, ABSENT, ROWS, np.int32),
+    # The loss counts some of the targets alone, as in supervised examples.
+    loss_weights_BT=np.float32(counted_BT & (random.random(shape) < 0.6)),
   )
 
 
@@ -120,6 +123,7 @@ def emptied(batch, rows):
   batch = Batch(*(array.copy() for array in batch))
   batch.segments_BT[rows] = 0
   batch.weights_BT[rows] = 0
+  batch.loss_weights_BT[rows] = 0
   batch.domain_B[rows] = ABSENT
   return batch
 

@@ -70,6 +70,7 @@ INVALID = [
   ({"data.mixing": "rows"}, ("rows", "tokens")),
   ({"data.temperature": 0.0}, ("0.0", "above 0")),
   ({"data.temperature": 2.0}, ("2.0", "data.mixing")),
+  ({"data.chat_template": "x.jinja"}, ("x.jinja", "data.files")),
   ({"data.weight_phases": "((0.5, 1.0), 3.0)"}, ("tuples of float",)),
   ({"data.weight_phases": "((0.5, 1e999),)"}, ("weight_phases", "finite")),
   ({"data.weight_phases": "((0.0, 1.0),)"}, ("phase 1", "begins at 0.0")),

@@ -4,6 +4,7 @@ import functools
 
 from edl_jax.checkpoint import Loaded, Provenance
 from edl_jax.config import DataConfig, UserError
+from edl_jax.text.chat import ChatTemplate, find_template
 from edl_jax.text.mixture import Corpus, load_corpus
 from edl_jax.text.prepared import PreparedCorpus, load_prepared
 
@@ -22,7 +23,12 @@ def read_corpus(
   """
   data = run.experiment.data
   try:
-    corpus = load_prepared(run.experiment) if data.prepared else _load(data)
+    if data.prepared:
+      corpus = load_prepared(run.experiment)
+    else:
+      special = tuple(run.tokenizer.special_ids)
+      template = find_template(data, run.source, special)
+      corpus = _load(data, template)
   except UserError as error:
     raise UserError(
       f"the text of --workdir={workdir} cannot be read: {error}"
@@ -38,5 +44,5 @@ def read_corpus(
 
 # Runs of one sweep share their text.
 @functools.lru_cache(maxsize=1)
-def _load(data: DataConfig) -> Corpus:
-  return load_corpus(data)
+def _load(data: DataConfig, template: ChatTemplate | None) -> Corpus:
+  return load_corpus(data, template)

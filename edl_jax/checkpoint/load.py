@@ -1,6 +1,6 @@
 """Loads a model from its checkpoint alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,8 @@ class Loaded(NamedTuple):
   experiment: Experiment
   step: int
   content_hash: str
+  # As in `Provenance`.
+  source: Mapping[str, Any] | None = None
 
   def generate(
     self,
@@ -123,6 +125,7 @@ def load(
     experiment=experiment,
     step=step,
     content_hash=provenance.content_hash,
+    source=provenance.source,
   )
 
 

@@ -306,8 +306,10 @@ class DataConfig:
   files: str = field(
     "",
     help="Glob of text files: JSON lines with the keys text and domain (.gz and"
-    " .zst too), Parquet, ArrayRecord, or plain text in a folder per domain. If"
-    " empty, the text of this machine's Python packages is read.",
+    " .zst too), Parquet, ArrayRecord, or plain text in a folder per domain."
+    " Supervised examples are JSON lines with prompt and completion, or with"
+    " messages, in place of text. If empty, the text of this machine's Python"
+    " packages is read.",
   )
   prepared: str = field(
     "",
@@ -358,6 +360,11 @@ class DataConfig:
     help="bpe trains a byte-level BPE of model.vocabulary_size on the mixture,"
     " byte makes each byte a token, and a path names a tokenizer.json, a"
     " SentencePiece .model, or the folder of a checkpoint with one of them.",
+  )
+  chat_template: str = field(
+    "",
+    help="File of the Jinja template that writes the messages of supervised"
+    " examples as text. If empty, the one that came with imported weights.",
   )
   max_characters_per_domain: int = field(
     3_000_000, at_least=1, help="Most characters that are read per domain."

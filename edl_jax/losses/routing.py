@@ -125,7 +125,8 @@ class BatchSums(NamedTuple):
   nats: jax.Array
   # Sum over counted tokens of logsumexp(output logits)^2, scalar.
   squared_logsumexp: jax.Array
-  # Counted tokens, scalar.
+  # Counted tokens, scalar: of supervised examples those of completions, which
+  # are fewer than `routing` counts.
   tokens: jax.Array
   routing: RoutingStats
 

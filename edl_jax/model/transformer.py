@@ -289,7 +289,7 @@ class Model(nnx.Module):
         x_BTM,
         head[...],
         batch.targets_BT,
-        batch.weights_BT,
+        batch.target_weights_BT,
         self.config.logits_elements,
         self.head_MV is None,
         summaries.output_z_weight,
@@ -367,7 +367,7 @@ class Model(nnx.Module):
       pairs_L22 = token_pair_sums(probs_LI2E, pairs.domain_I2, pairs.counted_I)
     sums = routing.BatchSums(
       *jax.tree.map(jnp.sum, sums_Z),
-      tokens=batch.weights_BT.sum(),
+      tokens=batch.target_weights_BT.sum(),
       routing=routing.collect(
         routing_LB,
         batch.domain_B,

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Collection
 
 from edl_jax.config import DataConfig, UserError
@@ -29,6 +30,37 @@ class Document:
   text: str
   domain: str
   origin: str
+
+  def parts(self) -> list[tuple[str, bool]]:
+    """Returns the text in parts, and whether the loss counts each one."""
+    return [(self.text, True)]
+
+  def digest(self) -> bytes:
+    """Returns a SHA-256 of what becomes of the document in training."""
+    return hashlib.sha256(self.text.encode(errors="surrogateescape")).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedExample(Document):
+  """A document of which the loss counts completions alone."""
+
+  # Where the parts of `text` after the first one begin: prompt and completion
+  # in turn, a prompt first, which may be empty.
+  cuts: tuple[int, ...]
+  # Whether special tokens that `text` spells are special tokens. A chat
+  # template writes them.
+  special: bool = False
+
+  def parts(self) -> list[tuple[str, bool]]:
+    ends = (*self.cuts, len(self.text))
+    return [
+      (self.text[start:end], bool(number % 2))
+      for number, (start, end) in enumerate(zip((0, *self.cuts), ends))
+    ]
+
+  def digest(self) -> bytes:
+    shape = json.dumps([self.cuts, self.special]).encode()
+    return hashlib.sha256(super().digest() + shape).digest()
 
 
 class DomainNames:
@@ -172,7 +204,8 @@ class DomainNames:
 class Gatherer:
   """Collects documents by fine label, without empty texts and duplicates.
 
-  The texts of a domain have `max_characters` in all; the last one is cut there.
+  The texts of a domain have `max_characters` in all; the last one is cut there,
+  unless it is a supervised example.
   """
 
   def __init__(self, max_characters: int):
@@ -186,18 +219,20 @@ class Gatherer:
     """Returns whether a domain has fewer characters than its limit."""
     return self._room[domain] > 0
 
-  def add(self, text: str, domain: str, origin: str) -> None:
+  def add(self, document: Document) -> None:
     """Adds a document, unless it is empty, a duplicate or over the limit."""
+    text, domain = document.text, document.domain
     self._given[domain] += 1
     if not self.has_room(domain) or not text or text.isspace():
       return
-    digest = hashlib.sha256(text.encode()).digest()
+    digest = document.digest()
     if digest in self._seen:
       return
     self._seen.add(digest)
-    text = text[: self._room[domain]]
-    self._room[domain] -= len(text)
-    self.documents[domain].append(Document(text, domain, origin))
+    if not isinstance(document, SupervisedExample):
+      document = dataclasses.replace(document, text=text[: self._room[domain]])
+    self._room[domain] -= len(document.text)
+    self.documents[domain].append(document)
 
   def vanished(self) -> list[str]:
     """Returns a message for each domain of which no text is left."""

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.arithmetic import worked_problems
-from edl_jax.text.documents import DomainNames, Gatherer
+from edl_jax.text.documents import Document, DomainNames, Gatherer
 from edl_jax.text.taxonomy import fine_name
 
 # Readers yield (origin, text).
@@ -94,7 +94,7 @@ def read_embedded(
       continue
     domains.add(name, "embedded")
     for origin, text in _EMBEDDED[name]():
-      gathered.add(text[:longest], fine, origin)
+      gathered.add(Document(text[:longest], fine, origin))
       if not gathered.has_room(fine):
         break
 

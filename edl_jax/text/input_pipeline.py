@@ -1,4 +1,4 @@
-"""From a corpus to batches: tokenize, pack within a domain, mix, batch.
+"""From tokens to batches: pack within a domain, mix, batch.
 
 The mixture is a `grain.MapDataset`: row i depends on i and the seed alone. So
 one number is the whole state of the input, a run resumes exactly, and each
@@ -6,18 +6,20 @@ process takes its rows of one global sequence.
 """
 
 import hashlib
-import io
-import itertools
-import zipfile
 from collections.abc import Sequence
 
 import grain
 import numpy as np
 
-from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment, UserError
-from edl_jax.text.batch import Batch, PackedRows, padding_row, stack
-from edl_jax.text.documents import Document
+from edl_jax.text.batch import (
+  Batch,
+  ExampleRows,
+  PackedRows,
+  padding_row,
+  stack,
+)
+from edl_jax.text.encode import encode_corpus
 from edl_jax.text.mixture import (
   Corpus,
   EpochCounter,
@@ -31,6 +33,9 @@ from edl_jax.text.tokenizer import Tokenizer
 
 # Batches that a background thread makes ahead.
 _PREFETCHED_BATCHES = 8
+
+# Random access to the rows of one domain.
+Rows = PackedRows | ExampleRows
 
 
 def train_dataset(
@@ -48,7 +53,7 @@ def train_dataset(
     UserError: a domain has less text than one row, or rows are longer than any
       document.
   """
-  tokens = _tokenize(corpus, "train", tokenizer)
+  tokens = _documents(corpus, "train", tokenizer, experiment)
   phases = _phases(corpus, tokens, experiment)
   _check_lengths(corpus.taxonomy.sources, phases.in_use, tokens, experiment)
   datasets, rows_of = [], {}
@@ -59,12 +64,7 @@ def train_dataset(
     documents = tokens[domain]
     seed = _seed(experiment, f"documents {domain}")
     order = np.random.default_rng(seed).permutation(len(documents))
-    rows = PackedRows(
-      stream=TokenStream(documents[order], tokenizer.document_start_id),
-      sequence_length=experiment.train.sequence_length,
-      document_start_id=tokenizer.document_start_id,
-      domain=label,
-    )
+    rows = _rows(documents[order], label, corpus, tokenizer, experiment)
     rows_of[name] = len(rows)
     # MapDataset.source(rows) would measure every array that it reads, which
     # takes longer than making the row.
@@ -147,10 +147,10 @@ def eval_batches(
     UserError: the processes cannot share a batch evenly.
   """
   local_rows = _local_batch_size(experiment, process_count)
-  places: list[tuple[PackedRows, int] | None] = []
+  places: list[tuple[Rows, int] | None] = []
   for packed in _packed_domains(corpus, "held_out", tokenizer, experiment):
     places += [(packed, row) for row in _spread(packed, experiment)]
-  padding = padding_row(experiment.train.sequence_length)
+  padding = padding_row(experiment.train.sequence_length, corpus.supervised)
   places += [None] * (-len(places) % experiment.train.batch_size)
   rows = [
     padding if place is None else place[0][place[1]]
@@ -202,22 +202,94 @@ def _packed_domains(
   split: str,
   tokenizer: Tokenizer,
   experiment: Experiment,
-) -> list[PackedRows]:
+) -> list[Rows]:
   """Returns all rows of a split by fine domain, in the order of the text."""
-  documents = _tokenize(corpus, split, tokenizer)
+  documents = _documents(corpus, split, tokenizer, experiment)
   return [
-    PackedRows(
-      stream=TokenStream(own, tokenizer.document_start_id),
-      sequence_length=experiment.train.sequence_length,
-      document_start_id=tokenizer.document_start_id,
-      domain=domain,
-      keep_partial=True,
-    )
+    _rows(own, domain, corpus, tokenizer, experiment, keep_partial=True)
     for domain, own in enumerate(documents[: len(corpus.taxonomy.fine)])
   ]
 
 
-def _spread(packed: PackedRows, experiment: Experiment) -> list[int]:
+def _documents(
+  corpus: Corpus | PreparedCorpus,
+  split: str,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+) -> list[EncodedDocuments]:
+  """Returns the tokens of each source's documents, of examples those that fit.
+
+  An example needs a place for the start token too.
+  """
+  return [
+    own
+    if own.counted is None
+    else own[own.length_I < experiment.train.sequence_length]
+    for own in encode_corpus(corpus, split, tokenizer)
+  ]
+
+
+def _rows(
+  documents: EncodedDocuments,
+  label: int,
+  corpus: Corpus | PreparedCorpus,
+  tokenizer: Tokenizer,
+  experiment: Experiment,
+  *,
+  keep_partial: bool = False,
+) -> Rows:
+  """Returns the rows of a domain's documents."""
+  length, start = experiment.train.sequence_length, tokenizer.document_start_id
+  if documents.counted is not None:
+    return ExampleRows(documents, length, start, label)
+  return PackedRows(
+    stream=TokenStream(documents, start),
+    sequence_length=length,
+    document_start_id=start,
+    domain=label,
+    keep_partial=keep_partial,
+    supervised=corpus.supervised,
+  )
+
+
+def long_examples(
+  corpus: Corpus | PreparedCorpus, tokenizer: Tokenizer, experiment: Experiment
+) -> list[str]:
+  """Returns lines about supervised examples that are longer than a row.
+
+  Rows leave them out: a prompt without its end would teach nothing, and a
+  completion without its end would teach to break off.
+
+  Raises:
+    UserError: a domain has no other examples.
+  """
+  if not corpus.supervised:
+    return []
+  length, lines = experiment.train.sequence_length, []
+  for split in ("train", "held_out"):
+    documents = encode_corpus(corpus, split, tokenizer)
+    for name, own in zip(corpus.taxonomy.sources, documents):
+      if own.counted is None or not len(own):
+        continue
+      # The start token counts as part of an example.
+      sizes = own.length_I + 1
+      count = int((sizes > length).sum())
+      if count == len(own):
+        raise UserError(
+          f"domain {name!r}: each of its {split} examples is longer than"
+          f" train.sequence_length={length} (the shortest: {sizes.min()}"
+          " tokens); lengthen the rows, or leave the domain out"
+        )
+      if count:
+        lines.append(
+          f"left out {count:,} of {len(own):,} {split} examples of {name!r}:"
+          f" longer than train.sequence_length={length} (the longest:"
+          f" {sizes.max():,} tokens)"
+        )
+  return lines
+
+
+def _spread(packed: Rows, experiment: Experiment) -> list[int]:
   """Returns at most `train.eval_rows` rows, spread evenly over the text."""
   count = len(packed)
   if experiment.train.eval_rows != -1:
@@ -243,53 +315,6 @@ def _seed(experiment: Experiment, purpose: str) -> int:
   """
   digest = hashlib.sha256(f"{experiment.seed} {purpose}".encode()).digest()
   return int.from_bytes(digest[:4], "big")
-
-
-def _tokenize(
-  corpus: Corpus | PreparedCorpus, split: str, tokenizer: Tokenizer
-) -> list[EncodedDocuments]:
-  """Returns the tokens of each source's documents.
-
-  Encoding takes a second for two or three megabytes, so the cache keeps them.
-  """
-  if isinstance(corpus, PreparedCorpus):
-    return corpus.documents(split)
-  groups: tuple[tuple[Document, ...], ...] = getattr(corpus, split)
-  documents = [document for group in groups for document in group]
-  # The content hash does not determine the split, so the key hashes the texts.
-  texts = hashlib.sha256()
-  for document in documents:
-    texts.update(hashlib.sha256(document.text.encode()).digest())
-  key = cache_key(texts.hexdigest(), tokenizer.to_json())
-  cached = read_cache(f"tokens-{key}.npz")
-  encoded = _unpack(cached) if cached is not None else None
-  if encoded is None:
-    pieces = tokenizer.encode_batch([document.text for document in documents])
-    tokens = np.concatenate(pieces)
-    small = tokens.max(initial=0) < 2**16
-    encoded = EncodedDocuments.from_array(
-      tokens.astype(np.uint16) if small else tokens,
-      np.array([*map(len, pieces)]),
-    )
-    write_cache(f"tokens-{key}.npz", _pack(encoded))
-  ends = np.cumsum([0, *map(len, groups)])
-  return [encoded[start:end] for start, end in itertools.pairwise(ends)]
-
-
-def _pack(encoded: EncodedDocuments) -> bytes:
-  file = io.BytesIO()
-  (tokens,) = encoded.arrays
-  np.savez(file, tokens=tokens, lengths=encoded.length_I)
-  return file.getvalue()
-
-
-def _unpack(content: bytes) -> EncodedDocuments | None:
-  """Inverse of `_pack`; None for a damaged file, by the checksums of zip."""
-  try:
-    arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    return EncodedDocuments.from_array(arrays["tokens"], arrays["lengths"])
-  except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile):
-    return None
 
 
 def _phases(
@@ -318,10 +343,11 @@ def _check_lengths(
     UserError: they are not.
   """
   length = experiment.train.sequence_length
+  # Supervised examples are packed as a whole; see `long_examples`.
   used = {
     name: documents
     for name, is_used, documents in zip(names, in_use, tokens)
-    if is_used
+    if is_used and documents.counted is None
   }
   # The start token counts as part of a document.
   for name, documents in used.items():
@@ -331,6 +357,8 @@ def _check_lengths(
         f" than one row of train.sequence_length={length}; add text or shorten"
         " the rows"
       )
+  if not used:
+    return
   longest_of = {name: int(d.length_I.max()) + 1 for name, d in used.items()}
   name = max(longest_of, key=longest_of.__getitem__)
   longest = longest_of[name]

@@ -11,7 +11,8 @@ from typing import Any
 import grain
 
 from edl_jax.config import DataConfig, TrainConfig, UserError
-from edl_jax.text.documents import Document
+from edl_jax.text.chat import ChatTemplate
+from edl_jax.text.documents import Document, SupervisedExample
 from edl_jax.text.sources import read_documents
 from edl_jax.text.taxonomy import Taxonomy
 
@@ -35,6 +36,15 @@ class Corpus:
   # What reading left out, a line each.
   notes: tuple[str, ...] = ()
 
+  @property
+  def supervised(self) -> bool:
+    """Whether any source has supervised examples."""
+    return any(
+      isinstance(document, SupervisedExample)
+      for group in self.train
+      for document in group[:1]
+    )
+
   def sizes(self) -> list[tuple[int, int]]:
     """Returns the documents and characters of each source, of both splits."""
     return [
@@ -50,7 +60,9 @@ class Corpus:
     ]
 
 
-def load_corpus(data: DataConfig) -> Corpus:
+def load_corpus(
+  data: DataConfig, template: ChatTemplate | None = None
+) -> Corpus:
   """Reads and splits all documents; touches no device.
 
   An origin is held out if its hash, as a number in [0, 1), is less than
@@ -59,14 +71,25 @@ def load_corpus(data: DataConfig) -> Corpus:
   is held out; if it would have no training text, its origin of highest hash is
   trained on.
 
+  Args:
+    data: settings.
+    template: renders the messages of supervised examples.
+
   Raises:
-    UserError: text is missing or wrong, or a domain cannot be split.
+    UserError: text is missing or wrong, or a domain cannot be split or has both
+      texts and supervised examples.
   """
-  taxonomy, documents, notes = read_documents(data)
+  taxonomy, documents, notes = read_documents(data, template)
   by_domain = collections.defaultdict[str, list[Document]](list)
   for document in documents:
     by_domain[document.domain].append(document)
   groups = [by_domain[name] for name in taxonomy.sources]
+  for name, own in zip(taxonomy.sources, groups):
+    if len({isinstance(each, SupervisedExample) for each in own}) > 1:
+      raise UserError(
+        f"domain {name!r} has both texts and supervised examples; give them"
+        " different domains"
+      )
   held_out = held_out_origins(
     taxonomy.fine,
     [[origin_digest(document.origin) for document in own] for own in groups],
@@ -85,7 +108,7 @@ def load_corpus(data: DataConfig) -> Corpus:
     held_out=split(True),
     content_hash=content_hash(
       taxonomy.source_names,
-      [[(_digest(d.origin), _digest(d.text)) for d in own] for own in groups],
+      [[(_digest(d.origin), d.digest()) for d in own] for own in groups],
     ),
     notes=tuple(notes),
   )

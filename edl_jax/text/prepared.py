@@ -138,6 +138,11 @@ class PreparedCorpus:
   _arrays: Sequence[np.ndarray]
   _documents: Sequence[np.ndarray]
 
+  @property
+  def supervised(self) -> bool:
+    """Whether any source has supervised examples: none has."""
+    return False
+
   def documents(self, split: str) -> list[EncodedDocuments]:
     """Returns the documents of "train" or "held_out", by source."""
     return [

@@ -1,9 +1,9 @@
 """Reads records of text files: JSON, Parquet, ArrayRecord, plain text.
 
-A record is a dict with "text" and whatever else its file has: "domain",
-"origin", "id", metadata. Readers yield each record with its place, such as
-"file:line". In place of a record that cannot be read they yield an error, which
-names the place.
+A record is a dict with "text", or what a supervised example has, and whatever
+else its file has: "domain", "origin", "id", metadata. Readers yield each record
+with its place, such as "file:line". In place of a record that cannot be read
+they yield an error, which names the place.
 """
 
 import functools
@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, TextIO
 
 from edl_jax.config import UserError
+from edl_jax.text.examples import is_example, plain_text
 from edl_jax.text.files import (
   JSON_LINES,
   domain_by_folder,
@@ -45,7 +46,11 @@ _CHARACTERS_AT_ONCE = 1 << 20
 
 
 def read_records(
-  path: str, root: str = "", columns: Collection[str] = ()
+  path: str,
+  root: str = "",
+  columns: Collection[str] = (),
+  *,
+  examples: bool = False,
 ) -> Iterator[Found]:
   """Yields the records of a file in order, each with its place.
 
@@ -67,6 +72,8 @@ def read_records(
     path: of the file.
     root: folder in which a glob started.
     columns: what to read of a Parquet file besides `COLUMNS`.
+    examples: whether records may be supervised examples (see `examples`). They
+      get a "text", which rules and models can read.
   """
   name, suffix = os.path.basename(path), suffix_of(path)
   start = first_bytes(path) if suffix in ("", *JSON_LINES) else b""
@@ -89,15 +96,24 @@ def read_records(
       if read is _read_plain:
         record.setdefault("domain", domain_by_folder(path, root))
       record.setdefault("path", path)
-      record = _problem(record, where) or record
+      record = _problem(record, where, examples) or record
     yield where, record
 
 
-def _problem(record: Record, where: str) -> UserError | None:
+def _problem(record: Record, where: str, examples: bool) -> UserError | None:
   """Returns what is wrong with a record's text, domain or origin.
 
-  A domain that is an integer becomes text.
+  A domain that is an integer becomes text. A supervised example gets a text.
   """
+  if is_example(record):
+    if not examples:
+      return UserError(
+        f"{where}: a supervised example; only data.files reads them"
+      )
+    try:
+      record["text"] = plain_text(record, where)
+    except UserError as error:
+      return error
   if "text" not in record:
     return UserError(f"{where}: key 'text' is missing")
   label = record.get("domain")

@@ -4,10 +4,12 @@ import dataclasses
 from typing import NamedTuple
 
 from edl_jax.config import DataConfig, UserError
+from edl_jax.text.chat import ChatTemplate
 from edl_jax.text.documents import Document, DomainNames, Gatherer
 from edl_jax.text.embedded import read_embedded
+from edl_jax.text.examples import is_example, read_example
 from edl_jax.text.files import find_files
-from edl_jax.text.readers import SeenIds, read_records
+from edl_jax.text.readers import Record, SeenIds, read_records
 from edl_jax.text.taxonomy import Taxonomy
 
 # Bad records of which a message is kept.
@@ -25,10 +27,13 @@ class Documents(NamedTuple):
   notes: list[str]
 
 
-def read_documents(data: DataConfig) -> Documents:
+def read_documents(
+  data: DataConfig, template: ChatTemplate | None = None
+) -> Documents:
   """Reads the documents of every domain, without duplicates or empty texts.
 
-  A record (see `readers.read_records`) has a text and a domain. It may have an
+  A record (see `readers.read_records`) has a text and a domain, or is a
+  supervised example, whose messages `template` renders. It may have an
   origin, a name shared by texts that belong on the same side of the split; a
   text without one is its own origin. The last document of a domain is cut where
   `data.max_characters_per_domain` is reached. `DomainNames` names and selects
@@ -42,7 +47,7 @@ def read_documents(data: DataConfig) -> Documents:
   gathered = Gatherer(data.max_characters_per_domain)
   notes = []
   if data.files:
-    notes = _read_files(data, domains, gathered)
+    notes = _read_files(data, domains, gathered, template)
     source = data.files
   else:
     read_embedded(data, domains, gathered)
@@ -59,19 +64,23 @@ def read_documents(data: DataConfig) -> Documents:
 
 
 def _read_files(
-  data: DataConfig, domains: DomainNames, gathered: Gatherer
+  data: DataConfig,
+  domains: DomainNames,
+  gathered: Gatherer,
+  template: ChatTemplate | None,
 ) -> list[str]:
   """Adds every record of every file; returns lines about bad ones."""
   root, paths = find_files(data.files, "data.files")
   seen, bad, messages = SeenIds(), 0, []
   for path in paths:
-    for where, record in read_records(path, root):
+    for where, record in read_records(path, root, examples=True):
       try:
         if isinstance(record, UserError):
           raise record
         if problem := seen.problem(record, where):
           raise problem
         fine = domains.add(record.get("domain"), where)
+        document = _document(record, fine, where, template)
       except UserError as error:
         if not data.skip_bad:
           raise
@@ -79,6 +88,14 @@ def _read_files(
         if bad <= _MESSAGES:
           messages.append(f"  {error}")
         continue
-      text = record["text"]
-      gathered.add(text, fine, record.get("origin") or text)
+      gathered.add(document)
   return [f"left out {bad:,} bad records:", *messages] if bad else []
+
+
+def _document(
+  record: Record, domain: str, where: str, template: ChatTemplate | None
+) -> Document:
+  if is_example(record):
+    return read_example(record, domain, where, template)
+  text = record["text"]
+  return Document(text, domain, record.get("origin") or text)

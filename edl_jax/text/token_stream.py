@@ -17,10 +17,16 @@ class EncodedDocuments:
   array_I: np.ndarray
   start_I: np.ndarray
   length_I: np.ndarray
+  # Of supervised examples: whether each token of `arrays` is a completion's,
+  # bool, in arrays of the same shapes.
+  counted: Sequence[np.ndarray] | None = None
 
   @classmethod
   def from_array(
-    cls, tokens: np.ndarray, length_I: np.ndarray
+    cls,
+    tokens: np.ndarray,
+    length_I: np.ndarray,
+    counted: np.ndarray | None = None,
   ) -> "EncodedDocuments":
     """Wraps documents that lie end to end in one array."""
     length_I = np.asarray(length_I, np.int64)
@@ -29,6 +35,7 @@ class EncodedDocuments:
       np.zeros(len(length_I), np.int32),
       np.cumsum(length_I) - length_I,
       length_I,
+      None if counted is None else [counted],
     )
 
   def __len__(self) -> int:
@@ -36,8 +43,20 @@ class EncodedDocuments:
 
   def __getitem__(self, part: slice | np.ndarray) -> "EncodedDocuments":
     """Selects documents by a slice, a mask or an array of indices."""
-    columns = (self.array_I, self.start_I, self.length_I)
-    return EncodedDocuments(self.arrays, *(column[part] for column in columns))
+    return EncodedDocuments(
+      self.arrays,
+      self.array_I[part],
+      self.start_I[part],
+      self.length_I[part],
+      self.counted,
+    )
+
+  def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of a supervised example, and which are completions."""
+    assert self.counted is not None, "documents of another kind"
+    array, start = self.array_I[number], self.start_I[number]
+    part = slice(start, start + self.length_I[number])
+    return self.arrays[array][part], self.counted[array][part]
 
   @property
   def token_count(self) -> int:

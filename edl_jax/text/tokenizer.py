@@ -87,6 +87,13 @@ class Tokenizer:
     return self._document_start_id
 
   @property
+  def special_ids(self) -> dict[str, int]:
+    """Ids of the special tokens by name, that of the document start first."""
+    start = self._document_start_id
+    order = sorted(self._special, key=lambda i: (i != start, i))
+    return {self._special[i]: i for i in order}
+
+  @property
   def byte_lengths_V(self) -> np.ndarray:
     """UTF-8 bytes of each token, int32 (V,); 0 for special tokens."""
     return np.array([len(token) for token in self._bytes], np.int32)

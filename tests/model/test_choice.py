@@ -192,7 +192,7 @@ def test_sizes_of_pools_are_drawn_by_row_document_and_layer():
     assert (first != second).any()
   assert (sizes(1) != size_LBI).any()
   # In another order, and without some rows: the rows keep their own.
-  some = Batch(*(x[[2, 0]] for x in rows()))
+  some = Batch(*(x[[2, 0]] for x in rows()[:-1]))
   np.testing.assert_array_equal(
     choice.draw_pool_sizes(POOLS, some, jax.random.key(0)), size_LBI[:, [2, 0]]
   )
@@ -200,7 +200,7 @@ def test_sizes_of_pools_are_drawn_by_row_document_and_layer():
 
 def test_sizes_of_pools_are_uniform():
   batch = rows()
-  many = Batch(*(np.repeat(x, 500, 0) for x in batch))
+  many = Batch(*(np.repeat(x, 500, 0) for x in batch[:-1]))
   tokens_BT = np.random.default_rng(0).integers(0, 32, many.tokens_BT.shape)
   size_LBI = choice.draw_pool_sizes(
     POOLS, many._replace(tokens_BT=tokens_BT), jax.random.key(0)

@@ -5,11 +5,14 @@ import pytest
 
 from edl_jax.text.batch import (
   Batch,
+  ExampleRows,
   PackedRows,
+  best_fit,
   padded_batches,
   padding_row,
   stack,
 )
+from edl_jax.text.token_stream import EncodedDocuments
 
 START = 256
 
@@ -84,3 +87,85 @@ def test_padding_fills_the_last_batch_and_counts_nothing():
   np.testing.assert_array_equal(counted, [3, 3, 3, 3, 3, 0])
   assert not batches[-1].segments_BT[-1].any()
   assert padded_batches([], 2) == []
+
+
+# --- Supervised examples -----------------------------------------------------
+
+
+def examples_of(sizes):
+  """Random examples of these sizes, each with some completion."""
+  rng = np.random.default_rng(1)
+  tokens = [rng.integers(0, 256, size) for size in sizes]
+  masks = [rng.random(size) < 0.5 for size in sizes]
+  for mask in masks:
+    mask[rng.integers(len(mask))] = True
+  encoded = EncodedDocuments.from_array(
+    np.concatenate(tokens), sizes, np.concatenate(masks)
+  )
+  return encoded, tokens, masks
+
+
+def test_rows_hold_whole_examples_side_by_side():
+  sizes = np.random.default_rng(0).integers(1, 16, 40)
+  encoded, tokens, masks = examples_of(sizes)
+  rows = ExampleRows(encoded, 16, START, 3)
+  seen = []
+  for row in map(rows.__getitem__, range(len(rows))):
+    assert row.domain_B == 3
+    for name, array in zip(Batch._fields, row):
+      floats = name in ("weights_BT", "loss_weights_BT")
+      assert array.dtype == (np.float32 if floats else np.int32)
+    at = 0
+    for segment in range(1, row.segments_BT.max() + 1):
+      (place,) = np.nonzero(row.segments_BT == segment)
+      assert place.tolist() == list(range(at, at + len(place)))
+      at += len(place)
+      own = row.targets_BT[place][:-1].tolist()
+      (number,) = (n for n, ids in enumerate(tokens) if ids.tolist() == own)
+      seen.append(number)
+      mask = masks[number].tolist()
+      assert row.tokens_BT[place].tolist() == [START, *own]
+      assert row.targets_BT[place].tolist() == [*own, START]
+      assert row.positions_BT[place].tolist() == list(range(len(place)))
+      assert row.weights_BT[place].all()
+      # The end counts as what it ends does.
+      assert row.loss_weights_BT[place].tolist() == [*mask, mask[-1]]
+    for array in row[:5]:
+      assert not array[at:].any()
+  assert sorted(seen) == list(range(40))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_fit_wastes_little(seed):
+  rng = np.random.default_rng(seed)
+  sizes = rng.integers(1, 33, rng.integers(1, 200)).tolist()
+  bins = best_fit(sizes, 32)
+  assert sorted(item for own in bins for item in own) == list(range(len(sizes)))
+  filled = [sum(sizes[item] for item in own) for own in bins]
+  assert max(filled) <= 32
+  # Johnson et al. (1974): at most 11/9 of the fewest bins, and 4.
+  assert len(bins) <= 11 / 9 * -(-sum(sizes) // 32) + 4
+  # No two bins would fit into one.
+  assert sum(sorted(filled)[:2]) > 32 or len(bins) == 1
+
+
+def test_best_fit_by_hand():
+  # 6 and 5 open bins; 4 fits beside 6 alone, 3 beside 5; then 2, and 1.
+  assert best_fit([3, 6, 5, 4, 2, 1], 10) == [[1, 3], [0, 2, 4], [5]]
+  assert best_fit([], 10) == []
+  assert best_fit([10, 10], 10) == [[0], [1]]
+
+
+def test_texts_beside_examples_count_whole():
+  stream = np.array([START, 1, 2, START, 3, START], np.int32)
+  rows = PackedRows(stream, 4, START, 0, keep_partial=True, supervised=True)
+  for row in (rows[0], rows[1]):
+    np.testing.assert_array_equal(row.loss_weights_BT, row.weights_BT)
+  (batch,) = padded_batches([rows[1]], 2)
+  np.testing.assert_array_equal(
+    batch.loss_weights_BT, [[1, 0, 0, 0], [0, 0, 0, 0]]
+  )
+  assert batch.target_weights_BT is batch.loss_weights_BT
+  plain = stack([PackedRows(stream, 4, START, 0)[0]])
+  assert plain.loss_weights_BT is None
+  assert plain.target_weights_BT is plain.weights_BT

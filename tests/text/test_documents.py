@@ -1,9 +1,16 @@
 """Which domain a label means, and which documents are kept."""
 
+import dataclasses
+
 import pytest
 
 from edl_jax.config import DataConfig, UserError
-from edl_jax.text.documents import Document, DomainNames, Gatherer
+from edl_jax.text.documents import (
+  Document,
+  DomainNames,
+  Gatherer,
+  SupervisedExample,
+)
 from edl_jax.text.taxonomy import UNLABELLED
 
 
@@ -90,7 +97,7 @@ def test_gatherer_drops_what_is_empty_known_or_too_much():
     ("more", "a"),
     ("other", "b"),
   ):
-    gathered.add(text, domain, f"origin of {text}")
+    gathered.add(Document(text, domain, f"origin of {text}"))
   assert gathered.documents == {
     "a": [
       Document("123456", "a", "origin of 123456"),
@@ -99,3 +106,35 @@ def test_gatherer_drops_what_is_empty_known_or_too_much():
     "b": [Document("other", "b", "origin of other")],
   }
   assert not gathered.has_room("a") and gathered.has_room("b")
+
+
+def example(text, *cuts, domain="a"):
+  return SupervisedExample(text, domain, text, cuts)
+
+
+def test_parts_of_examples_are_prompts_and_completions_in_turn():
+  assert Document("abc", "a", "").parts() == [("abc", True)]
+  assert example("abcdef", 1, 3, 4).parts() == [
+    *(("a", False), ("bc", True)),
+    *(("d", False), ("ef", True)),
+  ]
+  assert example("abc", 0).parts() == [("", False), ("abc", True)]
+  assert example("abc", 1, 2).parts()[-1] == ("c", False)
+
+
+def test_digests_tell_apart_what_the_loss_counts():
+  same = [example("abc", 1), dataclasses.replace(example("abc", 1), origin="x")]
+  other = [
+    *(Document("abc", "a", ""), example("abc", 2), example("abd", 1)),
+    dataclasses.replace(example("abc", 1), special=True),
+  ]
+  digests = [each.digest() for each in (*same, *other)]
+  assert digests[0] == digests[1]
+  assert len(set(digests)) == 1 + len(other)
+
+
+def test_gatherer_keeps_examples_whole():
+  gathered = Gatherer(max_characters=5)
+  for text in ("abc", "defg", "hij"):
+    gathered.add(example(text, 1))
+  assert [each.text for each in gathered.documents["a"]] == ["abc", "defg"]

@@ -101,7 +101,8 @@ def iterate(experiment, *process):
 def test_batches_have_the_declared_shapes_and_types():
   iterator = iterate(make_experiment())
   batch = next(iterator)
-  for name, array in batch._asdict().items():
+  assert batch.loss_weights_BT is None
+  for name, array in zip(Batch._fields, batch[:-1]):
     assert array.shape == ((4,) if name == "domain_B" else (4, 16))
     assert array.dtype == (np.float32 if name == "weights_BT" else np.int32)
   assert (batch.weights_BT == 1).all()
@@ -195,7 +196,7 @@ def test_processes_share_each_global_batch(process_count):
   for _ in range(12):
     batch, shares = next(whole), [next(part) for part in parts]
     for index, share in enumerate(shares):
-      rows = Batch(*(array[index::process_count] for array in batch))
+      rows = Batch(*(array[index::process_count] for array in batch[:-1]))
       assert_equal([share], [rows])
   for each in (whole, *parts):
     each.close()
@@ -407,7 +408,7 @@ def test_evaluation_is_shared_by_processes(monkeypatch):
     assert read == every[p::2]
   assert len(parts[0]) == len(parts[1]) == len(whole)
   for p, part in enumerate(parts):
-    rows = [Batch(*(array[p::2] for array in batch)) for batch in whole]
+    rows = [Batch(*(array[p::2] for array in batch[:-1])) for batch in whole]
     assert_equal(part, rows)
 
 
@@ -465,9 +466,9 @@ class CountingTokenizer(Tokenizer):
 
   encoded = 0
 
-  def encode_batch(self, texts):
+  def encode_flat(self, texts):
     self.encoded += len(texts)
-    return super().encode_batch(texts)
+    return super().encode_flat(texts)
 
 
 def test_tokens_are_cached_by_text_and_tokenizer(cache):
