@@ -3,7 +3,9 @@
   python -m data.labels --files="dump/*.jsonl" --rules=rules.yaml
 
 prints how many documents and bytes each label gets, and with what confidence.
-`python -m data.prepare --labels=rules.yaml` uses the same file. Rules are tried
+`python -m data.prepare --labels=rules.yaml` uses the same file. With
+--out=FILE, FILE gets the records with their labels, which is the way for
+supervised examples, as these are not prepared. Rules are tried
 in order, and the first that finds a label decides:
 
   rules:
@@ -32,11 +34,19 @@ document without the column is left out. Without `rules`, the label is the key
 """
 
 import collections
+import contextlib
 import fnmatch
+import json
 import os
 import sys
 import urllib.parse
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Sequence,
+)
 from typing import Any, NamedTuple
 
 from data.columns import (
@@ -49,6 +59,7 @@ from data.columns import (
 from edl_jax import tables
 from edl_jax.command import Command
 from edl_jax.config import UserError
+from edl_jax.text.examples import is_example
 from edl_jax.text.files import find_files
 from edl_jax.text.readers import Record, read_records
 from edl_jax.text.streams import need_package
@@ -57,6 +68,9 @@ from edl_jax.text.taxonomy import UNLABELLED, read_yaml
 COMMAND = Command(__doc__)
 _FILES = COMMAND.flag("files", "", "Glob of the files to label.", required=True)
 _RULES = COMMAND.flag("rules", "", "File of rules.", required=True)
+_OUT = COMMAND.flag(
+  "out", "", "New file of JSON lines: the records, the label as their domain."
+)
 
 # A model examines only these first characters of a text: enough, and cheap.
 EXAMINED_CHARACTERS = 1000
@@ -403,6 +417,40 @@ class LabelReport:
     )
 
 
+@contextlib.contextmanager
+def _writer(path: str) -> Iterator[Callable[[Record, str | None], None]]:
+  """Yields what writes a record with its label; for the path "", nothing.
+
+  The file is there once the block has ended without an error.
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  if not path:
+    yield lambda record, label: None
+    return
+  partial = f"{path}.partial"
+  try:
+    with open(partial, "w", encoding="utf-8") as file:
+
+      def write(record: Record, label: str | None) -> None:
+        # An example has a text only since it was read.
+        added = {"path", "text"} if is_example(record) else {"path"}
+        kept = {k: v for k, v in record.items() if k not in added}
+        line = json.dumps(
+          kept | {"domain": label}, ensure_ascii=False, default=str
+        )
+        file.write(f"{line}\n")
+
+      yield write
+    os.rename(partial, path)
+  except OSError as error:
+    raise UserError(f"--out={path}: {error.strerror or error}") from error
+  finally:
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(partial)
+
+
 @COMMAND.main
 def main() -> None:
   """Prints how many documents and bytes each label gets."""
@@ -411,17 +459,23 @@ def main() -> None:
   columns = rule_columns(_RULES.value)
   conditions, dropped = load_conditions(_RULES.value), 0
   missing = set(columns)
-  for path in paths:
-    for _, record in read_records(path, root, stored_columns(columns)):
-      if isinstance(record, UserError):
-        raise record
-      missing -= columns_in(record, missing)
-      if not all(condition.holds(record) for condition in conditions):
-        dropped += 1
-        continue
-      name, confidence = rule(record) or (UNLABELLED, 0.0)
-      report.add(name, len(record["text"].encode()), confidence)
-  check_columns(_RULES.value, missing)
+  if os.path.lexists(_OUT.value):
+    raise UserError(f"--out={_OUT.value} exists; name a new file")
+  with _writer(_OUT.value) as write:
+    for path in paths:
+      for _, record in read_records(
+        path, root, stored_columns(columns), examples=True
+      ):
+        if isinstance(record, UserError):
+          raise record
+        missing -= columns_in(record, missing)
+        if not all(condition.holds(record) for condition in conditions):
+          dropped += 1
+          continue
+        name, confidence = rule(record) or (UNLABELLED, 0.0)
+        report.add(name, len(record["text"].encode()), confidence)
+        write(record, None if name == UNLABELLED else name)
+    check_columns(_RULES.value, missing)
   print("\n".join(report.lines()))
   if conditions:
     print(f"left out by 'keep': {dropped:,} documents")

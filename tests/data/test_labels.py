@@ -277,3 +277,41 @@ def test_a_column_that_no_record_has_is_an_error(tmp_path, capsys):
   rules.write_text("rules: [{by: column, column: meta.sets}]")
   assert labels.main(command) == 2
   assert "no record has the column meta.sets" in capsys.readouterr().err
+
+
+def test_examples_are_labelled_and_written(tmp_path, capsys):
+  records = [
+    {"prompt": "1 + 1 =", "completion": " 2", "subject": "math", "id": 7},
+    {
+      "messages": [
+        {"role": "user", "content": "Héllo?"},
+        {"role": "assistant", "content": "Hi."},
+      ],
+      "subject": "talk",
+    },
+    {"text": "plain", "subject": "none"},
+    {"prompt": "a", "completion": "b", "subject": "out"},
+  ]
+  (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+  (tmp_path / "rules.yaml").write_text(
+    "rules:\n  - {by: column, column: subject, labels: {math: m, talk: t/u}}\n"
+    "keep: [column subject != out]\n"
+  )
+  out = tmp_path / "out.jsonl"
+  command = [
+    f"--files={tmp_path}/in.jsonl",
+    f"--rules={tmp_path}/rules.yaml",
+    f"--out={out}",
+  ]
+  assert labels.main(command) == 0
+  found = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+  assert found == [
+    {**record, "domain": domain}
+    for record, domain in zip(records, ("m", "t/u", None))
+  ]
+  assert "t/u" in capsys.readouterr().out
+  assert labels.main(command) == 2
+  assert "out.jsonl exists; name a new file" in capsys.readouterr().err
+  command[-1] = f"--out={tmp_path}/none/out.jsonl"
+  assert labels.main(command) == 2
+  assert "No such file or directory" in capsys.readouterr().err
