@@ -1,7 +1,13 @@
 """Post-trains a checkpoint with the AES losses (Guo et al., arXiv:2505.22323).
 
-  python -m edl_jax.main --experiment=experiments/aes_post_training.py:both \\
-    --experiment.train.initial_checkpoint=RUN --workdir=runs/aes_both
+  python -m edl_jax.main --workdir=runs/aes_both \\
+    --experiment=experiments/aes_post_training.py:both,RUN \\
+    --experiment.data.files='chats/*.jsonl'
+
+RUN is a folder that edl_jax.interop.import_weights wrote; the model and its
+tokenizer are that folder's. `data.files` is what to post-train on: supervised
+examples, of which the loss counts completions alone, as AES was published, or
+whole texts. See docs/post-training.md.
 
 The variants differ in the losses alone:
 
@@ -12,12 +18,16 @@ The variants differ in the losses alone:
 - `:edl`: expert divergence in their place.
 
 All balance the load of each sequence with weight 1e-3, as the AES authors do.
-The model is that of demo.py, for a RUN of it. For another checkpoint, set
-`model` to its values; an error names those that differ. `data.files` is the
-text to post-train on. Expert divergence needs two domains or more, the others
-one. The steps and learning rate are ours, and so is training on whole texts:
-AES was published for supervised examples.
+Expert divergence needs two domains or more, the others one. Steps, rows and
+learning rates are ours.
+
+Without ",RUN" the model is that of demo.py; name a run of it by
+`train.initial_checkpoint`. For another checkpoint, set `model` to its values;
+an error names those that differ.
 """
+
+import os
+import runpy
 
 from edl_jax.config import (
   DataConfig,
@@ -26,6 +36,7 @@ from edl_jax.config import (
   ModelConfig,
   OptimizerConfig,
   TrainConfig,
+  UserError,
   choose_variant,
 )
 
@@ -33,8 +44,9 @@ VARIANTS = ("both", "orthogonality", "variance", "none", "edl")
 
 
 def get_config(variant: str = "") -> Experiment:
+  variant, _, run = variant.partition(",")
   variant = choose_variant(variant, VARIANTS)
-  return Experiment(
+  experiment = Experiment(
     name=f"aes_post_training_{variant}",
     model=ModelConfig(
       vocabulary_size=4096,
@@ -68,3 +80,23 @@ def get_config(variant: str = "") -> Experiment:
     ),
     data=DataConfig(max_characters_per_domain=1_500_000),
   )
+  if run:
+    _start_from(experiment, run)
+  return experiment
+
+
+def _start_from(experiment: Experiment, run: str) -> None:
+  """Sets what differs for imported weights, of a model of billions."""
+  path = os.path.join(os.path.expanduser(run), "experiment.py")
+  if not os.path.isfile(path):
+    raise UserError(
+      f"variant ',{run}': no {path}; name a folder that python -m"
+      " edl_jax.interop.import_weights wrote"
+    )
+  imported: Experiment = runpy.run_path(path)["get_config"]()
+  experiment.model = imported.model
+  experiment.train.initial_checkpoint = imported.train.initial_checkpoint
+  experiment.train.sequence_length = 1024
+  experiment.train.num_steps = 500
+  experiment.optimizer.learning_rate = 1e-5
+  experiment.data.max_characters_per_domain = 100_000_000

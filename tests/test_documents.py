@@ -110,8 +110,10 @@ def test_commands_parse(page):
       if flag in values:
         key, _, text = values[flag].partition("=")
         overrides[key] = re.split("[,;]", text)[0]
-    if values.get("--experiment", "...") != "...":
-      config_files.load(values["--experiment"], overrides)
+    # A variant may name a run of the reader, which is not here.
+    experiment = values.get("--experiment", "...").partition(",runs/")[0]
+    if experiment != "...":
+      config_files.load(experiment, overrides)
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=name_of)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from edl_jax import config_files
-from edl_jax.config import UserError
+from edl_jax.config import ModelConfig, UserError
 from edl_jax.model.transformer import parameter_counts
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
@@ -87,6 +87,26 @@ def test_variants_of_aes_differ_in_the_losses_alone():
     assert experiment == wanted
     assert experiment.losses.balance_weight == 1e-3
     assert experiment.losses.balance_scope == "sequence"
+
+
+def test_aes_starts_from_imported_weights(tmp_path):
+  (tmp_path / "experiment.py").write_text(
+    "from edl_jax.config import Experiment, ModelConfig, TrainConfig\n\n\n"
+    "def get_config(variant=''):\n"
+    "  return Experiment(\n"
+    "    model=ModelConfig(num_experts=24),\n"
+    "    train=TrainConfig(initial_checkpoint='here'),\n"
+    "  )\n"
+  )
+  path = f"{FOLDER}/aes_post_training.py"
+  experiment = config_files.load(f"{path}:variance,{tmp_path}")
+  assert experiment.model == ModelConfig(num_experts=24)
+  assert experiment.train.initial_checkpoint == "here"
+  assert experiment.losses == config_files.load(f"{path}:variance").losses
+  with pytest.raises(
+    UserError, match=r"variant ',/none': no /none/exp.*import"
+  ):
+    config_files.load(f"{path}:both,/none")
 
 
 @pytest.mark.parametrize(
