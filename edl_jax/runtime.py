@@ -48,7 +48,7 @@ _SPARSE_CORE_OPTIONS: dict[str, str | bool] = {
   "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
   "xla_tpu_enable_reduce_scatter_offload_tracing": True,
 }
-_SPARSE_CORE_KINDS = ("TPU v5", "TPU v5p", "TPU v6 lite")
+_SPARSE_CORE_KINDS = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU7x")
 
 # Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -62,6 +62,8 @@ _PEAKS = {
   "TPU v5e": 197e12,
   "TPU v5": 459e12,
   "TPU v6": 918e12,
+  # A chip has two devices.
+  "TPU7x": 2307e12 / 2,
   "NVIDIA A100": 312e12,
   "NVIDIA H100 PCIe": 756e12,
   "NVIDIA H100": 989e12,

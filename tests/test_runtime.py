@@ -106,6 +106,7 @@ def test_freed_memory_is_not_faulted_in_again():
     ("TPU v5 lite", 197e12),
     ("TPU v5", 459e12),
     ("TPU v6 lite", 918e12),
+    ("TPU7x", 1153.5e12),
     ("NVIDIA H100 80GB HBM3", 989e12),
     ("NVIDIA H100 PCIe", 756e12),
     ("cpu", None),
@@ -180,7 +181,7 @@ def local(x, stack):
   x, _ = jax.lax.scan(layer, x, stack)
   return jax.lax.psum_scatter(x, "x", tiled=True)
 
-for name in ("v5p:2x2x1", "v6e:2x2", "v5e:2x2"):
+for name in ("v5p:2x2x1", "v6e:2x2", "v5e:2x2", "tpu7x:2x2x1"):
   devices = described.get_topology_desc(name, platform="tpu").devices
   mesh = Mesh(devices, "x")
   whole, rows, stack = (
@@ -220,4 +221,6 @@ def test_compilers_take_the_options(python):
     text=True,
   )
   assert ended.returncode == 0, ended.stderr[-2000:]
-  assert ended.stdout.split() == ["v5p:2x2x1", "v6e:2x2", "v5e:2x2"]
+  assert ended.stdout.split() == [
+    *("v5p:2x2x1", "v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
+  ]

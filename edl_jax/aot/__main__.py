@@ -125,10 +125,9 @@ def main() -> int:
   reports = {}
   for name, experiment in variants.items():
     text = f"compiling {experiment.name} {name}".strip()
+    count = f"{len(topology.devices):,} {topology.unit}s"
     try:
-      with elapsed(
-        f"{text} for {topology.title} ({len(topology.devices):,} chips)"
-      ):
+      with elapsed(f"{text} for {topology.title} ({count})"):
         step = aot_compile.compile_step(
           experiment, topology, _NUM_DOMAINS.value
         )

@@ -253,20 +253,23 @@ def interconnect_seconds(
 ) -> float:
   """Returns the seconds that collectives within a slice need on the links.
 
-  A collective uses the links along the dimensions in which its group's chips
-  lie apart. For any set of dimensions, all collectives that stay within the set
-  share the bandwidth of its links, which takes a certain time. The result is
-  the largest of these times.
+  Devices of one chip combine what they send. A collective uses the links along
+  the dimensions in which its group's chips lie apart. For any set of
+  dimensions, all collectives that stay within the set share the bandwidth of
+  its links, which takes a certain time. The result is the largest of these
+  times.
   """
   coordinates = np.array([device.coords for device in mesh.devices.flat])
   links = topology.links()
   bytes_by_span: dict[frozenset[int], float] = {}
+  chips = [tuple(place) for place in coordinates.tolist()]
   for collective in collectives:
-    if not collective.wire_bytes:
+    _, between = split(collective, chips)
+    if between is None:
       continue  # A permutation may leave everything where it is.
-    places = coordinates[list(collective.devices)]
+    places = coordinates[list(between.devices)]
     span = frozenset(np.flatnonzero(np.ptp(places, axis=0)).tolist())
-    bytes_by_span[span] = bytes_by_span.get(span, 0.0) + collective.wire_bytes
+    bytes_by_span[span] = bytes_by_span.get(span, 0.0) + between.wire_bytes
   seconds = 0.0
   dimensions = range(len(topology.shape))
   for size in range(1, len(dimensions) + 1):

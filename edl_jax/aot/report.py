@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from edl_jax import tables
 from edl_jax.aot import bounds, estimates, hlo, hlo_costs
@@ -25,18 +26,18 @@ _NUM_KINDS = 8
 def analyze(
   experiment: Experiment, topology: Topology, step: Step
 ) -> dict[str, Any]:
-  """Returns the figures of one chip and one step, in types that JSON can hold.
+  """Returns the figures of one device and one step, in types of JSON.
 
   Units are bytes, seconds and floating-point operations.
   """
   train, chip = experiment.train, topology.chip
-  chips = len(topology.devices)
-  tokens = train.batch_size * train.sequence_length / chips
+  devices = len(topology.devices)
+  tokens = train.batch_size * train.sequence_length / devices
   module = hlo.parse(step.text)
   costs = hlo_costs.costs(module, experiment.model.num_experts)
   learned = learned_names(experiment)
   by_part = {
-    part: flops / chips
+    part: flops / devices
     for part, flops in training_flops(
       experiment.model, train.batch_size, train.sequence_length, learned
     ).items()
@@ -55,15 +56,15 @@ def analyze(
   bound = bounds.StepBound(
     costs.flops / chip.flops,
     moved / chip.hbm_bandwidth,
-    bounds.interconnect_seconds(within, topology, step.mesh),
-    bounds.network_seconds(between, topology),
+    *_transfer_seconds(within, between, topology, step.mesh),
   )
-  exposed = bounds.interconnect_seconds(
-    _synchronous(within), topology, step.mesh
-  ) + bounds.network_seconds(_synchronous(between), topology)
+  synchronous = (
+    [one for one in some if not one.is_async] for some in (within, between)
+  )
+  exposed = sum(_transfer_seconds(*synchronous, topology, step.mesh))
   total, active = parameter_counts(experiment.model)
   return {
-    "chips": chips,
+    "devices": devices,
     "mesh": dict(step.mesh.shape),
     "parameters": {"total": total, "active": active},
     "memory": {
@@ -73,15 +74,7 @@ def analyze(
       "capacity": chip.hbm_bytes,
     },
     "model_flops": {"total": model_flops, **by_part},
-    "hlo_flops": {
-      "total": costs.flops,
-      "products": costs.product_flops,
-      "kernels": {
-        kernel.name: {"count": kernel.runs, "flops": kernel.flops}
-        for kernel in costs.kernels
-      },
-      "unknown_loops": costs.unknown_loops,
-    },
+    "hlo_flops": _compiled_flops(costs),
     "collectives": {
       **_sent(within),
       "between_slices": {**_sent(between), "seconds": bound.network},
@@ -96,7 +89,7 @@ def analyze(
       **bound._asdict(),
       "memory_bytes": moved,
       "best_mfu": model_flops / (bound.seconds * chip.flops),
-      "tokens_per_second_per_chip": tokens / bound.seconds,
+      "tokens_per_second_per_device": tokens / bound.seconds,
     },
     "estimate": estimates.figures(
       *(estimates.estimate(module, chip), costs, exposed, bound.seconds),
@@ -105,9 +98,29 @@ def analyze(
   }
 
 
-def _synchronous(collectives: Sequence[Collective]) -> list[Collective]:
-  """Returns the collectives that no other work runs beside."""
-  return [collective for collective in collectives if not collective.is_async]
+def _compiled_flops(costs: hlo_costs.Costs) -> dict[str, Any]:
+  return {
+    "total": costs.flops,
+    "products": costs.product_flops,
+    "kernels": {
+      kernel.name: {"count": kernel.runs, "flops": kernel.flops}
+      for kernel in costs.kernels
+    },
+    "unknown_loops": costs.unknown_loops,
+  }
+
+
+def _transfer_seconds(
+  within: Sequence[Collective],
+  between: Sequence[Collective],
+  topology: Topology,
+  mesh: Mesh,
+) -> tuple[float, float]:
+  """Returns the least seconds of transfers within and between slices."""
+  return (
+    bounds.interconnect_seconds(within, topology, mesh),
+    bounds.network_seconds(between, topology),
+  )
 
 
 def _sent(collectives: Sequence[Collective]) -> dict[str, Any]:
@@ -151,7 +164,7 @@ def describe(
   """Returns the lines that tell the figures of `analyze`."""
   memory, bound = figures["memory"], figures["step_bound"]
   model, compiled = figures["model_flops"], figures["hlo_flops"]
-  parameters = figures["parameters"]
+  parameters, unit = figures["parameters"], topology.unit
   axes = ", ".join(f"{axis} {size}" for axis, size in figures["mesh"].items())
   unknown = [
     name
@@ -159,15 +172,15 @@ def describe(
     if kernel["flops"] is None
   ]
   lines = [
-    f"{experiment.name} on {topology.title}: {figures['chips']:,} chips,"
+    f"{experiment.name} on {topology.title}: {figures['devices']:,} {unit}s,"
     f" {axes}",
     f"parameters: {parameters['total']:,}, {parameters['active']:,} active per"
     " token",
-    f"memory of a chip: {_gib(memory['arguments'])} arguments,"
+    f"memory of a {unit}: {_gib(memory['arguments'])} arguments,"
     f" {_gib(memory['temporaries'])} temporaries, {_gib(memory['peak'])} peak"
     f" of {_gib(memory['capacity'])}"
     f" ({memory['peak'] / memory['capacity']:.1%})",
-    f"FLOPs of a chip: {model['total']:.4g} of the model,"
+    f"FLOPs of a {unit}: {model['total']:.4g} of the model,"
     f" {compiled['total']:.4g} compiled"
     f" ({compiled['total'] / model['total']:.2f} times as many)",
     *_table(
@@ -193,7 +206,7 @@ def describe(
     f" {bound['memory']:.4g} s, interconnect {bound['interconnect']:.4g} s,"
     f" network between slices {bound['network']:.4g} s)",
     f"at best {bound['best_mfu']:.1%} of peak FLOP/s in the model's products,"
-    f" {bound['tokens_per_second_per_chip']:,.0f} tokens/s a chip",
+    f" {bound['tokens_per_second_per_device']:,.0f} tokens/s a {unit}",
     *_describe_estimate(figures["estimate"]),
   ]
   return lines
@@ -209,7 +222,7 @@ def _kinds(sent: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 def _describe_collectives(
   experiment: Experiment, topology: Topology, sent: dict[str, Any]
 ) -> list[str]:
-  """Returns the lines that tell what a chip sends."""
+  """Returns the lines that tell what a device sends."""
   rows = [["", "runs", "bytes", "sent", "beside products"]]
   for kind, of_kind in _kinds(sent):
     rows.append(
@@ -224,7 +237,7 @@ def _describe_collectives(
   least = sent["least_sent_bytes"]
   times = f" ({sent['sent_bytes'] / least:.2f} times that)" if least else ""
   lines = [
-    "collectives of a chip:",
+    f"collectives of a {topology.unit}:",
     *_table(rows),
     f"  in all {sent['sent_bytes']:.4g} bytes sent, the least for"
     f" moe.dispatch={experiment.moe.dispatch} is {least:.4g}{times}",
@@ -234,7 +247,7 @@ def _describe_collectives(
     lines.append(
       f"  between slices {between['sent_bytes']:.4g} bytes, at least"
       f" {between['seconds']:.4g} s at the {chip.network_bandwidth / 1e9:.4g}"
-      f" GB/s of a chip on the data-centre network ({chip.source})"
+      f" GB/s of a {topology.unit} on the data-centre network ({chip.source})"
     )
   return lines
 
@@ -317,7 +330,7 @@ def describe_overflow(
   """Returns the lines that tell how much memory is missing, and for what."""
   short = overflow.needed - overflow.available
   lines = [
-    f"{experiment.name} does not fit {topology.title}: a chip needs"
+    f"{experiment.name} does not fit {topology.title}: a {topology.unit} needs"
     f" {_gib(overflow.needed)} and has {_gib(overflow.available)},"
     f" {_gib(short)} too little"
   ]

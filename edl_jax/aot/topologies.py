@@ -19,7 +19,7 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """Published peaks of one chip."""
+  """Published peaks of one device: a chip, or one of the two in a chip."""
 
   # bfloat16 FLOP/s of matrix products.
   flops: float
@@ -28,10 +28,12 @@ class Chip(NamedTuple):
   # High-bandwidth memory: bytes, and bytes per second.
   hbm_bytes: float
   hbm_bandwidth: float
-  # Bytes per second that one link to a neighbour carries, each way.
+  # Bytes per second of a link to a neighbour, each way.
   link_bandwidth: float
   # Bytes per second between slices, over the data-centre network, each way.
   network_bandwidth: float
+  # Devices that JAX sees in a chip. They share its links and its host.
+  devices: int
   # Chips in a ring: slices wrap around in dimensions that are multiples of it.
   ring: int
   # Common slices.
@@ -47,12 +49,14 @@ _CUBES = (
 )  # fmt: skip
 
 # The published bandwidth of the interconnect is a chip's, in both directions
-# and over all its links: four in two dimensions, six in three. The compiler
-# knows v4 and tpu7x too, but JAX sees two devices in each of these chips, so
-# they are left out. A clock is the peak over the FLOPs that the matrix units do
-# in a cycle, each 2 x 128 x 128: 4 units on v5e, 8 on v5p, 16 on v6e. With half
-# as many the compiler's estimates of products would be below the ideal. The
-# data-centre network of v5e is published for a pod of 256 chips.
+# and over all its links: four in two dimensions, six in three. The data-centre
+# network of v5e is published for a pod of 256 chips. The compiler knows v4 too,
+# but nobody publishes its data-centre network.
+#
+# A clock is the peak over the FLOPs that the matrix units do in a cycle, each
+# 2 x 128 x 128: 4 units on v5e, 8 on v5p, 16 on v6e and in a device of tpu7x.
+# With half as many the compiler's estimates of products would be below the
+# ideal.
 CHIPS = {
   "v5e": Chip(
     flops=197e12,
@@ -61,6 +65,7 @@ CHIPS = {
     hbm_bandwidth=819e9,
     link_bandwidth=400e9 / 2 / 4,
     network_bandwidth=6.4e12 / 8 / 256,
+    devices=1,
     ring=16,
     slices=_FLAT,
     source=f"{_PAGES}/v5e",
@@ -72,6 +77,7 @@ CHIPS = {
     hbm_bandwidth=2765e9,
     link_bandwidth=1200e9 / 2 / 6,
     network_bandwidth=50e9 / 8,
+    devices=1,
     ring=4,
     slices=_CUBES,
     source=f"{_PAGES}/v5p",
@@ -83,9 +89,22 @@ CHIPS = {
     hbm_bandwidth=1640e9,
     link_bandwidth=800e9 / 2 / 4,
     network_bandwidth=100e9 / 8,
+    devices=1,
     ring=16,
     slices=_FLAT,
     source=f"{_PAGES}/v6e",
+  ),
+  "tpu7x": Chip(
+    flops=2307e12 / 2,
+    clock=2.2e9,
+    hbm_bytes=192 / 2 * _GIB,
+    hbm_bandwidth=7380e9 / 2,
+    link_bandwidth=1200e9 / 2 / 6 / 2,
+    network_bandwidth=100e9 / 8 / 2,
+    devices=2,
+    ring=4,
+    slices=_CUBES,
+    source=f"{_PAGES}/tpu7x",
   ),
 }
 
@@ -108,6 +127,11 @@ class Topology(NamedTuple):
     if self.num_slices == 1:
       return self.name
     return f"{self.num_slices} slices of {self.name}"
+
+  @property
+  def unit(self) -> str:
+    """What figures are of, for messages: a chip, or a device in it."""
+    return "chip" if self.chip.devices == 1 else "device"
 
   def links(self) -> tuple[int, ...]:
     """Returns the links of a corner chip along each dimension.
@@ -186,5 +210,5 @@ def load(name: str, num_slices: int = 1) -> Topology:
   except RuntimeError as error:
     reason = " ".join(str(error).split())
     raise UserError(f"--topology={name}: {reason}") from error
-  assert len(found.devices) == num_slices * math.prod(shape)
+  assert len(found.devices) == num_slices * math.prod(shape) * chip.devices
   return Topology(name, chip, shape, found.devices, num_slices)

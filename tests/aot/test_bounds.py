@@ -46,6 +46,29 @@ def test_interconnect_takes_the_busiest_set_of_links():
   assert found == pytest.approx(9e9 / (2 * 100e9))
 
 
+def test_two_devices_of_a_chip_share_its_links():
+  chip, shape = topologies.parse("tpu7x:2x2x1")
+  devices = [
+    types.SimpleNamespace(coords=list(at))
+    for at in np.ndindex(*shape)
+    for _ in range(2)
+  ]
+  topology = topologies.Topology("tpu7x:2x2x1", chip, shape, devices)
+  mesh = types.SimpleNamespace(devices=np.array(devices).reshape(4, 2))
+
+  def seconds(*devices):
+    gather = collective(8e9, devices)
+    return bounds.interconnect_seconds([gather], topology, mesh)
+
+  # A chip has two links of 100 GB/s in such a square.
+  links = 2 * 100e9
+  assert seconds(0, 1) == 0
+  # Together the devices of a chip receive the 6 GB of three other chips ...
+  assert seconds(*range(8)) == pytest.approx(6e9 / links)
+  # ... and each for itself twice as much.
+  assert seconds(0, 2, 4, 6) == pytest.approx(2 * 6e9 / links)
+
+
 @pytest.mark.parametrize(
   ("kind", "within", "between"),
   [

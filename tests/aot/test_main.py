@@ -125,7 +125,7 @@ def check_golden(run, name):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x4"])
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x4", "tpu7x:2x2x1"])
 def test_collectives_of_small_slices(topology, tmp_path):
   path = tmp_path / "report.json"
   ended = compile_small(topology, path, "--compare=losses.divergence_weight=0")

@@ -35,9 +35,14 @@ def test_wrong_names_are_refused(name, named):
 
 
 def test_clocks_fit_whole_matrix_units():
-  """A unit multiplies and adds 128 x 128 numbers in a cycle."""
+  """A unit multiplies and adds 128 x 128 numbers in a cycle.
+
+  On tpu7x the units are those of one of a chip's two devices.
+  """
   units = {
     kind: chip.flops / chip.clock / (2 * 128**2)
     for kind, chip in topologies.CHIPS.items()
   }
-  assert units == pytest.approx({"v5e": 4, "v5p": 8, "v6e": 16}, rel=0.01)
+  assert units == pytest.approx(
+    {"v5e": 4, "v5p": 8, "v6e": 16, "tpu7x": 16}, rel=0.01
+  )
