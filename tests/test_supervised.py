@@ -74,20 +74,18 @@ def logits_of(domain):
   tokens, _ = make_examples(domain)
   inputs_IT = np.zeros((len(tokens), LENGTH), np.int32)
   for row_T, ids in zip(inputs_IT, tokens):
-    row_T[: len(ids) + 1] = [START, *ids]
+    row_T[: len(ids)] = [START, *ids[:-1]]
   call = jax.jit(lambda model, tokens: model(tokens))
   return np.asarray(call(model(), inputs_IT), np.float64)
 
 
 def naive_nats(domain, number):
   """Cross-entropy of the counted targets of one example, in float64."""
-  tokens, mask = (each[number] for each in make_examples(domain))
-  targets = [*tokens, START]
+  targets, counted_T = (each[number] for each in make_examples(domain))
   logits_TV = logits_of(domain)[number, : len(targets)]
   largest_T1 = logits_TV.max(-1, keepdims=True)
   norm_T = np.log(np.exp(logits_TV - largest_T1).sum(-1)) + largest_T1[:, 0]
   nats_T = norm_T - logits_TV[np.arange(len(targets)), targets]
-  counted_T = np.array([*mask, mask[-1]])
   return float(nats_T[counted_T].sum()), int(counted_T.sum())
 
 
@@ -117,12 +115,7 @@ def test_loss_is_that_of_each_completion_by_itself():
   found = step(model(), batch)
   np.testing.assert_allclose(found.nats_D, nats, rtol=1e-5)
   np.testing.assert_array_equal(found.tokens_D, count)
-  # Ends of examples stand for no byte.
-  ends = [
-    sum(int(mask[-1]) for mask in make_examples(domain)[1])
-    for domain in range(2)
-  ]
-  np.testing.assert_array_equal(found.bytes_D, count - ends)
+  np.testing.assert_array_equal(found.bytes_D, count)
 
 
 def test_routing_is_averaged_over_all_tokens():
@@ -163,6 +156,7 @@ def test_an_example_alters_no_loss_of_its_neighbours():
       if len(at):
         own_BT[row] = batch.segments_BT[row] == batch.segments_BT[row][at[0]]
     assert own_BT.any() and not own_BT.all()
-    np.testing.assert_array_equal(before_BT[~own_BT], after_BT[~own_BT])
+    # Experts compute tokens in groups, whose sizes alter the last bits.
+    np.testing.assert_allclose(after_BT[~own_BT], before_BT[~own_BT], rtol=1e-5)
     counted_BT = own_BT & (batch.loss_weights_BT > 0)
-    assert (before_BT[counted_BT] != after_BT[counted_BT]).any()
+    assert np.abs(before_BT - after_BT)[counted_BT].max() > 0.1

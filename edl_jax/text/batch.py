@@ -132,12 +132,11 @@ class PackedRows:
 class ExampleRows:
   """Random access to rows of whole supervised examples of one domain.
 
-  An example is a start token and its tokens; it predicts its tokens, and then
-  the start token, which ends a document. The loss counts the targets that are
-  completions, and the end if it follows one. Padding fills up a row.
+  An example reads a start token and its tokens but the last, and predicts its
+  tokens, of which the loss counts those of completions. Padding fills up a row.
   """
 
-  # Each shorter than a row.
+  # None longer than a row.
   examples: EncodedDocuments
   sequence_length: int
   document_start_id: int
@@ -147,8 +146,7 @@ class ExampleRows:
   @functools.cached_property
   def _members(self) -> list[list[int]]:
     """The examples of each row."""
-    sizes = (self.examples.length_I + 1).tolist()
-    return best_fit(sizes, self.sequence_length)
+    return best_fit(self.examples.length_I.tolist(), self.sequence_length)
 
   def __len__(self) -> int:
     return len(self._members)
@@ -160,15 +158,13 @@ class ExampleRows:
       tokens, counted = self.examples.read(member)
       last = first + len(tokens)
       batch.tokens_BT[first] = self.document_start_id
-      batch.tokens_BT[first + 1 : last + 1] = tokens
+      batch.tokens_BT[first + 1 : last] = tokens[:-1]
       batch.targets_BT[first:last] = tokens
-      batch.targets_BT[last] = self.document_start_id
-      batch.segments_BT[first : last + 1] = segment
-      batch.positions_BT[first : last + 1] = np.arange(len(tokens) + 1)
-      batch.weights_BT[first : last + 1] = 1
+      batch.segments_BT[first:last] = segment
+      batch.positions_BT[first:last] = np.arange(len(tokens))
+      batch.weights_BT[first:last] = 1
       batch.loss_weights_BT[first:last] = counted
-      batch.loss_weights_BT[last] = counted[-1]
-      first = last + 1
+      first = last
     return batch._replace(domain_B=np.int32(self.domain))
 
 

@@ -36,7 +36,7 @@ class ChatTemplate:
 
   def __init__(
     self,
-    template: str,
+    template: str | None,
     source: str,
     special: Sequence[str],
     variables: Mapping[str, Any],
@@ -44,13 +44,17 @@ class ChatTemplate:
     """Keeps the template, which is compiled when it is first used.
 
     Args:
-      template: a Jinja program.
+      template: a Jinja program; None if there is none.
       source: where it is from, for messages.
       special: the tokenizer's special tokens; the first one opens documents.
       variables: what the template reads besides messages, such as bos_token.
     """
     self._template, self._source = template, source
-    self._start, self._variables = special[0], variables
+    self._start, self._variables = next(iter(special), ""), variables
+    self.renders = template is not None
+    # The special token that ends a completion, "" for the document start.
+    end = variables.get("eos_token")
+    self.end = end if end in special and end != self._start else ""
     # What no message may hold.
     self.reserved = (*special, _BEGIN, _END)
 
@@ -72,6 +76,7 @@ class ChatTemplate:
       UserError: the template fails or writes nothing for the assistant, or a
         turn cannot be told from the rest.
     """
+    assert self._template is not None, "the caller checks"
     marked = _MARK.search(self._template) is not None
     whole = self._write(messages, tools, where)
     if marked:
@@ -218,8 +223,10 @@ def find_template(
   data: DataConfig,
   source: Mapping[str, Any] | None = None,
   special: Sequence[str] = (),
-) -> ChatTemplate | None:
+) -> ChatTemplate:
   """Returns the template of `data.chat_template`, else of imported weights.
+
+  Without either, it renders nothing, but knows how completions end.
 
   Args:
     data: settings.
@@ -244,7 +251,7 @@ def find_template(
     by_name = {each["name"]: each["template"] for each in template}
     template = by_name.get("default")
   if not isinstance(template, str):
-    return None
+    return ChatTemplate(None, name, special, variables)
   special = special or _special_tokens(data.tokenizer)
   if not source:
     # What the export of such a run tells Transformers.

@@ -48,8 +48,10 @@ class SupervisedExample(Document):
   # in turn, a prompt first, which may be empty.
   cuts: tuple[int, ...]
   # Whether special tokens that `text` spells are special tokens. A chat
-  # template writes them.
+  # template writes them, with those that end a turn.
   special: bool = False
+  # Else the special token that ends the completion, "" for the document start.
+  end: str = ""
 
   def parts(self) -> list[tuple[str, bool]]:
     ends = (*self.cuts, len(self.text))
@@ -59,7 +61,7 @@ class SupervisedExample(Document):
     ]
 
   def digest(self) -> bytes:
-    shape = json.dumps([self.cuts, self.special]).encode()
+    shape = json.dumps([self.cuts, self.special, self.end]).encode()
     return hashlib.sha256(super().digest() + shape).digest()
 
 

@@ -58,7 +58,8 @@ def _encode(
   """Encodes documents, the parts of supervised examples each by itself.
 
   A prompt therefore has the tokens that it has where a model continues it, and
-  no token is part of both.
+  no token is part of both. Where no chat template ends turns, a special token
+  ends the example, as it ends documents.
 
   Returns:
     The tokens of all documents end to end, how many of them each document has,
@@ -68,6 +69,7 @@ def _encode(
     tokens, length_I = tokenizer.encode_flat([each.text for each in documents])
     return tokens, length_I, None
   special = tokenizer.special_ids
+  start = next(iter(special))
   # Longer names first, as one may begin with another.
   names = sorted(special, key=len, reverse=True)
   pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
@@ -75,13 +77,19 @@ def _encode(
   # The document of each piece, and whether it counts and is a special token.
   number_P, counted_P, special_P = [], [], []
   for number, document in enumerate(documents):
-    chat = isinstance(document, SupervisedExample) and document.special
+    example = document if isinstance(document, SupervisedExample) else None
+    chat = example is not None and example.special
     for text, counted in document.parts():
       for place, piece in enumerate(pattern.split(text) if chat else [text]):
         pieces.append(piece)
         number_P.append(number)
         counted_P.append(counted)
         special_P.append(bool(place % 2))
+    if example is not None and not chat:
+      pieces.append(example.end or start)
+      number_P.append(number)
+      counted_P.append(True)
+      special_P.append(True)
   plain = iter(
     tokenizer.encode_batch(
       [piece for piece, is_special in zip(pieces, special_P) if not is_special]

@@ -109,13 +109,14 @@ def read_example(
     record: with "prompt" and "completion", or with "messages".
     domain: its fine label.
     where: its place, for messages.
-    template: renders messages; None if there is none.
+    template: renders messages, and knows how completions end. Without it they
+      end as documents do.
 
   Raises:
     UserError: messages cannot be rendered.
   """
   if _has(record, "messages"):
-    if template is None:
+    if template is None or not template.renders:
       raise UserError(
         f"{where}: messages need a chat template: start from an imported"
         " checkpoint that has one (train.initial_checkpoint), or set"
@@ -129,12 +130,13 @@ def read_example(
       raise UserError(
         f"{where}: messages hold half a surrogate pair"
       ) from error
+    special, end = True, ""
   else:
     text = record["prompt"] + record["completion"]
-    cuts = (len(record["prompt"]),)
+    cuts, special = (len(record["prompt"]),), False
+    end = template.end if template else ""
   origin = record.get("origin") or text[: cuts[0]] or text
-  special = _has(record, "messages")
-  return SupervisedExample(text, domain, origin, cuts, special)
+  return SupervisedExample(text, domain, origin, cuts, special, end)
 
 
 def _check_special(

@@ -217,14 +217,11 @@ def _documents(
   tokenizer: Tokenizer,
   experiment: Experiment,
 ) -> list[EncodedDocuments]:
-  """Returns the tokens of each source's documents, of examples those that fit.
-
-  An example needs a place for the start token too.
-  """
+  """Returns each source's documents, of supervised examples those that fit."""
   return [
     own
     if own.counted is None
-    else own[own.length_I < experiment.train.sequence_length]
+    else own[own.length_I <= experiment.train.sequence_length]
     for own in encode_corpus(corpus, split, tokenizer)
   ]
 
@@ -271,8 +268,7 @@ def long_examples(
     for name, own in zip(corpus.taxonomy.sources, documents):
       if own.counted is None or not len(own):
         continue
-      # The start token counts as part of an example.
-      sizes = own.length_I + 1
+      sizes = own.length_I
       count = int((sizes > length).sum())
       if count == len(own):
         raise UserError(

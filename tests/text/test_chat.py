@@ -142,8 +142,13 @@ def test_jinja_is_optional_and_named(monkeypatch):
 
 
 def test_where_the_template_comes_from(tmp_path):
-  assert find_template(DataConfig()) is None
-  assert find_template(DataConfig(), {"tokenizer_config": {}}, ["<s>"]) is None
+  assert not find_template(DataConfig()).renders
+  source = {"tokenizer_config": {"eos_token": "</s>"}}
+  found = find_template(DataConfig(), source, ["<s>", "</s>"])
+  assert not found.renders and found.end == "</s>"
+  # Without a token of its own, the next document's start ends a completion.
+  assert find_template(DataConfig(), source, ["</s>"]).end == ""
+  assert find_template(DataConfig(), source, ["<s>"]).end == ""
   config = {"chat_template": MARKED, "bos_token": "<s>", "eos_token": "!"}
   found = find_template(DataConfig(), {"tokenizer_config": config}, ["<s>"])
   assert found.render(talk("a", "b"), "x")[0] == "Q: a\nA: b!\n"

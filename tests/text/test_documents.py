@@ -127,6 +127,7 @@ def test_digests_tell_apart_what_the_loss_counts():
   other = [
     *(Document("abc", "a", ""), example("abc", 2), example("abd", 1)),
     dataclasses.replace(example("abc", 1), special=True),
+    dataclasses.replace(example("abc", 1), end="</s>"),
   ]
   digests = [each.digest() for each in (*same, *other)]
   assert digests[0] == digests[1]

@@ -30,7 +30,7 @@ EXAMPLES = [
   # "abc" is one token of the text.
   SupervisedExample("ababc ab", "b", "x", (3,)),
   SupervisedExample("<|im|>ab<|im|>>abc<|im|> ab", "b", "y", (15, 24), True),
-  SupervisedExample("<|im|>ab", "b", "z", (0,)),
+  SupervisedExample("<|im|>ab", "b", "z", (0,), end="<|im|>"),
   SupervisedExample("abc", "b", "z", (1,)),
 ]
 
@@ -58,6 +58,9 @@ def naive(example):
       own = [piece] if isinstance(piece, int) else TOKENIZER.encode(piece)
       tokens += list(own)
       mask += [counted] * len(own)
+  if not example.special:
+    tokens.append(ids[example.end or "<|document|>"])
+    mask.append(True)
   return tokens, mask
 
 
@@ -88,7 +91,8 @@ def test_examples_are_encoded_part_by_part():
   first, chat, plain, _ = (examples.read(n)[0].tolist() for n in range(4))
   assert first != TOKENIZER.encode("ababc ab").tolist()
   assert chat[0] == special["<|im|>"] and special["<|im|>>"] in chat
-  assert not set(plain) & set(special.values())
+  assert not set(plain[:-1]) & set(special.values())
+  assert (first[-1], plain[-1]) == (special["<|document|>"], special["<|im|>"])
 
 
 def test_masks_are_cached_with_tokens(cache):

@@ -103,6 +103,8 @@ def test_forms_are_read():
   assert read_example(record, "math", "x", None) == SupervisedExample(
     "2 + 2 = 4", "math", "2 + 2 =", (7,)
   )
+  ended = ChatTemplate(None, "", ["<s>", "</s>"], {"eos_token": "</s>"})
+  assert read_example(record, "math", "x", ended).end == "</s>"
   # All examples without a prompt would be on one side of the split.
   record = {"prompt": "", "completion": "4"}
   assert read_example(record, "math", "x", None).origin == "4"
@@ -112,13 +114,14 @@ def test_forms_are_read():
   )
 
 
-def test_messages_need_a_template():
+@pytest.mark.parametrize("template", [None, ChatTemplate(None, "", [], {})])
+def test_messages_need_a_template(template):
   with pytest.raises(
     UserError,
     match=r"^file:7: messages need a chat template: .*"
     r"\(train\.initial_checkpoint\), or set data\.chat_template",
   ):
-    read_example({"messages": [ASKED, SAID]}, "math", "file:7", None)
+    read_example({"messages": [ASKED, SAID]}, "math", "file:7", template)
 
 
 @pytest.mark.parametrize(
