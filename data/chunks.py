@@ -14,13 +14,14 @@ import multiprocessing
 import os
 import threading
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from data.bad_records import BadRecords
 from data.columns import columns_in, load_conditions
 from data.labels import Rule, load_rules, rule_columns
 from data.near import Near
@@ -28,14 +29,11 @@ from edl_jax import storage
 from edl_jax.config import UserError
 from edl_jax.text.mixture import origin_digest
 from edl_jax.text.prepared import DOCUMENT, TOKENIZER, tokens_name
-from edl_jax.text.readers import Found, Record, read_records
+from edl_jax.text.readers import Found, Record, file_of, read_records
 from edl_jax.text.tokenizer import Tokenizer
 
 _Job = TypeVar("_Job")
 _Made = TypeVar("_Made")
-
-# Number of messages about bad records that the report keeps.
-_MESSAGES = 10
 
 
 class Chunk(NamedTuple):
@@ -209,14 +207,18 @@ def scan(chunk: Chunk) -> int:
   Raises:
     UserError: a record is bad, and bad records are not skipped.
   """
-  problems = [str(p) for _, p in chunk.found if isinstance(p, UserError)]
-  if problems and not _worker.skip_bad:
-    raise UserError(problems[0])
+  bad = BadRecords()
   labels: dict[str | None, tuple[int, str]] = {}
+  # Good records of each file, in the order of reading.
+  files = Counter[str]()
   ids, columns, missing = [], [], set(_worker.columns)
   for where, record in chunk.found:
     if isinstance(record, UserError):
+      if not _worker.skip_bad:
+        raise record
+      bad.add(where, record)
       continue
+    files[file_of(where)] += 1
     if record.get("id") is not None:
       ids.append((len(columns), str(record["id"]), where))
     name, confidence = record.get("domain"), 1.0
@@ -260,7 +262,8 @@ def scan(chunk: Chunk) -> int:
     # The name of each label by its index, and where it first occurs.
     labels=json.dumps([(name, where) for name, (_, where) in labels.items()]),
     ids=json.dumps(ids),
-    problems=json.dumps([len(problems), problems[:_MESSAGES]]),
+    files=json.dumps(list(files.items())),
+    bad=json.dumps(bad.to_json()),
     missing=json.dumps(sorted(missing)),
     **more,
   )

@@ -81,11 +81,15 @@ class LocalEngine:
     wanted = choose_sample(plan, enough)
     lengths = dict(wanted)
     texts = {}
+    total = sum(map(os.path.getsize, self._text.paths))
+    progress = BytesProgress("sampling", total)
     for chunk in self._text.all_chunks():
+      progress.add(chunk.stored)
       begin = int(plan.begin[chunk.number])
       for number, record in enumerate(chunk.records(), start=begin):
         if number in lengths:
           texts[number] = record["text"][: lengths[number]]
+    progress.close(erase=True)
     return [texts[number] for number, _ in wanted]
 
   def encode(self, plan: Plan) -> None:

@@ -4,6 +4,7 @@ The choice is exactly that of `edl_jax.text`, which reads text into memory.
 """
 
 import dataclasses
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.bad_records import BadRecords
 from data.labels import check_columns
 from data.near import Near, NearDuplicates
 from edl_jax.config import DataConfig, UserError
@@ -18,9 +20,6 @@ from edl_jax.text.documents import DomainNames
 from edl_jax.text.mixture import held_out_origins
 from edl_jax.text.readers import SeenIds
 from edl_jax.text.taxonomy import Taxonomy
-
-# Number of messages about bad records that the report keeps.
-_MESSAGES = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +42,8 @@ class Plan:
   num_bytes: int
   # Number of dropped records by reason, and "messages" about bad ones.
   skipped: dict[str, Any]
+  # Number of bad records by file and reason.
+  bad: dict[str, dict[str, int]]
   # What `NearDuplicates.report` tells, if they were looked for.
   near_duplicates: dict[str, Any] | None = None
 
@@ -111,8 +112,8 @@ class _Selection:
       "duplicate": 0,
       "empty": 0,
       "over the limit": 0,
-      "messages": [],
     }
+    self.bad = BadRecords()
 
   def add(self, scan: Mapping[str, np.ndarray]) -> None:
     """Adds the records of a chunk.
@@ -120,20 +121,22 @@ class _Selection:
     Raises:
       UserError: a label or an id is bad, and bad records are not skipped.
     """
-    count, messages = json.loads(str(scan["problems"]))
-    self.skipped["bad"] += count
-    self.skipped["messages"] += messages
+    self.bad.merge(json.loads(str(scan["bad"])))
     if self.near:
       lists = {key: json.loads(str(scan[key])) for key in ("places", "heads")}
       scan = {**scan, **lists}
-    names: list[str | UserError] = []
+    names: list[str | tuple[str, UserError]] = []
     for name, where in json.loads(str(scan["labels"])):
       try:
         names.append(self.domains.add(name, where))
       except UserError as error:
-        names.append(error)
+        names.append((where, error))
+    files = itertools.chain.from_iterable(
+      itertools.repeat(file, count)
+      for file, count in json.loads(str(scan["files"]))
+    )
     ids = {index: rest for index, *rest in json.loads(str(scan["ids"]))}
-    for index, label in enumerate(scan["label"].tolist()):
+    for index, (label, file) in enumerate(zip(scan["label"].tolist(), files)):
       if label < 0:
         self.skipped.setdefault("not kept", 0)
         self.skipped["not kept"] += 1
@@ -143,22 +146,19 @@ class _Selection:
       domain = names[label]
       if index in ids:
         identifier, where = ids[index]
-        domain = self._ids.problem({"id": identifier}, where) or domain
-      if isinstance(domain, UserError):
-        self._bad(domain)
+        if problem := self._ids.problem({"id": identifier}, where):
+          domain = where, problem
+      if isinstance(domain, tuple):
+        where, error = domain
+        if not self._skip_bad:
+          raise error
+        self.bad.add(where, error, file)
         domain, kept = None, 0
       else:
         self.given[domain] += 1
         kept = self._kept(domain, scan, index)
       self.domain.append(domain if kept else None)
       self.characters.append(kept)
-
-  def _bad(self, error: UserError) -> None:
-    if not self._skip_bad:
-      raise error
-    self.skipped["bad"] += 1
-    if len(self.skipped["messages"]) < _MESSAGES:
-      self.skipped["messages"].append(str(error))
 
   def _kept(
     self, domain: str, scan: Mapping[str, np.ndarray], index: int
@@ -223,7 +223,7 @@ def make_plan(
       found[domain].append(number)
   check_columns(rules, missing or ())
   taxonomy = selection.domains.taxonomy(found, data.files)
-  selection.skipped["messages"] += [
+  vanished = [
     f"domain {name!r} is left out: each of its {count:,} texts is empty or"
     " occurred before"
     for name, count in selection.given.items()
@@ -251,6 +251,11 @@ def make_plan(
     origin_N=origin_N,
     begin=np.cumsum([0, *map(len, columns["bytes"])]),
     num_bytes=int(sizes[source_N >= 0].sum(dtype=np.int64)),
-    skipped=selection.skipped,
+    skipped=selection.skipped
+    | {
+      "bad": selection.bad.total,
+      "messages": selection.bad.messages + vanished,
+    },
+    bad=selection.bad.by_file(),
     near_duplicates=selection.near.report() if selection.near else None,
   )

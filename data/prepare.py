@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from data import chunks
+from data import bad_records, chunks
 from data.beam import BeamEngine, load_beam
 from data.engines import Engine, LocalEngine
 from data.labels import LabelReport, rule_columns, stored_columns
@@ -35,6 +35,7 @@ from data.runs import Text
 from edl_jax import storage
 from edl_jax.command import Command
 from edl_jax.config import DataConfig, UserError
+from edl_jax.progress import shown
 from edl_jax.text.files import find_files
 from edl_jax.text.flat_encoder import has_fastokens
 from edl_jax.text.mixture import content_hash
@@ -256,7 +257,7 @@ class _Preparation:
     with context as engine:
       count = engine.scan()
       plan = make_plan(
-        map(engine.read_scan, range(count)),
+        map(engine.read_scan, shown("choosing", range(count))),
         DataConfig(
           files=options.files,
           taxonomy=options.taxonomy,
@@ -300,7 +301,7 @@ class _Preparation:
   ) -> dict[str, Any]:
     """Writes the index and, last, the manifest."""
     parts, digests, files = [np.zeros(0, DOCUMENT)], [], {}
-    for number in range(len(plan.begin) - 1):
+    for number in shown("checking", range(len(plan.begin) - 1)):
       encoded = chunks.encoded_path(self._out, number)
       arrays = chunks.read_arrays(encoded)
       parts.append(arrays["documents"])
@@ -328,6 +329,7 @@ class _Preparation:
       "vocabulary_size": tokenizer.vocabulary_size,
       "domains": plan.report(documents),
       "skipped": plan.skipped,
+      "bad_records": plan.bad,
       "files": files,
     }
     if plan.near_duplicates is not None:
@@ -348,12 +350,15 @@ def main() -> None:
   report.merge(manifest["domains"])
   skipped = dict(manifest["skipped"])
   messages = skipped.pop("messages")
+  # Manifests of earlier versions do not have it.
+  bad = manifest.get("bad_records", {})
   counts = ", ".join(f"{n:,} {name}" for name, n in skipped.items())
   tokens = sum(row["tokens"] for row in manifest["domains"])
   lines = [
     f"{tokens:,} tokens in {_OUT.value}:",
     *(f"  {line}" for line in report.lines()),
     f"left out: {counts}",
+    *(f"  {line}" for line in bad_records.lines(bad)),
     *(f"  {message}" for message in messages),
     *_near_lines(manifest.get("near_duplicates")),
   ]

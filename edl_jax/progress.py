@@ -8,8 +8,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from typing import IO
+from collections.abc import Collection, Iterator, Mapping
+from typing import IO, TypeVar
+
+_Item = TypeVar("_Item")
 
 _ERASE = "\r\x1b[K"
 
@@ -96,49 +98,75 @@ class Progress(ProgressLine):
     self.show("  ".join(parts))
 
 
-class BytesProgress(ProgressLine):
-  """The bytes that a task has worked through, with its rate.
+class PartsProgress(ProgressLine):
+  """The parts that a task has done, with its rate.
 
   The line is shown five times a second on a terminal, and every ten seconds
   elsewhere.
   """
 
+  _unit, _scale, _digits = "parts", 1.0, 0
+
   def __init__(
     self,
     task: str,
-    total_bytes: int | None = None,
+    total: int | None = None,
     stream: IO[str] | None = None,
   ):
-    """Starts at zero of `total_bytes`, if known; `stream` is stderr by default.
+    """Starts at zero of `total`, if known; `stream` is stderr by default.
 
     Args:
       task: what is being done, such as "tokenizing"; opens the line.
-      total_bytes: where the task ends; without it the line has no ETA.
+      total: where the task ends; without it the line has no ETA.
       stream: where the line goes.
     """
     super().__init__(sys.stderr if stream is None else stream)
-    self._task, self._total, self._done = task, total_bytes, 0
+    self._task, self._total, self._done = task, total, 0
     self._start = self._shown = time.monotonic()
 
-  def add(self, size: int) -> None:
-    """Counts `size` more bytes as done."""
-    self._done += size
+  def add(self, count: int) -> None:
+    """Counts `count` more as done."""
+    self._done += count
     now = time.monotonic()
     if now - self._shown < (0.2 if self.live else 10):
       return
     self._shown = now
-    bytes_per_second = self._done / (now - self._start)
-    parts = [f"{self._task} {self._done / 1e6:,.1f} MB"]
+    rate = self._done / (now - self._start)
+    amount = self._amount(self._done)
+    parts = [f"{self._task} {amount} {self._unit}"]
     if self._total:
       parts[0] = (
-        f"{self._task} {self._done / 1e6:,.1f}/{self._total / 1e6:,.1f} MB"
+        f"{self._task} {amount}/{self._amount(self._total)} {self._unit}"
       )
       parts.append(f"{100 * self._done // self._total}%")
       if self._done:
-        seconds = (self._total - self._done) / bytes_per_second
+        seconds = (self._total - self._done) / rate
         parts.append(f"ETA {format_duration(max(seconds, 0))}")
-    parts.append(f"{bytes_per_second / 1e6:.2f} MB/s")
+    parts.append(f"{rate / self._scale:.2f} {self._unit}/s")
     self.show("  ".join(parts))
+
+  def _amount(self, count: int) -> str:
+    return f"{count / self._scale:,.{self._digits}f}"
+
+
+class BytesProgress(PartsProgress):
+  """The bytes that a task has worked through."""
+
+  _unit, _scale, _digits = "MB", 1e6, 1
+
+
+def shown(task: str, items: Collection[_Item]) -> Iterator[_Item]:
+  """Yields items, and shows on stderr how many are done; see `PartsProgress`.
+
+  Args:
+    task: what is being done; opens the line.
+    items: to yield.
+  """
+  progress = PartsProgress(task, len(items))
+  for item in items:
+    yield item
+    progress.add(1)
+  progress.close(erase=True)
 
 
 @contextlib.contextmanager

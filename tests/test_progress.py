@@ -93,6 +93,18 @@ def test_bytes_of_a_known_total_have_an_eta(monkeypatch):
   assert screen(stream.getvalue()) == [""]
 
 
+def test_parts_of_a_known_total(monkeypatch):
+  stream = io.StringIO()
+  seconds_at(monkeypatch, 0.0, 20.0, 40.0)
+  line = progress.PartsProgress("choosing", 12_000, stream)
+  line.add(0)
+  line.add(3_000)
+  assert stream.getvalue().splitlines() == [
+    "choosing 0/12,000 parts  0%  0.00 parts/s",
+    "choosing 3,000/12,000 parts  25%  ETA 2:00  75.00 parts/s",
+  ]
+
+
 def test_elapsed_seconds_are_counted_on_a_terminal_and_erased():
   stream = Terminal()
   with progress.elapsed("compiling", stream):
@@ -120,3 +132,13 @@ def test_formats():
   assert progress.format_quantity(950) == "950"
   assert progress.format_quantity(12_345) == "12.3k"
   assert progress.format_quantity(15_100_000_000) == "15.1G"
+
+
+def test_items_are_shown_as_they_are_done(monkeypatch, capsys):
+  seconds_at(monkeypatch, 0.0, 10.0, 12.0, 20.0)
+  items = {"a": 1, "b": 2, "c": 3}
+  assert list(progress.shown("checking", items)) == list(items)
+  assert capsys.readouterr().err.splitlines() == [
+    "checking 1/3 parts  33%  ETA 0:20  0.10 parts/s",
+    "checking 3/3 parts  100%  ETA 0:00  0.15 parts/s",
+  ]

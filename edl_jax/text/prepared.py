@@ -28,6 +28,7 @@ from etils import epath
 from edl_jax import storage
 from edl_jax.cache import cache_directory, cache_key
 from edl_jax.config import DataConfig, Experiment, UserError
+from edl_jax.progress import shown
 from edl_jax.text.documents import DomainNames
 from edl_jax.text.taxonomy import Taxonomy, fine_name
 from edl_jax.text.token_stream import EncodedDocuments
@@ -104,8 +105,9 @@ def check_files(
   Raises:
     UserError: a file is missing or has changed; names it.
   """
-  for name, wanted in manifest["files"].items():
-    path = os.path.join(folder, name)
+  files = manifest["files"]
+  for name in shown("checking", files) if content else files:
+    path, wanted = os.path.join(folder, name), files[name]
     try:
       size = os.path.getsize(path)
       same = size == wanted["bytes"]

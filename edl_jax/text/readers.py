@@ -3,7 +3,8 @@
 A record is a dict with "text", or what a supervised example has, and whatever
 else its file has: "domain", "origin", "id", metadata. Readers yield each record
 with its place, such as "file:line". In place of a record that cannot be read
-they yield an error, which names the place.
+they yield an error, which names the place first, then the reason; details are
+in parentheses.
 """
 
 import functools
@@ -11,6 +12,7 @@ import io
 import json
 import numbers
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TextIO
 
@@ -42,6 +44,8 @@ LONGEST_RECORD = 1 << 26
 COLUMNS = ("text", "domain", "origin", "id")
 
 _ROWS_AT_ONCE = 1024
+# What follows the path in a place.
+_PLACE = re.compile(r":(?:(?:row|item|record) )?\d+$")
 _CHARACTERS_AT_ONCE = 1 << 20
 
 
@@ -135,6 +139,11 @@ def _problem(record: Record, where: str, examples: bool) -> UserError | None:
   return None
 
 
+def file_of(where: str) -> str:
+  """Returns the path of the file in which a place is."""
+  return _PLACE.sub("", where)
+
+
 class SeenIds:
   """Detects ids that occur twice in a file; ignores records without an id."""
 
@@ -148,7 +157,7 @@ class SeenIds:
       record: of a file that is read in one go.
       where: its place, "file:place".
     """
-    file = where.rpartition(":")[0]
+    file = file_of(where)
     if file != self._file:
       # Many data sets count the records of each file from 0.
       self._file, self._seen = file, set()
@@ -188,8 +197,8 @@ def read_json_lines(path: str) -> Iterator[Found]:
           yield (
             where,
             UserError(
-              f"{where}: the line from byte {start} to {offset} is longer than"
-              f" {LONGEST_RECORD:,} bytes"
+              f"{where}: longer than {LONGEST_RECORD:,} bytes (the line from"
+              f" byte {start} to {offset})"
             ),
           )
         elif line.strip():

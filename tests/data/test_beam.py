@@ -108,6 +108,13 @@ def test_bad_records_have_the_same_words(texts, tmp_path):
   skips = dataclasses.replace(options, skip_bad=True)
   one = prepare(skips)
   assert one["skipped"]["bad"] == 33
+  assert one["bad_records"] == {
+    f"{texts}/a.jsonl": {"not JSON": 30, "key 'domain' is missing": 1},
+    f"{texts}/b2.jsonl": {
+      "domain must be fine or coarse/fine": 1,
+      "not JSON": 1,
+    },
+  }
   made = dataclasses.replace(
     skips, out=str(tmp_path / "beam"), runner="DirectRunner"
   )

@@ -107,8 +107,11 @@ def test_scan_measures_every_record(tmp_path):
     origin_digest(origin) for origin in ["book", *texts[1:]]
   ]
   assert json.loads(str(scan["ids"])) == [[1, "7", f"{path}:2"]]
-  count, (message,) = json.loads(str(scan["problems"]))
-  assert count == 1 and message.startswith(f"{path}:3: not JSON")
+  bad = json.loads(str(scan["bad"]))
+  assert bad["counts"] == {str(path): {"not JSON": 1}}
+  (message,) = bad["messages"]
+  assert message.startswith(f"{path}:3: not JSON")
+  assert json.loads(str(scan["files"])) == [[str(path), len(good)]]
   chunks.start_worker(str(tmp_path), "", False)
   with pytest.raises(UserError, match=r"a\.jsonl:3: not JSON"):
     chunks.scan(chunk)

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
+from data.bad_records import BadRecords
 from data.plan import make_plan
 from edl_jax.config import DataConfig, UserError
 from edl_jax.text.mixture import held_out_origins, origin_digest
 
 
-def scan_of(*records, problems=(), missing=()):
+def scan_of(*records, bad=None, missing=()):
   """Returns what `chunks.scan` writes for (label, text, origin, id)."""
   names = list(dict.fromkeys(label for label, *_ in records))
   texts = [text for _, text, *_ in records]
@@ -27,13 +28,14 @@ def scan_of(*records, problems=(), missing=()):
     "ids": np.array(
       json.dumps(
         [
-          (index, each, f"at:{text}")
-          for index, (_, text, _, each) in enumerate(records)
+          (index, each, f"at:{index}")
+          for index, (_, _, _, each) in enumerate(records)
           if each
         ]
       )
     ),
-    "problems": np.array(json.dumps([len(problems), list(problems)])),
+    "bad": np.array(json.dumps((bad or BadRecords()).to_json())),
+    "files": np.array(json.dumps([["f", 2], ["g", len(records) - 2]])),
     "missing": np.array(json.dumps(missing)),
   }
 
@@ -145,22 +147,28 @@ def test_digests_are_grouped_by_source():
 
 
 @pytest.mark.parametrize(
-  ("record", "message"),
+  ("record", "message", "reason"),
   [
-    (("a/b/c", "text", "0", ""), "a/b/c"),
-    (("b", "text", "0", "x"), "id 'x' occurs"),
+    (
+      ("a/b/c", "text", "0", ""),
+      "a/b/c",
+      "domain must be fine or coarse/fine",
+    ),
+    (("b", "text", "0", "x"), "id 'x' occurs", "id occurs a second time"),
   ],
 )
-def test_bad_records_stop_or_are_dropped(record, message):
+def test_bad_records_stop_or_are_dropped(record, message, reason):
   with pytest.raises(UserError, match=message):
     plan_of(scan_of(*RECORDS, record))
-  plan = plan_of(
-    scan_of(*RECORDS, record, problems=["a:1: not JSON"]), skip_bad=True
-  )
+  read = BadRecords()
+  read.add("a:1", UserError("a:1: not JSON (at character 2)"))
+  plan = plan_of(scan_of(*RECORDS, record, bad=read), skip_bad=True)
   assert plan.source_N[-1] == -1
   assert plan.skipped["bad"] == 2
   first, second = plan.skipped["messages"]
-  assert first == "a:1: not JSON" and message in second
+  assert first == "a:1: not JSON (at character 2)" and message in second
+  # The place in the message is that of the first record with the label.
+  assert plan.bad == {"a": {"not JSON": 1}, "g": {reason: 1}}
 
 
 def test_a_column_of_the_rules_that_no_record_has():

@@ -432,6 +432,14 @@ def test_bad_records_are_named_or_skipped(tmp_path):
   assert skipped["content_hash"] == clean["content_hash"]
   assert skipped["skipped"]["bad"] == len(bad)
   assert len(skipped["skipped"]["messages"]) == len(bad)
+  assert skipped["bad_records"] == {
+    str(path): {
+      "id occurs a second time": 1,
+      "key 'domain' is missing": 1,
+      "not JSON": 1,
+      "unknown domain": 1,
+    }
+  }
   assert clean["skipped"]["bad"] == 0
 
 
