@@ -110,7 +110,8 @@ $(VENV)/beam/done: requirements-beam.txt
 	@touch $@
 
 test-beam: $(VENV)/beam/done
-	$(VENV)/beam/bin/python -m pytest --quiet --noconftest tests/data/test_beam.py
+	$(VENV)/beam/bin/python -m pytest --quiet --noconftest \
+	  tests/data/test_beam.py tests/data/test_buckets.py
 
 # The pages of settings and losses import the code, and ruff wraps signatures.
 $(VENV)/docs: $(VENV)/test requirements-docs.txt

@@ -6,8 +6,10 @@ Three kinds of text are prepared from JSON lines with one tokenizer, a BPE that
 learned from all three:
 
 - english and code: documents of the embedded mixture, which is everywhere;
-- chinese: sentences of random words, a fifth of them new, unless --chinese
-  names a file of records, such as one of `data.corpora`.
+- chinese: sentences of random words, a fifth of them new.
+
+--english, --chinese and --code name files of records to take instead, such as
+those of `data.corpora`. --texts chooses the kinds that are prepared.
 
 The bounds are the libraries alone, called on the same texts as their own
 documentation shows it: `tokenizers`, and `fastokens`, which encodes byte-level
@@ -31,6 +33,7 @@ from pathlib import Path
 from benchmarks import measure
 from edl_jax.command import Command
 from edl_jax.config import DataConfig
+from edl_jax.text.files import find_files
 from edl_jax.text.readers import read_records
 from edl_jax.text.sources import read_documents
 from edl_jax.text.tokenizer import train_tokenizer
@@ -43,7 +46,12 @@ _ROUNDS = COMMAND.flag(
 _MEGABYTES = COMMAND.flag(
   "megabytes", 10, "Most text of each kind, in 10^6 characters.", minimum=1
 )
-_CHINESE = COMMAND.flag("chinese", "", "File of Chinese records, if any.")
+_KINDS = ("english", "chinese", "code")
+_TEXTS = COMMAND.flag("texts", ",".join(_KINDS), "Kinds of text to prepare.")
+_GIVEN = {
+  kind: COMMAND.flag(kind, "", "Glob of files with such records, if any.")
+  for kind in _KINDS
+}
 _BASELINE = COMMAND.flag(
   "baseline", "", "Folder of an older checkout that takes part."
 )
@@ -123,15 +131,17 @@ def texts_of_kinds(limit: int) -> dict[str, list[str]]:
     kind: [d.text for d in documents if d.domain in domains]
     for kind, domains in kinds.items()
   }
-  if _CHINESE.value:
-    texts["chinese"] = [
-      record["text"]
-      for _, record in read_records(_CHINESE.value)
-      if isinstance(record, dict)
-    ]
-  else:
-    texts["chinese"] = _sentences(limit)
-  return {kind: _first(own, limit) for kind, own in texts.items()}
+  texts["chinese"] = _sentences(limit)
+  for kind, given in _GIVEN.items():
+    if given.value:
+      _, paths = find_files(given.value, f"--{kind}")
+      texts[kind] = [
+        record["text"]
+        for path in paths
+        for _, record in read_records(path)
+        if isinstance(record, dict)
+      ]
+  return {kind: _first(texts[kind], limit) for kind in _KINDS}
 
 
 def _first(texts: Sequence[str], limit: int) -> list[str]:
@@ -207,7 +217,8 @@ def main() -> None:
     tokenizer = os.path.join(folder, "tokenizer.json")
     content = train_tokenizer(sample, VOCABULARY).to_json()
     Path(tokenizer).write_text(content, encoding="utf-8")
-    for kind, texts in kinds.items():
+    for kind in _TEXTS.value.split(","):
+      texts = kinds[kind]
       files = os.path.join(folder, f"{kind}.jsonl")
       with open(files, "w", encoding="utf-8") as file:
         for text in texts:

@@ -2,8 +2,9 @@
 
 Each step of `data.prepare` is a pipeline over the parts of the corpus that have
 no result yet. Results are files in the folder's work/, which all workers must
-see, as on one machine; so a job that was killed resumes. Workers write the same
-files by the same functions, which is why the result has the same bytes.
+see, on a shared disk or in a bucket; so a job that was killed resumes. Workers
+write the same files by the same functions, which is why the result has the same
+bytes.
 """
 
 import contextlib
@@ -13,11 +14,22 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+import threading
+import time
+from collections import deque
+from collections.abc import (
+  Callable,
+  Container,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+  Set,
+)
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from etils import epath
 
 from data import chunks
 from data.engines import choose_sample
@@ -26,7 +38,9 @@ from data.plan import Plan
 from data.runs import Run, Text, divide
 from edl_jax import storage
 from edl_jax.config import UserError
-from edl_jax.progress import elapsed
+from edl_jax.progress import PartsProgress, elapsed
+
+RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
 
 
 class _Task(NamedTuple):
@@ -39,9 +53,13 @@ class _Task(NamedTuple):
   skip_bad: bool
   near: Near | None
 
-  def path(self, kind: str, number: int, suffix: str = "npz") -> Path:
+  def path(self, kind: str, number: int, suffix: str = "npz") -> epath.Path:
     """Returns the path of an intermediate result of a file or a chunk."""
-    return Path(self.out, "work", f"{kind}-{number:05}.{suffix}")
+    return epath.Path(self.out, "work", f"{kind}-{number:05}.{suffix}")
+
+  def done(self) -> set[str]:
+    """Returns the names of the results that there are."""
+    return storage.names(epath.Path(self.out, "work"))
 
 
 def load_beam(runner: str, options: Sequence[str]) -> tuple[Any, Any]:
@@ -56,10 +74,14 @@ def load_beam(runner: str, options: Sequence[str]) -> tuple[Any, Any]:
     beam: Any = importlib.import_module("apache_beam")
     module: Any = importlib.import_module("apache_beam.options")
     importlib.import_module("apache_beam.options.pipeline_options")
+    if runner == "DataflowRunner":
+      importlib.import_module("apache_beam.runners.dataflow.internal.apiclient")
   except ImportError as error:
+    way_out = "pip install -r requirements-beam.txt"
+    if runner == "DataflowRunner":
+      way_out += " 'apache-beam[gcp]'"
     raise UserError(
-      f"--runner={runner} needs the package apache-beam: pip install -r"
-      " requirements-beam.txt"
+      f"--runner={runner} needs the package apache-beam: {way_out}"
     ) from error
   # Beam tells every step of a pipeline, and prints what it raises too.
   logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
@@ -86,6 +108,8 @@ class BeamEngine:
     self._beam, self._options = load_beam(runner, options)
     self._runner, self._task = runner, _Task(text, *task)
     self._runs: list[Run] = []
+    # Names of results, once records have been compared.
+    self._compared = set[str]()
 
   def __enter__(self) -> Self:
     _start.cache_clear()
@@ -97,18 +121,23 @@ class BeamEngine:
   def scan(self) -> int:
     """See `Engine`."""
     files = range(len(self._task.text.paths))
-    self._each("dividing", _measure, files, self._measured)
-    costs = (
-      chunks.read_arrays(self._task.path("costs", file))["costs"]
-      for file in files
+    self._each(
+      "dividing",
+      _measure,
+      {file: [self._task.path("costs", file).name] for file in files},
+    )
+    costs = chunks.in_threads(
+      lambda file: chunks.read_arrays(self._task.path("costs", file))["costs"],
+      files,
     )
     self._runs = divide(costs, self._task.text.characters)
-    self._each_run("reading", _scan, self._scanned)
+    self._each_run("reading", _scan, "scan")
     self._raise_problem()
     count = sum(len(run.counts) for run in self._runs)
     self._compare("repeated", _digests, count)
     if self._task.near:
       self._compare("similar", _buckets, count)
+    self._compared = self._task.done()
     return count
 
   def read_scan(self, number: int) -> Mapping[str, np.ndarray]:
@@ -117,7 +146,7 @@ class BeamEngine:
     for kind in ("repeated", "similar")[: 2 if self._task.near else 1]:
       scan[kind] = np.zeros(len(scan["label"]), bool)
       path = self._task.path(kind, number)
-      if path.exists():
+      if path.name in self._compared:
         scan[kind][chunks.read_arrays(path)["records"]] = True
     return scan
 
@@ -127,59 +156,85 @@ class BeamEngine:
     pairs = np.array(sorted(wanted), np.int64).reshape(-1, 2)
     chunk_W = np.searchsorted(plan.begin, pairs[:, 0], "right") - 1
     numbers = np.unique(chunk_W).tolist()
-    for number in numbers:
+
+    def want(number: int) -> None:
       own = pairs[chunk_W == number] - [plan.begin[number], 0]
       chunks.write_arrays(self._task.path("wanted", number), records=own)
-    self._each_run(
-      "sampling", _sample, lambda n: n not in numbers or self._sampled(n)
-    )
+
+    deque(chunks.in_threads(want, numbers), maxlen=0)
+    self._each_run("sampling", _sample, "sample", "json", set(numbers))
     texts = {}
-    for number in numbers:
-      own = json.loads(self._task.path("sample", number, "json").read_text())
+    for number, own in zip(numbers, chunks.in_threads(self._sampled, numbers)):
       for place, text in own:
         texts[int(plan.begin[number]) + place] = text
     return [texts[number] for number, _ in wanted]
 
+  def _sampled(self, number: int) -> list[tuple[int, str]]:
+    path = self._task.path("sample", number, "json")
+    return json.loads(storage.read_bytes(path))
+
   def encode(self, plan: Plan) -> None:
     """See `Engine`."""
-    for run in self._runs:
-      for number in run.chunks:
-        if not self._encoded(number):
-          path = self._task.path("plan", number)
-          chunks.write_arrays(path, **plan.of_chunk(number))
-    self._each_run("tokenizing", _encode, self._encoded)
+    done = self._task.done()
 
-  def _measured(self, file: int) -> bool:
-    return self._task.path("costs", file).exists()
+    def write(number: int) -> None:
+      path = self._task.path("plan", number)
+      chunks.write_arrays(path, **plan.of_chunk(number))
 
-  def _scanned(self, chunk: int) -> bool:
-    return chunks.scan_path(self._task.out, chunk).exists()
-
-  def _sampled(self, chunk: int) -> bool:
-    return self._task.path("sample", chunk, "json").exists()
-
-  def _encoded(self, chunk: int) -> bool:
-    return chunks.encoded_path(self._task.out, chunk).exists()
+    missing = (
+      number
+      for run in self._runs
+      for number in run.chunks
+      if self._task.path("documents", number).name not in done
+    )
+    deque(chunks.in_threads(write, missing), maxlen=0)
+    self._each_run("tokenizing", _encode, "documents")
 
   def _each_run(
     self,
     title: str,
     function: Callable[[_Task, Run], None],
-    done: Callable[[int], bool],
+    kind: str,
+    suffix: str = "npz",
+    only: Container[int] | None = None,
   ) -> None:
+    """Applies a function to runs; it leaves a result of `kind` for each chunk.
+
+    Args:
+      title: what is being done.
+      function: to apply.
+      kind: of the results; see `_Task.path`.
+      suffix: of the results.
+      only: the chunks that get a result. None: all.
+    """
     self._each(
-      title, function, self._runs, lambda run: all(map(done, run.chunks))
+      title,
+      function,
+      {
+        run: [
+          self._task.path(kind, number, suffix).name
+          for number in run.chunks
+          if only is None or number in only
+        ]
+        for run in self._runs
+      },
     )
 
   def _each(
     self,
     title: str,
     function: Callable[[_Task, Any], None],
-    jobs: Iterable[Any],
-    done: Callable[[Any], bool],
+    results: Mapping[Any, Sequence[str]],
   ) -> None:
-    """Applies a function to the jobs that are not done, on many machines."""
-    missing = [job for job in jobs if not done(job)]
+    """Applies a function to the jobs that are not done, on many machines.
+
+    Args:
+      title: what is being done.
+      function: to apply.
+      results: the names in work/ of what each job leaves there.
+    """
+    done = self._task.done()
+    missing = [job for job, names in results.items() if not done >= set(names)]
     if not missing:
       return
     beam = self._beam
@@ -192,7 +247,13 @@ class BeamEngine:
         | "do" >> beam.Map(functools.partial(function, self._task))
       )
 
-    self._run(f"{title} on {self._runner}: {len(missing)} parts", build)
+    wanted = {name for job in missing for name in results[job]} - done
+    self._run(
+      title, build, lambda: _polled(self._on(title), wanted, self._task.done)
+    )
+
+  def _on(self, title: str) -> str:
+    return f"{title} on {self._runner}"
 
   def _compare(
     self,
@@ -218,12 +279,18 @@ class BeamEngine:
         | "write" >> beam.Map(functools.partial(_write_records, task, kind))
       )
 
-    self._run(f"finding {kind} texts on {self._runner}", build)
+    title = f"finding {kind} texts"
+    self._run(title, build, lambda: elapsed(self._on(title)))
     storage.write_bytes(done, b"")
 
-  def _run(self, title: str, build: Callable[[Any], Any]) -> None:
+  def _run(
+    self,
+    title: str,
+    build: Callable[[Any], Any],
+    progress: Callable[[], contextlib.AbstractContextManager[None]],
+  ) -> None:
     try:
-      with elapsed(title), self._beam.Pipeline(options=self._options) as p:
+      with progress(), self._beam.Pipeline(options=self._options) as p:
         build(p)
     except Exception as error:  # Of the runner; a worker's error is its text.
       # The last line of a traceback that is not part of a quotation.
@@ -235,17 +302,48 @@ class BeamEngine:
       reason = lines[-1] if lines else type(error).__name__
       reason = reason.partition(" [while running")[0]
       raise UserError(
-        f"{title} failed ({reason}); the same command resumes"
+        f"{self._on(title)} failed ({reason}); the same command resumes"
       ) from error
 
   def _raise_problem(self) -> None:
     """Raises the first error of the workers, as one machine would."""
-    paths = sorted(Path(self._task.out, "work").glob("problem-*.txt"))
-    if paths:
-      message = paths[0].read_text(encoding="utf-8")
+    names = sorted(n for n in self._task.done() if n.startswith("problem-"))
+    if names:
+      paths = [epath.Path(self._task.out, "work", name) for name in names]
+      message = storage.read_bytes(paths[0]).decode()
       for path in paths:
         path.unlink()
       raise UserError(message)
+
+
+@contextlib.contextmanager
+def _polled(
+  title: str, wanted: Set[str], done: Callable[[], Set[str]]
+) -> Iterator[None]:
+  """Shows how many of the wanted results there are while the block runs."""
+  progress = PartsProgress(title, len(wanted))
+  progress.show(f"{title}: {len(wanted):,} parts")
+  ended = threading.Event()
+
+  def poll() -> None:
+    count, pause = 0, 1.0
+    while not ended.wait(pause):
+      start = time.monotonic()
+      with contextlib.suppress(OSError):
+        found = len(wanted & done())
+        progress.add(found - count)
+        count = found
+      # A bucket lists a thousand names a request, so this may take seconds.
+      pause = max(1.0, 10 * (time.monotonic() - start))
+
+  thread = threading.Thread(target=poll, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
+    progress.close(erase=True)
 
 
 # --- Functions that run on the workers ---------------------------------------

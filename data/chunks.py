@@ -16,10 +16,10 @@ import threading
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
+from etils import epath
 
 from data.bad_records import BadRecords
 from data.columns import columns_in, load_conditions
@@ -34,6 +34,9 @@ from edl_jax.text.tokenizer import Tokenizer
 
 _Job = TypeVar("_Job")
 _Made = TypeVar("_Made")
+
+# Small files that are read or written at once.
+_THREADS = 16
 
 
 class Chunk(NamedTuple):
@@ -63,7 +66,7 @@ def read_chunks(
   chunk, size, stored = [], 0, 0
   for path in paths:
     # Text takes as many bytes, until it turns out to be compressed.
-    left = os.path.getsize(path)
+    left = storage.size(path)
     for where, found in read_records(path, root, columns):
       chunk.append((where, found))
       added = cost(found)
@@ -121,19 +124,39 @@ class Workers:
     if self._pool is None:
       yield from map(function, jobs)
       return
-    pending: deque[concurrent.futures.Future[_Made]] = deque()
     try:
-      for job in jobs:
-        pending.append(self._pool.submit(function, job))
-        if len(pending) > 2 * self._count:
-          yield pending.popleft().result()
-      while pending:
-        yield pending.popleft().result()
+      yield from _in_order(self._pool, function, jobs, 2 * self._count)
     except concurrent.futures.BrokenExecutor as error:
       raise UserError(
         "a worker process was killed, perhaps because memory ran out; start"
         " the same command again to resume, if need be with fewer --workers"
       ) from error
+
+
+def in_threads(
+  function: Callable[[_Job], _Made], jobs: Iterable[_Job]
+) -> Iterator[_Made]:
+  """Yields `function(job)` of each job, in order; reads some jobs ahead.
+
+  The threads of this process wait together for files, above all in a bucket.
+  """
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    yield from _in_order(pool, function, jobs, _THREADS)
+
+
+def _in_order(
+  pool: concurrent.futures.Executor,
+  function: Callable[[_Job], _Made],
+  jobs: Iterable[_Job],
+  ahead: int,
+) -> Iterator[_Made]:
+  pending: deque[concurrent.futures.Future[_Made]] = deque()
+  for job in jobs:
+    pending.append(pool.submit(function, job))
+    if len(pending) > ahead:
+      yield pending.popleft().result()
+  while pending:
+    yield pending.popleft().result()
 
 
 def _start_process(
@@ -154,7 +177,7 @@ def _start_process(
   start(*arguments)
 
 
-def write_arrays(path: Path, **arrays: Any) -> None:
+def write_arrays(path: epath.Path, **arrays: Any) -> None:
   """Writes named arrays whole or not at all."""
   file = io.BytesIO()
   np.savez(file, **arrays)
@@ -168,7 +191,7 @@ class _Worker:
   """The state of a process."""
 
   def __init__(self, out: str, rules: str, skip_bad: bool, near: Near | None):
-    self.out, self.skip_bad, self.near = Path(out), skip_bad, near
+    self.out, self.skip_bad, self.near = epath.Path(out), skip_bad, near
     self.rule: Rule | None = load_rules(rules) if rules else None
     self.columns = rule_columns(rules) if rules else []
     self.conditions = load_conditions(rules) if rules else []
@@ -176,7 +199,7 @@ class _Worker:
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
     """The tokenizer, whose file is written before encoding begins."""
-    text = (self.out / TOKENIZER).read_text(encoding="utf-8")
+    text = storage.read_bytes(self.out / TOKENIZER).decode()
     return Tokenizer.from_json(text)
 
 
@@ -191,14 +214,14 @@ def start_worker(
   _worker = _Worker(out, rules, skip_bad, near)
 
 
-def scan_path(out: str | Path, number: int) -> Path:
+def scan_path(out: str | os.PathLike[str], number: int) -> epath.Path:
   """Returns the path of the arrays that `scan` writes for a chunk."""
-  return Path(out, "work", f"scan-{number:05}.npz")
+  return epath.Path(out, "work", f"scan-{number:05}.npz")
 
 
-def encoded_path(out: str | Path, number: int) -> Path:
+def encoded_path(out: str | os.PathLike[str], number: int) -> epath.Path:
   """Returns the path of the documents that `encode` writes for a chunk."""
-  return Path(out, "work", f"documents-{number:05}.npz")
+  return epath.Path(out, "work", f"documents-{number:05}.npz")
 
 
 def scan(chunk: Chunk) -> int:
@@ -231,6 +254,7 @@ def scan(chunk: Chunk) -> int:
       label, _ = labels.setdefault(name, (len(labels), where))
     text = record["text"]
     content = text.encode()
+    digest, origin = hashlib.sha256(content).digest(), record.get("origin")
     columns.append(
       (
         label,
@@ -238,8 +262,9 @@ def scan(chunk: Chunk) -> int:
         len(text),
         len(content),
         not text or text.isspace(),
-        hashlib.sha256(content).digest(),
-        origin_digest(record.get("origin") or text),
+        digest,
+        # A text without an origin is its own.
+        origin_digest(origin) if origin else digest,
       )
     )
   more: dict[str, Any] = {}
@@ -327,7 +352,7 @@ def encode(job: Job) -> int:
   return int(documents["bytes"].sum(dtype=np.int64))
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
   """Reads what `write_arrays` wrote.
 
   Raises:
@@ -335,14 +360,15 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
       removed, so that the next start writes it again.
   """
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    content = io.BytesIO(storage.read_bytes(path))
+    with np.load(content, allow_pickle=False) as arrays:
       return {name: arrays[name] for name in arrays.files}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     path.unlink(missing_ok=True)
     raise lost(path) from error
 
 
-def lost(path: Path) -> UserError:
+def lost(path: epath.Path) -> UserError:
   """Returns the error of a file that changed after it was written."""
   return UserError(f"{path}: damaged; the same command writes it again")
 

@@ -1,17 +1,17 @@
 """Scans and encodes all chunks of a corpus; `data.prepare` does the rest."""
 
-import os
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+from etils import epath
 
 from data import chunks
 from data.plan import Plan
 from data.runs import Text
+from edl_jax import storage
 from edl_jax.progress import BytesProgress
 
 
@@ -40,7 +40,7 @@ class LocalEngine:
 
   def __init__(self, text: Text, workers: int, out: str, *rest: Any):
     """Takes the corpus, the processes, and what `start_worker` takes."""
-    self._text, self._out = text, Path(out)
+    self._text, self._out = text, epath.Path(out)
     self._workers = chunks.Workers(workers, chunks.start_worker, out, *rest)
 
   def __enter__(self) -> Self:
@@ -52,8 +52,8 @@ class LocalEngine:
 
   def scan(self) -> int:
     """See `Engine`."""
-    total = sum(map(os.path.getsize, self._text.paths))
-    progress, count = BytesProgress("reading", total), 0
+    progress, count = BytesProgress("reading", self._text.stored()), 0
+    done = storage.names(self._out / "work")
     # Bytes of the files that the chunks under way were read from.
     waiting: deque[int] = deque()
 
@@ -61,7 +61,7 @@ class LocalEngine:
       nonlocal count
       for chunk in self._text.all_chunks():
         count = chunk.number + 1
-        if chunks.scan_path(self._out, chunk.number).exists():
+        if chunks.scan_path(self._out, chunk.number).name in done:
           progress.add(chunk.stored)
         else:
           waiting.append(chunk.stored)
@@ -81,8 +81,7 @@ class LocalEngine:
     wanted = choose_sample(plan, enough)
     lengths = dict(wanted)
     texts = {}
-    total = sum(map(os.path.getsize, self._text.paths))
-    progress = BytesProgress("sampling", total)
+    progress = BytesProgress("sampling", self._text.stored())
     for chunk in self._text.all_chunks():
       progress.add(chunk.stored)
       begin = int(plan.begin[chunk.number])
@@ -95,10 +94,11 @@ class LocalEngine:
   def encode(self, plan: Plan) -> None:
     """See `Engine`."""
     progress = BytesProgress("tokenizing", plan.num_bytes)
+    done = storage.names(self._out / "work")
 
     def missing() -> Iterator[chunks.Job]:
       for chunk in self._text.all_chunks():
-        if not chunks.encoded_path(self._out, chunk.number).exists():
+        if chunks.encoded_path(self._out, chunk.number).name not in done:
           yield chunks.Job.of_chunk(chunk, **plan.of_chunk(chunk.number))
 
     for size in self._workers.in_order(chunks.encode, missing()):

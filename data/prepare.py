@@ -17,16 +17,15 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from data import bad_records, chunks
-from data.beam import BeamEngine, load_beam
+from data.beam import RUNNERS, BeamEngine, load_beam
 from data.engines import Engine, LocalEngine
 from data.labels import LabelReport, rule_columns, stored_columns
 from data.near import Near
@@ -99,7 +98,7 @@ _RUNNER = COMMAND.flag(
   "runner",
   "local",
   "This machine's processes, or the Apache Beam runner that shares the work.",
-  choices=("local", "DirectRunner", "FlinkRunner", "SparkRunner"),
+  choices=("local", *RUNNERS),
 )
 _BEAM = COMMAND.flag(
   "beam", [], "Argument for Beam, without its dashes; may be repeated."
@@ -154,13 +153,13 @@ class Options:
       path = settings[key]
       if key == "tokenizer" and os.path.isdir(path):
         path = tokenizer_file(path)
-      if os.path.isfile(path):
+      # A name is no file; what is missing is reported where it is used.
+      with contextlib.suppress(OSError):
         settings[f"content of {key}"] = checksum(path)["sha256"]
     inputs = hashlib.sha256()
-    for path in paths:
-      state = os.stat(path)
+    for path, state in zip(paths, storage.states(paths)):
       inputs.update(os.fsencode(path))
-      inputs.update(f"\n{state.st_size} {state.st_mtime_ns}\n".encode())
+      inputs.update(f"\n{state.size} {state.version}\n".encode())
     return settings | {"input files": len(paths), "inputs": inputs.hexdigest()}
 
 
@@ -173,7 +172,9 @@ def prepare(options: Options) -> dict[str, Any]:
   """
   if options.near:
     options.near.new_index()
+  storage.check_access(options.out, "--out=")
   if options.runner != "local":
+    _check_paths(options)
     load_beam(options.runner, options.beam)
   root, paths = find_files(options.files, "--files")
   settings = options.settings(paths)
@@ -181,7 +182,7 @@ def prepare(options: Options) -> dict[str, Any]:
   if manifest is not None:
     _check_same(options.out, manifest["settings"], settings)
     check_files(options.out, manifest, content=True)
-    shutil.rmtree(Path(options.out, "work"), ignore_errors=True)
+    epath.Path(options.out, "work").rmtree(missing_ok=True)
     return manifest
   try:
     with _opened(options.out, settings):
@@ -191,6 +192,23 @@ def prepare(options: Options) -> dict[str, Any]:
       f"cannot write to --out={options.out}: {error.strerror or error}; once it"
       " can, start the same command again to resume"
     ) from error
+
+
+def _check_paths(options: Options) -> None:
+  """Checks that the machines of Dataflow, which share no disk, see the files.
+
+  Raises:
+    UserError: they do not.
+  """
+  if options.runner != "DataflowRunner":
+    return
+  for name in ("files", "labels", "out"):
+    path = getattr(options, name)
+    if path and not storage.in_bucket(path):
+      raise UserError(
+        f"--{name}={path}: DataflowRunner needs it in a bucket, as"
+        " gs://BUCKET/..."
+      )
 
 
 def _check_same(
@@ -211,21 +229,31 @@ def _check_same(
 @contextlib.contextmanager
 def _opened(out: str, settings: Mapping[str, Any]) -> Iterator[None]:
   """Creates the folder, or checks its settings; locks it for the block."""
-  work = Path(out, "work")
+  work = epath.Path(out, "work")
   path = work / "settings.json"
   if path.exists():
-    _check_same(out, json.loads(path.read_text()), settings)
-  elif os.path.isdir(out) and set(os.listdir(out)) - {"work"}:
+    _check_same(out, json.loads(storage.read_bytes(path)), settings)
+  elif storage.names(out) - {"work"}:
     raise UserError(
       f"--out={out} holds other files; choose an empty or a new folder"
     )
-  work.mkdir(parents=True, exist_ok=True)
-  with open(work / "lock", "w") as lock:
+  storage.make_folder(os.fspath(work))
+  with _locked(out):
+    storage.write_json(path, settings)
+    yield
+
+
+@contextlib.contextmanager
+def _locked(out: str) -> Iterator[None]:
+  """Keeps other processes out of a folder; a bucket has no locks."""
+  if storage.in_bucket(out):
+    yield
+    return
+  with open(os.path.join(out, "work", "lock"), "w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise UserError(f"--out={out}: another process is writing it") from error
-    storage.write_json(path, settings)
     yield
 
 
@@ -233,7 +261,7 @@ class _Preparation:
   """Scan, plan, encode, finish: four steps that skip what earlier runs did."""
 
   def __init__(self, options: Options, root: str, paths: Sequence[str]):
-    self._options, self._out = options, Path(options.out)
+    self._options, self._out = options, epath.Path(options.out)
     columns = (
       stored_columns(rule_columns(options.labels)) if options.labels else []
     )
@@ -257,7 +285,7 @@ class _Preparation:
     with context as engine:
       count = engine.scan()
       plan = make_plan(
-        map(engine.read_scan, shown("choosing", range(count))),
+        chunks.in_threads(engine.read_scan, shown("choosing", range(count))),
         DataConfig(
           files=options.files,
           taxonomy=options.taxonomy,
@@ -283,7 +311,7 @@ class _Preparation:
     """Returns the tokenizer, and writes tokenizer.json if it is missing."""
     kind, path = self._options.tokenizer, self._out / TOKENIZER
     if path.exists():
-      return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+      return Tokenizer.from_json(storage.read_bytes(path).decode())
     if kind == "byte":
       tokenizer = byte_tokenizer()
     elif kind.startswith("bpe:"):
@@ -301,16 +329,13 @@ class _Preparation:
   ) -> dict[str, Any]:
     """Writes the index and, last, the manifest."""
     parts, digests, files = [np.zeros(0, DOCUMENT)], [], {}
-    for number in shown("checking", range(len(plan.begin) - 1)):
-      encoded = chunks.encoded_path(self._out, number)
-      arrays = chunks.read_arrays(encoded)
+    numbers = range(len(plan.begin) - 1)
+    for number, (arrays, found) in enumerate(
+      chunks.in_threads(self._checked, shown("checking", numbers))
+    ):
       parts.append(arrays["documents"])
       digests += list(arrays["text"])
-      name = tokens_name(number)
-      files[name] = checksum(self._out / name)
-      if files[name]["sha256"] != str(arrays["sha256"]):
-        encoded.unlink()
-        raise chunks.lost(self._out / name)
+      files[tokens_name(number)] = found
     documents = np.concatenate(parts)
     index = io.BytesIO()
     np.save(index, documents)
@@ -335,11 +360,27 @@ class _Preparation:
     if plan.near_duplicates is not None:
       manifest["near_duplicates"] = plan.near_duplicates
     storage.write_json(self._out / MANIFEST, manifest, indent=2)
-    shutil.rmtree(self._out / "work")
+    (self._out / "work").rmtree()
     # A worker that was killed while it wrote a file leaves what it had.
     for part in self._out.glob(".*.tmp"):
       part.unlink(missing_ok=True)
     return manifest
+
+  def _checked(
+    self, number: int
+  ) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+    """Returns a chunk's documents, and the checksum of its tokens.
+
+    Raises:
+      UserError: the tokens are not those that were written.
+    """
+    encoded = chunks.encoded_path(self._out, number)
+    arrays = chunks.read_arrays(encoded)
+    found = checksum(self._out / tokens_name(number))
+    if found["sha256"] != str(arrays["sha256"]):
+      encoded.unlink()
+      raise chunks.lost(self._out / tokens_name(number))
+    return arrays, found
 
 
 @COMMAND.main

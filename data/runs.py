@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.chunks import Chunk, cost, read_chunks
+from edl_jax import storage
 from edl_jax.text.readers import Found, read_records
 
 # A run reads its first file from the beginning. More runs of one file would
@@ -46,6 +47,10 @@ class Text(NamedTuple):
   columns: tuple[str, ...]
   # Size of a chunk.
   characters: int
+
+  def stored(self) -> int:
+    """Returns the bytes of all files."""
+    return sum(state.size for state in storage.states(self.paths))
 
   def records(self, file: int) -> Iterator[Found]:
     """Yields the records of a file, by its index."""

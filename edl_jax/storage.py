@@ -4,6 +4,7 @@ A path is a string: a local path, or gs://BUCKET/FOLDER. An object in a bucket
 cannot be renamed, mapped into memory or appended to, and needs no folder.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import gzip
@@ -13,10 +14,11 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 from etils import epath
+from etils.epath import backend
 from fsspec.config import conf
 
 from edl_jax.config import UserError
@@ -24,6 +26,11 @@ from edl_jax.config import UserError
 # Orbax and other processes write to the same folders, and a cached listing
 # would hide their checkpoints. This must be set before epath makes a client.
 conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+# It logs a traceback for every error that it raises.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+# Requests to a bucket at once.
+_REQUESTS = 32
 
 
 def in_bucket(path: str) -> bool:
@@ -61,6 +68,133 @@ def make_folder(path: str) -> None:
     os.makedirs(path, exist_ok=True)
 
 
+class FileState(NamedTuple):
+  """What tells whether a file is the one that it was."""
+
+  size: int
+  # Time of the last change, or the generation of an object.
+  version: str
+
+
+def states(paths: Sequence[str]) -> list[FileState]:
+  """Returns the states of files.
+
+  Raises:
+    OSError: a file is missing or cannot be read.
+  """
+  if not any(map(in_bucket, paths)):
+    return list(map(_state, paths))
+  # A request takes tens of milliseconds, in which the machine waits.
+  with concurrent.futures.ThreadPoolExecutor(_REQUESTS) as pool:
+    return list(pool.map(_state, paths))
+
+
+def _state(path: str) -> FileState:
+  if not in_bucket(path):
+    state = os.stat(path)
+    return FileState(state.st_size, str(state.st_mtime_ns))
+  with _as_os_error(path):
+    found = backend.fsspec_backend.fs(path).info(path)
+  version = found.get("generation") or found.get("created")
+  return FileState(found["size"], str(version))
+
+
+def size(path: str | os.PathLike[str]) -> int:
+  """Returns the bytes of a file; raises OSError, see `states`."""
+  return _state(os.fspath(path)).size
+
+
+def find(pattern: str) -> list[tuple[str, int]]:
+  """Returns the objects that a glob in a bucket matches, and their sizes.
+
+  An object whose name is the pattern is taken as it is.
+
+  Raises:
+    OSError: the bucket cannot be read.
+  """
+  scheme = pattern.partition("://")[0]
+  with _as_os_error(pattern):
+    # Any: fsspec's types leave out what detail=True returns.
+    bucket: Any = backend.fsspec_backend.fs(pattern)
+    if bucket.isfile(pattern):
+      return [(pattern, bucket.info(pattern)["size"])]
+    found = bucket.glob(pattern, detail=True)
+  return [
+    (f"{scheme}://{path.lstrip('/')}", info["size"])
+    for path, info in found.items()
+    if info["type"] == "file"
+  ]
+
+
+def names(folder: str | os.PathLike[str]) -> set[str]:
+  """Returns the names of what is in a folder, none if there is no folder."""
+  path = epath.Path(folder)
+  with _as_os_error(os.fspath(path)), contextlib.suppress(FileNotFoundError):
+    return {entry.name for entry in path.iterdir()}
+  return set()
+
+
+class _Object(io.RawIOBase):
+  """An object in a bucket, which raises OSError alone."""
+
+  def __init__(self, path: str):
+    self._path = path
+    with _as_os_error(path):
+      self._file = backend.fsspec_backend.fs(path).open(path, "rb")
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    with _as_os_error(self._path):
+      content = self._file.read(len(buffer))
+    buffer[: len(content)] = content
+    return len(content)
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    return self._file.seek(offset, whence)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+  def close(self) -> None:
+    if not self.closed:
+      self._file.close()
+    super().close()
+
+
+def open_bytes(path: str | os.PathLike[str]) -> io.BufferedReader:
+  """Opens a file for reading.
+
+  Raises:
+    OSError: it is missing or cannot be read; so do the methods of the file.
+  """
+  path = os.fspath(path)
+  if in_bucket(path):
+    return io.BufferedReader(_Object(path), 1 << 20)
+  return open(path, "rb")
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+  """Returns what a file holds; raises OSError, see `open_bytes`."""
+  with open_bytes(path) as file:
+    return file.read()
+
+
+@contextlib.contextmanager
+def _as_os_error(path: str) -> Iterator[None]:
+  """Makes an OSError of whatever gcsfs, or a library that it uses, raises."""
+  try:
+    yield
+  except OSError:
+    raise
+  except Exception as error:
+    raise OSError(errno.EIO, _reason(error), path) from error
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   """Opens a file that becomes visible, complete, when the block ends.
@@ -79,10 +213,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   if in_bucket(path):
     content = io.BytesIO()
     yield content
-    try:
+    with _as_os_error(path):
       epath.Path(path).write_bytes(content.getvalue())
-    except Exception as error:  # Of gcsfs, or of a library that it uses.
-      raise OSError(errno.EIO, _reason(error), path) from error
     return
   if os.path.exists(path) and not os.path.isfile(path):
     with open(path, "wb") as file:
@@ -187,8 +319,6 @@ def check_access(path: str, setting: str = "") -> None:
   named = f"{setting}{path}"
   if scheme != "gs":
     raise UserError(f"{named}: only gs:// buckets can be used")
-  # gcsfs logs a traceback for every error that it raises.
-  logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
   bucket = f"gs://{rest.partition('/')[0]}"
   try:
     epath.Path(bucket).stat()

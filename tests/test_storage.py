@@ -83,6 +83,31 @@ def cache(tmp_path, monkeypatch):
   monkeypatch.setenv("EDL_JAX_CACHE", str(tmp_path / "cache"))
 
 
+def test_files_are_found_and_read(bucket, tmp_path):
+  (tmp_path / "c").mkdir()
+  for folder in (str(tmp_path), "gs://test/run"):
+    storage.write_bytes(f"{folder}/a b.txt", b"abcdef")
+    storage.write_bytes(f"{folder}/c/d.txt", b"x")
+    assert storage.names(folder) == {"a b.txt", "c"}
+    assert storage.names(f"{folder}/none") == set()
+    path = f"{folder}/a b.txt"
+    assert storage.size(path) == 6
+    with storage.open_bytes(path) as file:
+      file.seek(2)
+      assert file.read(2) == b"cd" and file.tell() == 4
+    before = storage.states([path, f"{folder}/c/d.txt"])
+    storage.write_bytes(path, b"abcdeg")
+    after = storage.states([path, f"{folder}/c/d.txt"])
+    assert before[0] != after[0] and before[1] == after[1]
+    assert storage.read_bytes(path) == b"abcdeg"
+    with pytest.raises(FileNotFoundError):
+      storage.read_bytes(f"{folder}/none")
+  assert storage.find("gs://test/run/*/*.txt") == [("gs://test/run/c/d.txt", 1)]
+  assert storage.find("gs://test/run/a b.txt") == [("gs://test/run/a b.txt", 6)]
+  with pytest.raises(OSError, match="Forbidden"):
+    storage.size("gs://locked/a")
+
+
 def test_files_are_replaced_as_a_whole(bucket, tmp_path):
   for folder in (str(tmp_path / "made" / "run"), "gs://test/run"):
     storage.make_folder(folder)

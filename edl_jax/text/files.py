@@ -4,8 +4,10 @@ import glob
 import os
 import re
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
 
+from edl_jax import storage
 from edl_jax.config import UserError
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
@@ -21,11 +23,15 @@ def find_files(pattern: str, setting: str) -> tuple[str, list[str]]:
 
   A path that exists is taken as it is, even if it holds "[", "?" or "*"; so are
   the leading folders of a glob that exist. Empty files and the markers of Spark
-  and Hive, such as _SUCCESS, are left out, unless the path names one.
+  and Hive, such as _SUCCESS, are left out, unless the path names one. A glob in
+  a bucket, gs://BUCKET/..., matches its objects.
 
   Raises:
-    UserError: no file matches; names the `setting` that holds the glob.
+    UserError: no file matches, or a bucket cannot be read; names the `setting`
+      that holds the glob.
   """
+  if storage.in_bucket(pattern):
+    return _find_objects(pattern, setting)
   expanded = os.path.expanduser(pattern)
   if os.path.isfile(expanded):
     return os.path.dirname(expanded), [expanded]
@@ -39,14 +45,37 @@ def find_files(pattern: str, setting: str) -> tuple[str, list[str]]:
     os.path.isfile,
     glob.glob(os.path.join(glob.escape(root), rest), recursive=True),
   )
-  paths = sorted(path for path in found if not _is_marker(path, root))
-  filled = [path for path in paths if os.path.getsize(path)]
+  start = os.path.dirname(os.path.join(root, _fixed(rest)))
+  sizes = {path: os.path.getsize(path) for path in found}
+  return start, _filled(sizes, root, f"{setting}={pattern}")
+
+
+def _find_objects(pattern: str, setting: str) -> tuple[str, list[str]]:
+  storage.check_access(pattern, f"{setting}=")
+  try:
+    sizes = dict(storage.find(pattern))
+  except OSError as error:
+    raise UserError(
+      f"{setting}={pattern}: {error.strerror or error}"
+    ) from error
+  root = os.path.dirname(pattern if pattern in sizes else _fixed(pattern))
+  return root, _filled(sizes, root, f"{setting}={pattern}")
+
+
+def _fixed(pattern: str) -> str:
+  """Returns the part of a pattern before its first special character."""
+  return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+
+
+def _filled(sizes: Mapping[str, int], root: str, given: str) -> list[str]:
+  """Returns the files that hold something, of those that are no markers."""
+  paths = sorted(path for path in sizes if not _is_marker(path, root))
+  filled = [path for path in paths if sizes[path]]
   if not paths:
-    raise UserError(f"{setting}={pattern}: no such file")
+    raise UserError(f"{given}: no such file")
   if not filled:
-    raise UserError(f"{setting}={pattern}: every file is empty")
-  fixed = re.split(r"[*?\[]", rest, maxsplit=1)[0]
-  return os.path.dirname(os.path.join(root, fixed)), filled
+    raise UserError(f"{given}: every file is empty")
+  return filled
 
 
 def _existing(pattern: str) -> tuple[str, str]:

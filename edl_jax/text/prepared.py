@@ -59,11 +59,11 @@ def tokens_name(number: int) -> str:
   return f"tokens-{number:05}.bin"
 
 
-def checksum(path: str | Path) -> dict[str, Any]:
+def checksum(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Returns a file's size and SHA-256, in the form of the manifest."""
-  with open(path, "rb") as file:
+  with storage.open_bytes(path) as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-  return {"bytes": os.path.getsize(path), "sha256": digest}
+    return {"bytes": file.tell(), "sha256": digest}
 
 
 # What every manifest has.
@@ -109,12 +109,12 @@ def check_files(
   for name in shown("checking", files) if content else files:
     path, wanted = os.path.join(folder, name), files[name]
     try:
-      size = os.path.getsize(path)
+      size = storage.size(path)
       same = size == wanted["bytes"]
       if same and content:
         same = checksum(path) == wanted
     except OSError as error:
-      raise UserError(f"{path}: {error.strerror}") from error
+      raise UserError(f"{path}: {error.strerror or error}") from error
     if not same:
       raise _damaged(path, size, wanted)
 

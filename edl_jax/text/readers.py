@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TextIO
 
+from edl_jax import storage
 from edl_jax.config import UserError
 from edl_jax.text.examples import is_example, plain_text
 from edl_jax.text.files import (
@@ -325,9 +326,12 @@ def _read_parquet(path: str, columns: Collection[str]) -> Iterator[Found]:
   damage = (*DAMAGE, need_package("pyarrow", "reading Parquet").ArrowException)
   number = 0
   try:
-    if not os.path.getsize(path):
+    if not storage.size(path):
       return
-    with parquet.ParquetFile(path) as file:
+    with (
+      storage.open_bytes(path) as stream,
+      parquet.ParquetFile(stream) as file,
+    ):
       names = file.schema_arrow.names
       if "text" not in names:
         problem = f"no column 'text'; there are: {', '.join(names)}"
@@ -385,6 +389,10 @@ def _read_array_record(path: str) -> Iterator[Found]:
   their names.
   """
   purpose = "reading ArrayRecord"
+  if storage.in_bucket(path):
+    problem = "ArrayRecord is not read in buckets; copy it to a disk"
+    yield path, UserError(f"{path}: {problem}")
+    return
   features = need_package("tensorflow_datasets", purpose).features
   module = need_package("array_record.python.array_record_module", purpose)
   number = 0

@@ -8,6 +8,7 @@ import types
 import zlib
 from typing import IO, Any
 
+from edl_jax import storage
 from edl_jax.config import UserError
 
 # Exceptions of reading a file that is damaged or disappears.
@@ -31,6 +32,18 @@ def need_package(module: str, purpose: str) -> types.ModuleType:
       f"{purpose} needs the package {module.split('.')[0]}: pip install -r"
       " requirements-data.txt"
     ) from error
+
+
+class _GzipStream(gzip.GzipFile):
+  """Decompresses a file, and closes it in the end."""
+
+  def __init__(self, file: IO[bytes]):
+    super().__init__(mode="rb", fileobj=file)
+    self._file = file
+
+  def close(self) -> None:
+    super().close()
+    self._file.close()
 
 
 class _ZstdStream(io.RawIOBase):
@@ -76,10 +89,10 @@ def open_stream(path: str) -> io.BufferedIOBase:
   """Opens a file for reading bytes, decompressed if its name says so."""
   name = path.lower()
   if name.endswith(".gz"):
-    return gzip.open(path, "rb")
+    return _GzipStream(storage.open_bytes(path))
   if name.endswith(".zst"):
-    return io.BufferedReader(_ZstdStream(open(path, "rb")), 1 << 20)
-  return open(path, "rb")
+    return io.BufferedReader(_ZstdStream(storage.open_bytes(path)), 1 << 20)
+  return storage.open_bytes(path)
 
 
 def reason(error: Exception) -> str:

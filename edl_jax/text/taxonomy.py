@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from edl_jax import storage
 from edl_jax.config import UserError
 
 # Name of the source of rows whose domain is unknown.
@@ -196,10 +197,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     UserError: the file cannot be read; names file and line.
   """
   try:
-    with open(os.path.expanduser(path), encoding="utf-8") as file:
-      content = yaml.safe_load(file)
+    content = storage.read_bytes(os.path.expanduser(path)).decode()
+    content = yaml.safe_load(content)
   except OSError as error:
-    raise UserError(f"{path}: {error.strerror}") from error
+    raise UserError(f"{path}: {error.strerror or error}") from error
   except (yaml.YAMLError, UnicodeDecodeError) as error:
     mark = getattr(error, "problem_mark", None)
     place = f":{mark.line + 1}" if mark else ""

@@ -19,6 +19,7 @@ def plan_of(source_N, held_out_N, characters_N):
     begin=np.array([0, len(source_N)]),
     num_bytes=sum(characters_N),
     skipped={},
+    bad={},
   )
 
 

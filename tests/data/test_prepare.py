@@ -379,7 +379,7 @@ def test_full_disk_leaves_what_can_be_continued(texts, tmp_path, workers):
   assert process.returncode == 2
   lines = message.decode().splitlines()
   # Lines of progress come first when preparing takes long.
-  (error,) = [line for line in lines if not line.startswith("reading ")]
+  (error,) = [line for line in lines if line.startswith("error: ")]
   assert f"error: cannot write to --out={made.out}: File too large" in error
   assert not list(Path(made.out).glob("**/*.tmp"))
   assert not Path(made.out, "manifest.json").exists()
