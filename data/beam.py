@@ -40,7 +40,7 @@ from edl_jax import storage
 from edl_jax.config import UserError
 from edl_jax.progress import PartsProgress, elapsed
 
-RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
+_RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner")
 
 
 class _Task(NamedTuple):
@@ -66,9 +66,13 @@ def load_beam(runner: str, options: Sequence[str]) -> tuple[Any, Any]:
   """Returns Beam's module and its options.
 
   Raises:
-    UserError: Beam is not installed, or an option has a value that it does not
-      take.
+    UserError: there is no such runner, Beam is not installed, or an option has
+      a value that it does not take.
   """
+  if runner not in _RUNNERS:
+    raise UserError(
+      f"--runner={runner}: must be local or one of {', '.join(_RUNNERS)}"
+    )
   try:
     # Any: Beam is optional, and types are checked without it.
     beam: Any = importlib.import_module("apache_beam")

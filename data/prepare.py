@@ -25,7 +25,7 @@ import numpy as np
 from etils import epath
 
 from data import bad_records, chunks
-from data.beam import RUNNERS, BeamEngine, load_beam
+from data.beam import BeamEngine, load_beam
 from data.engines import Engine, LocalEngine
 from data.labels import LabelReport, rule_columns, stored_columns
 from data.near import Near
@@ -97,8 +97,8 @@ _PERMUTATIONS = COMMAND.flag(
 _RUNNER = COMMAND.flag(
   "runner",
   "local",
-  "This machine's processes, or the Apache Beam runner that shares the work.",
-  choices=("local", *RUNNERS),
+  "local: processes of this machine. DirectRunner, DataflowRunner, FlinkRunner,"
+  " SparkRunner: Apache Beam's, which share the work among machines.",
 )
 _BEAM = COMMAND.flag(
   "beam", [], "Argument for Beam, without its dashes; may be repeated."

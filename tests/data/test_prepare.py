@@ -479,6 +479,8 @@ def test_command(texts, tmp_path, capsys):
     ("--tokenizer=bpe:9", "at least 300"),
     ("--tokenizer=none.json", "none.json"),
     ("--workers=0", "--workers=0: must be at least 1"),
+    ("--runner=none", "--runner=none: must be local or one of DirectRunner"),
+    ("--runner=DataflowRunner", "DataflowRunner needs it in a bucket"),
     ("--workers=none", "--workers=none: must be an integer"),
     ("--held_out_fraction=2", "--held_out_fraction=2"),
     ("--max_characters_per_domain=0", "--max_characters_per_domain=0"),
