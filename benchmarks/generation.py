@@ -17,29 +17,16 @@ import statistics
 import sys
 import tempfile
 
-from benchmarks import inference_peers, measure
-from edl_jax.cache import cache_directory
+from benchmarks import inference_peers, measure, peers
 from edl_jax.command import Command
 
 COMMAND = Command(__doc__)
-_EXPERIMENT = COMMAND.flag(
-  "model",
-  tuple(inference_peers.EXPERIMENTS),
-  "Experiments whose shapes the model has.",
-  choices=tuple(inference_peers.EXPERIMENTS),
-)
+_MODELS = inference_peers.model_flag(COMMAND)
 _PROMPTS = COMMAND.flag(
   "prompts", ("1", "16"), "Numbers of prompts to continue at a time."
 )
 _NUM_TOKENS = COMMAND.flag("num_tokens", 64, "New tokens.", minimum=1)
-_ROUNDS = COMMAND.flag("rounds", 5, "Turns that each takes.", minimum=1)
-_THREADS = COMMAND.flag("threads", 2, "Cores for each.", minimum=1)
-_ENVIRONMENTS = COMMAND.flag(
-  "environments",
-  str(cache_directory() / "peers"),
-  "Folder that keeps the peers' virtual environments.",
-)
-_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
+_FLAGS = peers.comparison_flags(COMMAND)
 
 _WORDS = "def return value class import the of and is not for in with"
 
@@ -69,7 +56,7 @@ def _compare(
     return sum(lengths) / seconds
 
   rates = measure.take_turns(
-    {key: lambda key=key: turn(key) for key in running}, _ROUNDS.value
+    {key: lambda key=key: turn(key) for key in running}, _FLAGS.rounds.value
   )
   ratios = [a / b for a, b in zip(rates["ours"], rates["transformers"])]
   return {
@@ -88,17 +75,17 @@ def _compare(
 def main() -> None:
   """Times both on each model."""
   rows = []
-  for name in _EXPERIMENT.value:
+  for name in _MODELS.value:
     experiment = inference_peers.load_experiment(name)
     with (
       tempfile.TemporaryDirectory() as folder,
       inference_peers.contestants(
         inference_peers.write_models(experiment, folder),
-        *(_ENVIRONMENTS.value, _THREADS.value),
+        *(_FLAGS.environments.value, _FLAGS.threads.value),
       ) as running,
     ):
       rows += [_compare(name, int(count), running) for count in _PROMPTS.value]
-  measure.report(rows, _JSON.value, num_tokens=_NUM_TOKENS.value)
+  measure.report(rows, _FLAGS.json.value, num_tokens=_NUM_TOKENS.value)
 
 
 if __name__ == "__main__":

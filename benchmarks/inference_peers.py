@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from absl import flags
 
 from benchmarks import inference
 from benchmarks.peers import ROOT, python_of
 from edl_jax import config_files, sharding
 from edl_jax.checkpoint import Checkpointer, Provenance
+from edl_jax.command import Command
 from edl_jax.config import Experiment, MeshConfig
 from edl_jax.interop import export
 from edl_jax.optim import make_optimizer
@@ -24,6 +26,16 @@ EXPERIMENTS = {
   "demo": str(ROOT / "experiments/demo.py"),
   "bench": str(ROOT / "experiments/bench.py"),
 }
+
+
+def model_flag(command: Command) -> flags.FlagHolder[tuple[str, ...]]:
+  """Defines the flag that names `EXPERIMENTS`."""
+  return command.flag(
+    "model",
+    tuple(EXPERIMENTS),
+    "Experiments whose shapes the model has.",
+    choices=tuple(EXPERIMENTS),
+  )
 
 
 def write_models(experiment: Experiment, folder: str) -> dict[str, str]:

@@ -37,7 +37,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from absl import flags
 
 from benchmarks import contestants, measure
 from edl_jax import config, config_files
@@ -45,25 +47,41 @@ from edl_jax.cache import cache_directory
 from edl_jax.command import Command
 from edl_jax.config import UserError
 
+ENVIRONMENTS_FOLDER = str(cache_directory() / "peers")
+
+
+class Flags(NamedTuple):
+  """Flags of every comparison with peers."""
+
+  rounds: flags.FlagHolder[int]
+  threads: flags.FlagHolder[int]
+  environments: flags.FlagHolder[str]
+  json: flags.FlagHolder[str]
+
+
+def comparison_flags(command: Command) -> Flags:
+  """Defines the flags of a comparison with peers."""
+  return Flags(
+    command.flag("rounds", 5, "Turns that each contestant takes.", minimum=1),
+    command.flag("threads", 2, "Cores for each contestant.", minimum=1),
+    command.flag(
+      "environments",
+      ENVIRONMENTS_FOLDER,
+      "Folder that keeps the peers' virtual environments.",
+    ),
+    command.flag("json", "", "File to write the figures to, as JSON."),
+  )
+
+
 COMMAND = Command(__doc__)
+_FLAGS = comparison_flags(COMMAND)
 _PEERS = COMMAND.flag(
   "peers",
   tuple(contestants.CONTESTANTS),
   "Contestants to run, in order.",
   choices=tuple(contestants.CONTESTANTS),
 )
-_ROUNDS = COMMAND.flag(
-  "rounds", 5, "Turns that each contestant takes.", minimum=1
-)
 _STEPS = COMMAND.flag("steps", 10, "Steps to time in each turn.", minimum=1)
-_THREADS = COMMAND.flag("threads", 2, "Cores for each contestant.", minimum=1)
-ENVIRONMENTS_FOLDER = str(cache_directory() / "peers")
-_ENVIRONMENTS = COMMAND.flag(
-  "environments",
-  ENVIRONMENTS_FOLDER,
-  "Folder that keeps the peers' virtual environments.",
-)
-_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
 ROOT = pathlib.Path(__file__).parent.parent
 NUM_DOMAINS = 49
@@ -209,7 +227,7 @@ def take_turn(
   """
   variables = {
     **os.environ,
-    "OMP_NUM_THREADS": str(_THREADS.value),
+    "OMP_NUM_THREADS": str(_FLAGS.threads.value),
     "JAX_COMPILATION_CACHE_DIR": cache,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "TORCHINDUCTOR_CACHE_DIR": cache,
@@ -223,7 +241,7 @@ def take_turn(
       num_domains=NUM_DOMAINS,
       warmup_steps=WARMUP_STEPS,
       steps=_STEPS.value,
-      threads=_THREADS.value,
+      threads=_FLAGS.threads.value,
       cache=cache,
       started=time.monotonic(),
     )
@@ -297,13 +315,13 @@ def compare(names: Sequence[str], folder: str, caches: str) -> None:
     turns[name] = turn
   if not turns:
     raise UserError("no contestant could be run")
-  rates = measure.take_turns(turns, _ROUNDS.value)
+  rates = measure.take_turns(turns, _FLAGS.rounds.value)
   print()
   measure.report(
     [_row(name, cold[name], warm[name], rates) for name in turns],
-    _JSON.value,
+    _FLAGS.json.value,
     experiment=experiment,
-    threads=_THREADS.value,
+    threads=_FLAGS.threads.value,
     num_domains=NUM_DOMAINS,
     runs={name: {"cold": cold[name], "rounds": warm[name]} for name in turns},
   )
@@ -312,7 +330,7 @@ def compare(names: Sequence[str], folder: str, caches: str) -> None:
 @COMMAND.main
 def main() -> None:
   """Runs the contestants and prints the table."""
-  folder = os.path.abspath(os.path.expanduser(_ENVIRONMENTS.value))
+  folder = os.path.abspath(os.path.expanduser(_FLAGS.environments.value))
   with tempfile.TemporaryDirectory() as caches:
     compare(_PEERS.value, folder, caches)
 

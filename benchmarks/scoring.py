@@ -20,31 +20,18 @@ import statistics
 import sys
 import tempfile
 
-from benchmarks import inference_peers, measure
-from edl_jax.cache import cache_directory
+from benchmarks import inference_peers, measure, peers
 from edl_jax.command import Command
 from edl_jax.text.task_files import read_task
 
 COMMAND = Command(__doc__)
 _TASK = COMMAND.flag("task", "", "File of a task.", required=True)
-_EXPERIMENT = COMMAND.flag(
-  "model",
-  tuple(inference_peers.EXPERIMENTS),
-  "Experiments whose shapes the model has.",
-  choices=tuple(inference_peers.EXPERIMENTS),
-)
+_MODELS = inference_peers.model_flag(COMMAND)
 _REQUESTS = COMMAND.flag("requests", 256, "Requests to score.", minimum=1)
 _MAX_LENGTH = COMMAND.flag(
   "max_length", 512, "Most tokens that the model reads.", minimum=1
 )
-_ROUNDS = COMMAND.flag("rounds", 5, "Turns that each takes.", minimum=1)
-_THREADS = COMMAND.flag("threads", 2, "Cores for each.", minimum=1)
-_ENVIRONMENTS = COMMAND.flag(
-  "environments",
-  str(cache_directory() / "peers"),
-  "Folder that keeps the peers' virtual environments.",
-)
-_JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
+_FLAGS = peers.comparison_flags(COMMAND)
 
 # Requests that a mode is tried on.
 _TRIED = 32
@@ -61,7 +48,7 @@ def _compare(name: str, pairs: list[tuple[str, str]]) -> dict[str, object]:
     tempfile.TemporaryDirectory() as folder,
     inference_peers.contestants(
       inference_peers.write_models(experiment, folder),
-      *(_ENVIRONMENTS.value, _THREADS.value),
+      *(_FLAGS.environments.value, _FLAGS.threads.value),
     ) as running,
   ):
     modes = {
@@ -75,7 +62,7 @@ def _compare(name: str, pairs: list[tuple[str, str]]) -> dict[str, object]:
       return len(pairs) / seconds
 
     rates = measure.take_turns(
-      {key: lambda key=key: turn(key) for key in running}, _ROUNDS.value
+      {key: lambda key=key: turn(key) for key in running}, _FLAGS.rounds.value
     )
   worst = max(
     abs(a - b)
@@ -103,10 +90,10 @@ def main() -> None:
     for document in read_task(_TASK.value).documents
     for pair in zip(document.contexts, document.continuations)
   ][: _REQUESTS.value]
-  rows = [_compare(name, pairs) for name in _EXPERIMENT.value]
+  rows = [_compare(name, pairs) for name in _MODELS.value]
   shown = [{k: v for k, v in row.items() if k != "modes"} for row in rows]
   modes = {row["model"]: row["modes"] for row in rows}
-  measure.report(shown, _JSON.value, requests=len(pairs), modes=modes)
+  measure.report(shown, _FLAGS.json.value, requests=len(pairs), modes=modes)
 
 
 if __name__ == "__main__":
