@@ -1,5 +1,6 @@
 """Loads a model from its checkpoint alone."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from edl_jax.checkpoint.provenance import Provenance
 from edl_jax.config import Experiment, UserError
 from edl_jax.generation.generator import Generated, generate
 from edl_jax.generation.settings import Settings
+from edl_jax.model.cached import in_compute_dtype
 from edl_jax.model.transformer import Model, abstract_model
 from edl_jax.optim import merged, trained
 from edl_jax.sharding import parameter_shardings
@@ -25,9 +27,7 @@ from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import Tokenizer
 
 
-class Loaded(NamedTuple):
-  """What `load` returns: a trained model, and what it was trained on."""
-
+class _Fields(NamedTuple):
   model: Model
   tokenizer: Tokenizer
   taxonomy: Taxonomy
@@ -37,6 +37,15 @@ class Loaded(NamedTuple):
   # As in `Provenance`.
   source: Mapping[str, Any] | None = None
 
+
+class Loaded(_Fields):
+  """What `load` returns: a trained model, and what it was trained on."""
+
+  @functools.cached_property
+  def _in_compute_dtype(self) -> Model:
+    """The model with parameters as products read them, cast once."""
+    return in_compute_dtype(self.model)
+
   def generate(
     self,
     prompts: Sequence[str],
@@ -44,6 +53,9 @@ class Loaded(NamedTuple):
     **settings: Any,
   ) -> list[Generated]:
     """Continues prompts.
+
+    With a `model.dtype` of bfloat16, the first call keeps a copy of the
+    parameters in it.
 
     Args:
       prompts, on_text: see `edl_jax.generation.generator.generate`.
@@ -53,7 +65,7 @@ class Loaded(NamedTuple):
       UserError: see there.
     """
     return generate(
-      self.model,
+      self._in_compute_dtype,
       self.tokenizer,
       self.taxonomy,
       prompts,

@@ -227,7 +227,8 @@ def generate(
   of its prompt, and not on the other prompts.
 
   Args:
-    model: on one device, or laid out on a mesh.
+    model: on one device, or laid out on a mesh; its parameters may be those of
+      `in_compute_dtype`, which then need no cast.
     tokenizer, taxonomy: those that it was trained with.
     prompts: texts; an empty one starts a document.
     settings: how to continue them.

@@ -1,5 +1,6 @@
 """Loading a model from a folder alone."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -57,6 +58,22 @@ def test_load_of_a_step_and_onto_a_mesh(workdir):
   loaded = edl_jax.load(workdir, mesh=mesh)
   assert_equal(loaded.model, state().model)
   assert loaded.model.head_MV[...].sharding.mesh == mesh
+
+
+def test_generation_casts_the_parameters_once(workdir):
+  loaded = edl_jax.load(workdir)
+  in_bfloat16 = dataclasses.replace(loaded.model.config, dtype="bfloat16")
+  loaded.model.config = in_bfloat16
+  first = loaded.generate(["a"], num_tokens=2)
+  cast = loaded._in_compute_dtype
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(cast)} == {
+    *("bfloat16", "float32")
+  }
+  assert loaded.generate(["a"], num_tokens=2)[0].tokens == first[0].tokens
+  assert loaded._in_compute_dtype is cast
+  # What is loaded stays as it was saved, and still is a tuple.
+  model, *_ = loaded
+  assert_equal(model, state().model)
 
 
 def test_load_says_what_is_missing(workdir, tmp_path):
