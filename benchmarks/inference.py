@@ -44,13 +44,10 @@ class Ours:
   def score(
     self, pairs: list[list[str]], max_length: int, mode: dict[str, int]
   ) -> list[float]:
-    from edl_jax.tasks.scoring import encode_pair
-    from edl_jax.tasks.sharing import score_sequences
+    from edl_jax.tasks.scoring import score
 
-    found = score_sequences(
-      self._run.model,
-      [encode_pair(self._run.tokenizer, *pair) for pair in pairs],
-      *(max_length, self._mesh),
+    found = score(
+      *(self._run.model, self._run.tokenizer, pairs, max_length, self._mesh),
       **mode,
     )
     return [each.log_likelihood for each in found]

@@ -15,6 +15,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ from edl_jax import sharding
 from edl_jax.checkpoint import load
 from edl_jax.config import MeshConfig, UserError
 from edl_jax.generation.settings import Settings
-from edl_jax.tasks.scoring import encode_pairs, windows_of
-from edl_jax.tasks.sharing import Likelihood, score_sequences
+from edl_jax.tasks.scoring import Score, check_scoring, score_texts
+from edl_jax.tasks.windows import Window, encode_pairs, windows_of
 
 # Tokens of a continuation without a limit of its own, as the harness has it.
 _NEW_TOKENS = 256
@@ -127,21 +128,19 @@ class HarnessModel:
     """Returns log-likelihoods in nats, and whether greedy text is the same."""
     del disable_tqdm
     pairs = [request.args for request in requests]
-    windows = [
-      windows_of(tokens, first, self.max_length)
-      for tokens, first in encode_pairs(self.run.tokenizer, pairs)
-    ]
-    found = iter(
-      self._score(
-        [(each.tokens, each.first) for some in windows for each in some]
-      )
+    scores = self._score(
+      [
+        windows_of(tokens, first, self.max_length)
+        for tokens, first in encode_pairs(self.run.tokenizer, pairs)
+      ]
     )
-    answers = []
-    for some in windows:
-      parts = [next(found) for _ in some]
-      answers.append(
-        (sum(x.log_likelihood for x in parts), all(x.greedy for x in parts))
+    if cut := sum(each.truncated for each in scores):
+      warnings.warn(
+        f"the model reads {self.max_length} tokens: {cut} of {len(scores)}"
+        " requests are longer and lose tokens at their left",
+        stacklevel=2,
       )
+    answers = [(each.log_likelihood, each.greedy) for each in scores]
     self._keep("loglikelihood", pairs, answers)
     return answers
 
@@ -156,9 +155,10 @@ class HarnessModel:
     del disable_tqdm
     texts = [request.args for request in requests]
     encoded = self.run.tokenizer.encode_batch([text for (text,) in texts])
-    windows, owners = [], []
-    for owner, tokens in enumerate(encoded):
-      for context, continuation in _harness("utils").get_rolling_token_windows(
+    windows_of_text = _harness("utils").get_rolling_token_windows
+    windows: list[list[Window]] = [[] for _ in texts]
+    for some, tokens in zip(windows, encoded, strict=True):
+      for context, continuation in windows_of_text(
         tokens.tolist(),
         self.run.tokenizer.document_start_id,
         self.max_length,
@@ -166,12 +166,11 @@ class HarnessModel:
       ):
         # The window's inputs and targets overlap in all but one token.
         sequence = np.array([*context, continuation[-1]], np.int32)
-        windows.append((sequence, len(sequence) - len(continuation)))
-        owners.append(owner)
-    totals = np.zeros(len(texts))
-    np.add.at(totals, owners, [x.log_likelihood for x in self._score(windows)])
-    self._keep("loglikelihood_rolling", texts, totals.tolist())
-    return totals.tolist()
+        first = len(sequence) - len(continuation)
+        some.append(Window(sequence, first, truncated=len(some) > 0))
+    totals = [each.log_likelihood for each in self._score(windows)]
+    self._keep("loglikelihood_rolling", texts, totals)
+    return totals
 
   def generate_until(
     self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -210,13 +209,13 @@ class HarnessModel:
       "model_content_hash": self.run.content_hash,
     }
 
-  def _score(
-    self, sequences: Sequence[tuple[np.ndarray, int]]
-  ) -> list[Likelihood]:
-    return score_sequences(
-      *(self.run.model, sequences, self.max_length),
+  def _score(self, texts: Sequence[Sequence[Window]]) -> list[Score]:
+    check_scoring(self.run.model.config, self.run.tokenizer)
+    scores, _ = score_texts(
+      *(self.run.model, texts, self.max_length),
       *(self._mesh, self._batch_tokens),
     )
+    return scores
 
   def _keep(
     self, kind: str, asked: Iterable[Any], answers: Iterable[Any]

@@ -6,7 +6,7 @@ answers, which do not see each other, and the examples are the stem: its keys
 and values are computed once for all rows.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,51 @@ from jax.sharding import PartitionSpec
 
 from edl_jax import sharding
 from edl_jax.losses.routing import Summaries
-from edl_jax.model.cached import CACHE_SPEC, Cache
+from edl_jax.model.cached import Cache
 from edl_jax.model.choice import EVERY_EXPERT
 from edl_jax.model.moe import GATHER
 from edl_jax.model.transformer import Model, embed
 
+# The mesh axes over which rows are spread. Rows are whole, so the devices along
+# `sequence` take rows of their own as well.
+ROW_AXES = (*sharding.ROW_AXES, "sequence")
+
 # Every row reads the same stem.
-_STEM_SPEC = PartitionSpec(None, None, None, "tensor", None)
+STEM_SPEC = PartitionSpec(None, None, None, "tensor", None)
+_CACHE_SPEC = PartitionSpec(None, ROW_AXES, None, "tensor", None)
 
 
-def _scan(x_BTM, blocks, positions_BT, branch_BT, stem, stem_length):
-  """Runs the layers of a kind; returns x_BTM and their keys and values."""
+class Routed(NamedTuple):
+  """Routing of rows in each mixture-of-experts layer; float32, (L, B, E)."""
+
+  # Sum over counted tokens of their router probabilities.
+  probability_LBE: jax.Array
+  # Counted tokens sent to each expert.
+  assignments_LBE: jax.Array
+
+
+def _routed(logits_BTE, probs_BTE, expert_BTA, gate_BTA, weights_BT):
+  del logits_BTE, gate_BTA
+  weights_BT1 = weights_BT[..., None]
+  experts_E = jnp.arange(probs_BTE.shape[-1])
+  assigned_BTE = sum(
+    expert_BTA[..., a, None] == experts_E for a in range(expert_BTA.shape[-1])
+  )
+  return Routed(
+    (weights_BT1 * probs_BTE).sum(1), (weights_BT1 * assigned_BTE).sum(1)
+  )
+
+
+def _scan(
+  x_BTM, blocks, positions_BT, branch_BT, counted_BT, stem, stem_length
+):
+  """Runs the layers of a kind.
+
+  Returns:
+    x_BTM; their keys and values; and `Routed`, None for dense layers.
+  """
   ones_BT = jnp.ones(positions_BT.shape, jnp.int32)
-  summaries = Summaries(routing=lambda *_: None)
+  summaries = Summaries(routing=_routed)
 
   def layer(x_BTM, inputs):
     block, stem = inputs
@@ -35,26 +67,29 @@ def _scan(x_BTM, blocks, positions_BT, branch_BT, stem, stem_length):
         *(block.attention_norm(x_BTM), positions_BT, branch_BT),
         *(stem.k_LBSKH[0], stem.v_LBSKH[0], stem_length),
       )
-    x_BTM, _ = block.feed_forward(
-      x_BTM + y_BTM, ones_BT, ones_BT, summaries, GATHER, EVERY_EXPERT
+    x_BTM, results = block.feed_forward(
+      x_BTM + y_BTM, ones_BT, counted_BT, summaries, GATHER, EVERY_EXPERT
     )
-    return x_BTM, own
+    return x_BTM, (own, results and results[0])
 
-  return jax.lax.scan(layer, x_BTM, (blocks, stem))
+  x_BTM, (own, routed) = jax.lax.scan(layer, x_BTM, (blocks, stem))
+  return x_BTM, own, routed
 
 
 def _shard_branching(
-  model, tokens_BT, positions_BT, branch_BT, stem, stem_length
+  model, tokens_BT, positions_BT, branch_BT, counted_BT, stem, stem_length
 ):
   x_BTM = embed(
     model.embedding_VM[...], tokens_BT, jnp.dtype(model.config.dtype)
   )
-  rest = (positions_BT, branch_BT)
+  rest = (positions_BT, branch_BT, counted_BT)
   dense = stem.dense
   if dense is not None:
-    x_BTM, dense = _scan(x_BTM, model.dense_blocks, *rest, dense, stem_length)
-  x_BTM, moe = _scan(x_BTM, model.blocks, *rest, stem.moe, stem_length)
-  return model.final_norm(x_BTM), Cache(dense, moe)
+    x_BTM, dense, _ = _scan(
+      x_BTM, model.dense_blocks, *rest, dense, stem_length
+    )
+  x_BTM, moe, routed = _scan(x_BTM, model.blocks, *rest, stem.moe, stem_length)
+  return model.final_norm(x_BTM), Cache(dense, moe), routed
 
 
 def branching(
@@ -62,13 +97,14 @@ def branching(
   tokens_BT: jax.Array,
   positions_BT: jax.Array,
   branch_BT: jax.Array,
+  counted_BT: jax.Array,
   stem: Cache,
   stem_length: jax.Array,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, Cache, Routed]:
   """Runs rows of texts that branch.
 
-  Devices along `sequence` all compute the same. There are no pools, and
-  `model.router=domain` is not supported.
+  Rows are spread over `ROW_AXES`. There are no pools, and `model.router=domain`
+  is not supported.
 
   Args:
     model: its parameters may be those of `in_compute_dtype`.
@@ -77,24 +113,26 @@ def branching(
     branch_BT: int32; a token sees the stem, and of the earlier tokens in its
       row those of branch 0 and of its own branch. Padding has branches of its
       own.
+    counted_BT: float32; 1 where the routing of a token counts.
     stem: keys and values of the tokens that begin every text, with one row;
       `empty_cache(config, 1, 0)` if there are none.
     stem_length: int32; the stem's slots from there on are not read.
 
   Returns:
-    x_BTM behind the final norm, and the tokens' own keys and values.
+    x_BTM behind the final norm; the tokens' own keys and values; and how the
+    counted ones were routed.
   """
-  by_row = PartitionSpec(sharding.ROW_AXES)
+  by_row = PartitionSpec(ROW_AXES)
   # Any: specs in place of arrays.
-  stem_specs: Any = jax.tree.map(lambda _: _STEM_SPEC, stem)
-  cache_specs: Any = jax.tree.map(lambda _: CACHE_SPEC, stem)
+  stem_specs: Any = jax.tree.map(lambda _: STEM_SPEC, stem)
+  cache_specs: Any = jax.tree.map(lambda _: _CACHE_SPEC, stem)
   return sharding.per_shard(
     _shard_branching,
     (
       sharding.parameter_specs(model),
-      *(by_row, by_row, by_row),
+      *(by_row, by_row, by_row, by_row),
       stem_specs,
       PartitionSpec(),
     ),
-    (by_row, cache_specs),
-  )(model, tokens_BT, positions_BT, branch_BT, stem, stem_length)
+    (by_row, cache_specs, PartitionSpec(None, ROW_AXES)),
+  )(model, tokens_BT, positions_BT, branch_BT, counted_BT, stem, stem_length)

@@ -77,7 +77,7 @@ def main() -> None:
       [provenance.to_dict(), files, settings], "checkpoint, tasks or flags"
     )
   mesh = sharding.make_mesh(config)
-  check_scoring(experiment.model, tokenizer, max_length, mesh)
+  check_scoring(experiment.model, tokenizer)
   encoded = encode_tasks(selected, tokenizer, max_length)
   run = checkpoint.load(_WORKDIR.value, mesh=mesh)
   is_first = jax.process_index() == 0

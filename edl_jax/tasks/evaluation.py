@@ -18,15 +18,9 @@ from edl_jax.tasks.routing import (
   nearest_domain,
   routing_by_task,
 )
-from edl_jax.tasks.scoring import (
-  Score,
-  Window,
-  collect_scores,
-  encode_pairs,
-  score_windows,
-  windows_of,
-)
+from edl_jax.tasks.scoring import Score, score_texts
 from edl_jax.tasks.selection import Selected
+from edl_jax.tasks.windows import Window, encode_pairs, windows_of
 from edl_jax.text.task_files import Task, TaskDocument
 from edl_jax.text.tokenizer import Tokenizer
 
@@ -42,13 +36,13 @@ class _Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedTasks:
-  """Tasks as rows of tokens, which any model of the tokenizer can score."""
+  """Tasks as tokens, which any model of the tokenizer can score."""
 
   selected: Mapping[str, Selected]
-  # Most tokens that the model reads in a row.
+  # Most tokens that the model reads at a time.
   max_length: int
-  # The rows of each text, and the label of its routing: the index of the task
-  # for a context with the right answer, else -1.
+  # The windows of each text, and the label of its routing: the index of the
+  # task for a context with the right answer, else -1.
   windows: list[list[Window]]
   labels: list[int]
   # Of each document of each task.
@@ -143,7 +137,7 @@ def evaluate_tasks(
   Args:
     model: laid out on `mesh`.
     encoded: from `encode_tasks`, with the model's tokenizer.
-    mesh, batch_tokens, say: see `scoring.score_windows`.
+    mesh, batch_tokens, say: see `scoring.score_texts`.
     domains: how the model routes its training domains, if that is known.
 
   Returns:
@@ -154,25 +148,12 @@ def evaluate_tasks(
       likelihoods are not finite.
   """
   names = list(encoded.selected)
-  # A long continuation takes several rows; all of them have its label.
-  labels = [
-    label
-    for label, windows in zip(encoded.labels, encoded.windows)
-    for _ in windows
-  ]
-  nats, routing = score_windows(
-    model,
-    [window for windows in encoded.windows for window in windows],
-    labels,
-    len(names),
-    encoded.max_length,
-    mesh,
-    batch_tokens,
-    say,
+  scores, routing = score_texts(
+    *(model, encoded.windows, encoded.max_length, mesh, batch_tokens),
+    *(encoded.labels, len(names), say),
   )
-  if not np.isfinite(nats).all():
+  if not np.isfinite([each.log_likelihood for each in scores]).all():
     raise UserError("the model is damaged: its likelihoods are not finite")
-  scores = collect_scores(encoded.windows, nats)
   estimates: dict[str, dict[str, Estimate]] = {}
   tasks: dict[str, Any] = {}
   for name, each in encoded.selected.items():

@@ -1,27 +1,33 @@
-"""Log-likelihoods of continuations given contexts."""
+"""Log-likelihoods of continuations given contexts; the one scorer.
 
-import dataclasses
+What texts share is computed once: see `edl_jax.tasks.sharing`. The sums are
+those of one text at a time.
+"""
+
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from edl_jax import sharding
 from edl_jax.config import ModelConfig, UserError
+from edl_jax.model.branching import ROW_AXES, STEM_SPEC, Routed, branching
+from edl_jax.model.cached import Cache, empty_cache, in_compute_dtype
 from edl_jax.model.transformer import Model
-from edl_jax.text.batch import Batch, padding_row, stack
+from edl_jax.tasks import sharing
+from edl_jax.tasks.sharing import Batch
+from edl_jax.tasks.windows import Window, encode_pairs, windows_of
 from edl_jax.text.tokenizer import Tokenizer
 
-# Rows are padded to the longest length or to a half, a quarter, ... of it.
-_NUM_LENGTHS = 6
+# Tokens that the head runs on at a time.
+_HEAD_TOKENS = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
   """How likely a model finds a continuation."""
 
   # Log-likelihood of the continuation given the context, in nats.
@@ -31,115 +37,36 @@ class Score:
   # Whether tokens at the left were cut off: the model did not read all that
   # stands before some scored token.
   truncated: bool
-
-
-class Window(NamedTuple):
-  """Tokens that the model reads in one row, some of which are scored."""
-
-  # int32, at most one more than the model reads.
-  tokens: np.ndarray
-  # Index of the first scored token, at least 1; all later ones are scored too.
-  first: int
-  # Whether tokens before these were cut off.
-  truncated: bool
+  # Whether each scored token is the likeliest behind those before it.
+  greedy: bool
 
 
 class TaskRouting(NamedTuple):
-  """How the model routed the rows of each label; float64 sums."""
+  """How the model routed the windows of each label; float64 sums."""
 
-  # Sum over rows of their mean router probabilities, (L, D, E).
+  # Sum over windows of their mean router probabilities, (L, D, E).
   probability_LDE: np.ndarray
-  # Rows, (L, D).
+  # Windows, (L, D).
   sequences_LD: np.ndarray
   # Tokens sent to each expert, (L, D, E).
   assignments_LDE: np.ndarray
 
 
-def encode_pair(
-  tokenizer: Tokenizer, context: str, continuation: str
-) -> tuple[np.ndarray, int]:
-  """Tokenises a context and what follows it; see `encode_pairs`."""
-  return encode_pairs(tokenizer, [(context, continuation)])[0]
+class _Results(NamedTuple):
+  """What `_rows` returns of a batch, and the routing of its stem."""
+
+  nats_P: Any
+  greedy_P: Any
+  rows: Routed
+  stem: Routed
 
 
-def encode_pairs(
-  tokenizer: Tokenizer,
-  pairs: Sequence[tuple[str, str]],
-  name: Callable[[int], str] = "continuation {}".format,
-) -> list[tuple[np.ndarray, int]]:
-  """Tokenises contexts, each with what follows it as a whole.
-
-  As in lm-evaluation-harness, white space at the end of the context moves to
-  the continuation, and the context has as many tokens as it has alone. Unlike
-  there, at least one token is left to the continuation.
-
-  Args:
-    tokenizer: of the model.
-    pairs: (context, continuation).
-    name: returns what messages call the pair of a number, from 1.
-
-  Returns:
-    Of each pair its tokens, int32, after a document start; and the index of the
-    first token of the continuation.
-
-  Raises:
-    UserError: a continuation is empty, or the tokenizer loses text.
-  """
-  wholes = [context + continuation for context, continuation in pairs]
-  # The choices of a question share a context.
-  contexts = list(dict.fromkeys(context.rstrip() for context, _ in pairs))
-  encoded = tokenizer.encode_batch([*wholes, *contexts])
-  alone = dict(zip(contexts, map(len, encoded[len(wholes) :])))
-  start = np.array([tokenizer.document_start_id], np.int32)
-  found = []
-  for number, ((context, continuation), text, tokens) in enumerate(
-    zip(pairs, wholes, encoded), 1
-  ):
-    if not continuation:
-      raise UserError(f"{name(number)} is empty")
-    if (decoded := tokenizer.decode(tokens.tolist())) != text:
-      same = next(
-        (i for i, (a, b) in enumerate(zip(text, decoded)) if a != b),
-        min(len(text), len(decoded)),
-      )
-      raise UserError(
-        f"{name(number)}: the tokenizer cannot encode"
-        f" {text[same : same + 20]!r}"
-      )
-    first = 1 + min(alone[context.rstrip()], len(tokens) - 1)
-    found.append((np.concatenate([start, tokens]), first))
-  return found
-
-
-def windows_of(tokens: np.ndarray, first: int, max_length: int) -> list[Window]:
-  """Returns the rows that score a continuation; one, unless it is too long.
-
-  A context that is too long loses tokens at its left. A continuation longer
-  than `max_length` is scored in pieces of half that length, each after as many
-  tokens as fit.
-
-  Args:
-    tokens, first: from `encode_pairs`.
-    max_length: most tokens that the model reads.
-  """
-  fits = len(tokens) - first <= max_length
-  step = len(tokens) - first if fits else max(1, max_length // 2)
-  windows = []
-  for start in range(first, len(tokens), step):
-    end = min(start + step, len(tokens))
-    lost = max(0, end - 1 - max_length)
-    windows.append(Window(tokens[lost:end], start - lost, lost > 0))
-  return windows
-
-
-def check_scoring(
-  config: ModelConfig, tokenizer: Tokenizer, max_length: int, mesh: Mesh
-) -> None:
+def check_scoring(config: ModelConfig, tokenizer: Tokenizer) -> None:
   """Checks that a model can score what a tokenizer encodes.
 
   Raises:
-    UserError: the model needs a domain for each text or has fewer tokens than
-      the tokenizer, or the mesh does not divide `max_length`.
+    UserError: the model needs a domain for each text, or has fewer tokens than
+      the tokenizer.
   """
   if config.router == "domain":
     raise UserError("model.router=domain: continuations have no domain label")
@@ -147,12 +74,6 @@ def check_scoring(
     raise UserError(
       f"the tokenizer has {tokenizer.vocabulary_size:,} tokens, more than the"
       f" model's model.vocabulary_size={config.vocabulary_size}"
-    )
-  across = mesh.shape["sequence"]
-  if max_length < 1 or max_length % across:
-    raise UserError(
-      f"max_length={max_length}: must be a positive multiple of"
-      f" mesh.sequence={across}"
     )
 
 
@@ -166,213 +87,321 @@ def score(
 ) -> list[Score]:
   """Scores (context, continuation) pairs, in their order.
 
-  Rows of similar length share a batch, so at most six shapes are compiled.
-  Contexts are encoded anew for each continuation. With several processes, all
-  must call this with the same pairs, and all get all scores.
+  With several processes, all must call this with the same pairs, and all get
+  all scores.
 
   Args:
     model: laid out on `mesh`.
     tokenizer: the model's.
     pairs: texts; no continuation is empty.
-    max_length: most tokens that the model reads in a row, divisible by the
-      mesh's `sequence` axis. See `windows_of` for longer texts.
-    mesh: the mesh in use.
-    batch_tokens: tokens of a batch, padding included; a batch has at least one
-      row for each device that holds rows. If the devices run out of memory, it
-      is halved, with a warning.
+    max_length: most tokens that the model reads at a time. See `windows_of` for
+      longer texts.
+    mesh, batch_tokens: see `score_texts`.
 
   Raises:
     UserError: see `check_scoring` and `encode_pairs`.
   """
-  check_scoring(model.config, tokenizer, max_length, mesh)
-  windows = [
+  check_scoring(model.config, tokenizer)
+  texts = [
     windows_of(tokens, first, max_length)
     for tokens, first in encode_pairs(tokenizer, pairs)
   ]
-  flat = [window for each in windows for window in each]
-  nats, _ = score_windows(
-    model, flat, [-1] * len(flat), 1, max_length, mesh, batch_tokens
-  )
-  return collect_scores(windows, nats)
+  return score_texts(model, texts, max_length, mesh, batch_tokens)[0]
 
 
-def collect_scores(
-  windows: Sequence[Sequence[Window]], nats: np.ndarray
-) -> list[Score]:
-  """Returns the scores of texts, from those of all windows one after another.
-
-  Args:
-    windows: of each text, in order.
-    nats: log-likelihood of each window.
-  """
-  scores, start = [], 0
-  for each in windows:
-    end = start + len(each)
-    scores.append(
-      Score(
-        float(nats[start:end].sum()),
-        sum(len(window.tokens) - window.first for window in each),
-        any(window.truncated for window in each),
-      )
-    )
-    start = end
-  return scores
-
-
-def score_windows(
+def score_texts(
   model: Model,
-  windows: Sequence[Window],
-  labels: Sequence[int],
-  num_labels: int,
+  texts: Sequence[Sequence[Window]],
   max_length: int,
   mesh: Mesh,
-  batch_tokens: int,
+  batch_tokens: int = 8192,
+  labels: Sequence[int] | None = None,
+  num_labels: int = 0,
   say: Callable[[str], object] = warnings.warn,
-) -> tuple[np.ndarray, TaskRouting]:
-  """Scores rows, and sums up the routing of those that have a label.
+) -> tuple[list[Score], TaskRouting]:
+  """Scores texts, and sums up the routing of those that have a label.
+
+  At most five shapes are compiled: one for stems, and four for rows. With
+  several processes, all must call this with the same texts.
 
   Args:
-    model, max_length, mesh, batch_tokens: as for `score`.
-    windows: the rows.
-    labels: of each row, in [0, num_labels), or -1: its routing does not count.
+    model: laid out on `mesh`.
+    texts: the windows of each, of a tokenizer that `check_scoring` allows.
+    max_length: most tokens of a row, and of a window.
+    mesh: the mesh in use. Devices along all axes but `tensor` take rows of
+      their own.
+    batch_tokens: tokens of a batch, padding included; a batch has at least one
+      row for each device that takes rows. If the devices run out of memory, it
+      is halved.
+    labels: of each text, in [0, num_labels), or -1: its routing does not count.
+      None stands for -1 everywhere.
     num_labels: D.
     say: is told in one line that the batches had to become smaller.
 
   Returns:
-    The log-likelihood of each row's scored tokens in nats, float64; and the
-    routing by label.
+    The score of each text, and the routing by label.
+
+  Raises:
+    UserError: the devices have too little memory for one row each.
   """
-  nats_I = np.zeros(len(windows))
-  run = _program(mesh)
-  total: TaskRouting | None = None
-  # The longest rows first: if memory does not suffice, it shows at once.
-  by_length = _by_length(windows, max_length, mesh)[::-1]
+  windows = [window for text in texts for window in text]
+  labels = [-1] * len(texts) if labels is None else labels
+  sums = _Sums(
+    model.config,
+    # A long continuation takes several windows; all of them have its label.
+    [label for label, text in zip(labels, texts, strict=True) for _ in text],
+    num_labels,
+  )
+  if windows:
+    _run_all(model, windows, sums, max_length, mesh, batch_tokens, say)
+  scores, start = [], 0
+  for text in texts:
+    end = start + len(text)
+    scores.append(
+      Score(
+        float(-sums.nats_I[start:end].sum()),
+        sum(len(window.tokens) - window.first for window in text),
+        any(window.truncated for window in text),
+        bool(sums.greedy_I[start:end].all()),
+      )
+    )
+    start = end
+  return scores, sums.routing
+
+
+class _Sums:
+  """Collects the results of windows, batch after batch.
+
+  Attributes:
+    nats_I: cross-entropy of each window's scored tokens, float64.
+    greedy_I: whether each of them is the likeliest token.
+    label_I: the label of each window.
+    routing: of the labels.
+  """
+
+  def __init__(
+    self, config: ModelConfig, labels: Sequence[int], num_labels: int
+  ):
+    self.nats_I = np.zeros(len(labels))
+    self.greedy_I = np.ones(len(labels), bool)
+    self.label_I = np.array(labels, np.int32)
+    shape = (config.num_layers - config.num_dense_layers, num_labels)
+    by_expert = (*shape, config.num_experts)
+    self.routing = TaskRouting(
+      np.zeros(by_expert), np.zeros(shape), np.zeros(by_expert)
+    )
+
+  def add(self, batch: Batch, results: _Results) -> None:
+    start = 0
+    for b, row in enumerate(batch.rows):
+      for number, count in row.parts:
+        end = start + count
+        self.nats_I[number] = results.nats_P[start:end].sum(dtype=np.float64)
+        self.greedy_I[number] = results.greedy_P[start:end].all()
+        start = end
+      if row.counted < 0:
+        continue
+      label = self.label_I[row.counted]
+      probability_LE, assignments_LE = (
+        of_stem[:, 0].astype(np.float64) + of_rows[:, b]
+        for of_stem, of_rows in zip(results.stem, results.rows)
+      )
+      tokens = len(batch.stem) + int(row.is_counted.sum())
+      self.routing.probability_LDE[:, label] += probability_LE / tokens
+      self.routing.assignments_LDE[:, label] += assignments_LE
+      self.routing.sequences_LD[:, label] += 1
+
+
+def _run_all(
+  model: Model,
+  windows: Sequence[Window],
+  sums: _Sums,
+  max_length: int,
+  mesh: Mesh,
+  batch_tokens: int,
+  say: Callable[[str], object],
+) -> None:
+  """Runs all windows; in smaller batches if memory does not suffice."""
+  counts = [label >= 0 for label in sums.label_I.tolist()]
+  groups = sharing.plan_rows(windows, counts, max_length)
+  lengths = sharing.row_lengths(
+    [len(r) for group in groups for r in group.rows]
+  )
+  # One shape for all stems.
+  slots = sharing.rounded(max(len(group.stem) for group in groups))
+  shards = int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
   with jax.set_mesh(mesh):
-    for length, indices in by_length:
+    model = in_compute_dtype(model)
+    while groups:
+      batches = sharing.plan_batches(groups, lengths, batch_tokens, shards)
       done = 0
-      while done < len(indices):
-        size = _rows(length, batch_tokens, mesh, len(indices))
-        some = indices[done : done + size]
-        batch = _batch(windows, labels, some, length, size)
-        try:
-          nats_BT, sums = jax.device_get(
-            run(model, _on_devices(batch, mesh), num_labels)
-          )
-        except jax.errors.JaxRuntimeError as error:
-          batch_tokens = _halved(error, length, size * length, mesh)
-          say(f"out of memory: batches now have {batch_tokens:,} tokens")
-          continue
-        sums = TaskRouting(*(np.asarray(x, np.float64) for x in sums))
-        total = (
-          sums if total is None else TaskRouting(*map(np.add, total, sums))
-        )
-        for row, i in enumerate(some):
-          # Target t is token t + 1.
-          tokens, first, _ = windows[i]
-          nats_T = nats_BT[row, first - 1 : len(tokens) - 1]
-          nats_I[i] = -nats_T.sum(dtype=np.float64)
-        done += size
-  assert total is not None, "no rows"
-  return nats_I, total
+      try:
+        for results in _results(model, batches, slots, shards, mesh):
+          sums.add(batches[done], results)
+          done += 1
+      except jax.errors.JaxRuntimeError as error:
+        # Those under way: the next batch starts before this one's results.
+        failed = batches[done : done + 2]
+        batch_tokens = _halved(error, failed, shards)
+        say(f"out of memory: batches now have {batch_tokens:,} tokens")
+      groups = sharing.regrouped(batches[done:])
+
+
+def _halved(error: RuntimeError, failed: Sequence[Batch], shards: int) -> int:
+  """Returns a smaller `batch_tokens`; raises `error` if that cannot help."""
+  if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:
+    raise error
+  tokens = [x.size * x.length for x in failed if x.size > shards]
+  if not tokens:
+    raise UserError(
+      f"out of memory with one row of {max(x.length for x in failed)} tokens on"
+      " a device; lower max_length, or spread the model over more devices"
+    ) from error
+  return max(tokens) // 2
+
+
+def _results(
+  model: Model,
+  batches: Sequence[Batch],
+  slots: int,
+  shards: int,
+  mesh: Mesh,
+) -> Iterator[_Results]:
+  """Yields the results of each batch, on the host.
+
+  Args:
+    model: from `in_compute_dtype`.
+    batches: see `sharing.plan_batches`.
+    slots: tokens of a stem, padding included.
+    shards: devices that take rows of their own.
+    mesh: the mesh in use.
+  """
+  run_stem, run_rows = _programs(mesh)
+  by_row = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def put(array: np.ndarray, placed: NamedSharding) -> jax.Array:
+    # Every process holds the array whole.
+    return jax.make_array_from_callback(
+      array.shape, placed, lambda index: array[index]
+    )
+
+  tokens = stem = count = waiting = None
+  for batch in batches:
+    if batch.stem is not tokens:
+      tokens = batch.stem
+      # Every device that takes rows computes the same.
+      padded_BT = np.zeros((shards, slots), np.int32)
+      padded_BT[:, : len(tokens)] = tokens
+      count = put(np.array(len(tokens), np.int32), replicated)
+      stem = run_stem(model, put(padded_BT, by_row), count)
+    assert stem is not None
+    arrays = sharing.batch_arrays(batch)
+    placed = [put(x, by_row if x.ndim == 2 else replicated) for x in arrays]
+    cache, of_stem = stem
+    nats_P, greedy_P, of_rows = run_rows(model, *placed, cache, count)
+    results = _Results(nats_P, greedy_P, of_rows, of_stem)
+    # The next batch is made while this one is computed.
+    if waiting:
+      yield jax.device_get(waiting)
+    waiting = results
+  if waiting:
+    yield jax.device_get(waiting)
 
 
 @functools.cache
-def _program(mesh: Mesh) -> Callable[..., Any]:
-  """Returns `_run`, compiled; every process gets all of its results."""
+def _programs(mesh: Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """Returns `_stem` and `_rows`, compiled; every process gets all results."""
   replicated = NamedSharding(mesh, PartitionSpec())
-  return jax.jit(_run, static_argnums=2, out_shardings=replicated)
-
-
-def _run(
-  model: Model, batch: Batch, num_labels: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  """Returns the cross-entropy of each target, float32 (B, T), and routing."""
-  sums, nats_BT = model.batch_sums(batch, num_labels)
-  stats = sums.routing
-  return nats_BT, (
-    stats.probability_LDE,
-    stats.sequences_LD,
-    stats.assignments_LDE,
+  cache = NamedSharding(mesh, STEM_SPEC)
+  return (
+    jax.jit(_stem, out_shardings=(cache, replicated)),
+    jax.jit(_rows, out_shardings=replicated),
   )
 
 
-def _halved(
-  error: RuntimeError, length: int, batch_tokens: int, mesh: Mesh
-) -> int:
-  """Returns a smaller `batch_tokens`; raises `error` if that cannot help."""
-  rows = _rows(length, batch_tokens, mesh)
-  if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:
-    raise error
-  if rows == _rows(length, 1, mesh):
-    raise UserError(
-      f"out of memory with one row of {length} tokens on a device; lower"
-      " max_length, or spread the model over more devices"
-    ) from error
-  return rows * length // 2
+def _stem(
+  model: Model, tokens_BT: jax.Array, count: jax.Array
+) -> tuple[Cache, Routed]:
+  """Returns the keys and values, and the routing, of the first of equal rows.
+
+  Args:
+    model: from `in_compute_dtype`.
+    tokens_BT: a stem, padded, in every row.
+    count: its tokens.
+  """
+  config = model.config
+  nothing = empty_cache(config, 1, 0)
+  if not tokens_BT.shape[1]:
+    layers = config.num_layers - config.num_dense_layers
+    none_LBE = jnp.zeros((layers, 1, config.num_experts))
+    return nothing, Routed(none_LBE, none_LBE)
+  positions_BT = jnp.broadcast_to(
+    jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
+  )
+  counted_BT = (positions_BT < count).astype(jnp.float32)
+  _, cache, routed = branching(
+    *(model, tokens_BT, positions_BT, jnp.zeros_like(tokens_BT), counted_BT),
+    *(nothing, jnp.int32(0)),
+  )
+  return jax.tree.map(lambda x: x[:, :1], (cache, routed))
 
 
 def _rows(
-  length: int, batch_tokens: int, mesh: Mesh, most: int | None = None
-) -> int:
-  """Returns the number of rows in a batch of rows of `length` tokens.
+  model: Model,
+  tokens_BT: jax.Array,
+  positions_BT: jax.Array,
+  branch_BT: jax.Array,
+  counted_BT: jax.Array,
+  before_P: jax.Array,
+  target_P: jax.Array,
+  num_scored: jax.Array,
+  stem: Cache,
+  stem_length: jax.Array,
+) -> tuple[jax.Array, jax.Array, Routed]:
+  """Runs rows, and the head on the tokens before the scored ones alone.
 
-  `most` rows, if it is given, are all that there are; rounded up to a power of
-  two for each device, so that few programs serve many calls.
+  Args:
+    model: from `in_compute_dtype`.
+    tokens_BT, ..., num_scored: see `sharing.Arrays`.
+    stem, stem_length: see `branching`.
+
+  Returns:
+    nats_P, float32, the cross-entropy of the first `num_scored` of target_P;
+    greedy_P, whether each is the likeliest token; and the routing of rows. What
+    follows them means nothing.
   """
-  shards = int(np.prod([mesh.shape[axis] for axis in sharding.ROW_AXES]))
-  rows = max(1, batch_tokens // length // shards)
-  if most is not None:
-    rows = min(rows, 1 << (-(-most // shards) - 1).bit_length())
-  return rows * shards
-
-
-def _by_length(
-  windows: Sequence[Window], max_length: int, mesh: Mesh
-) -> list[tuple[int, list[int]]]:
-  """Returns lengths, rising, and the indices of the rows padded to each."""
-  across = mesh.shape["sequence"]
-  lengths = sorted(
-    max_length >> k
-    for k in range(_NUM_LENGTHS)
-    if max_length >> k and (max_length >> k) % across == 0
+  x_BTM, _, routed = branching(
+    *(model, tokens_BT, positions_BT, branch_BT, counted_BT),
+    *(stem, stem_length),
   )
-  indices: dict[int, list[int]] = {length: [] for length in lengths}
-  for i, window in enumerate(windows):
-    fitting = (each for each in lengths if each >= len(window.tokens) - 1)
-    indices[next(fitting)].append(i)
-  return list(indices.items())
+  x_PM = x_BTM.reshape(-1, x_BTM.shape[-1])
+  chunk = min(len(target_P), _HEAD_TOKENS)
+  missing = -len(target_P) % chunk
+  before_P, target_P = (jnp.pad(x, (0, missing)) for x in (before_P, target_P))
 
+  def of_chunk(number, results):
+    start = number * chunk
+    before, target = (
+      jax.lax.dynamic_slice_in_dim(x, start, chunk)
+      for x in (before_P, target_P)
+    )
+    logits_PV = model.logits(x_PM[before])
+    picked = jnp.take_along_axis(logits_PV, target[:, None], axis=-1)[:, 0]
+    found = (
+      jax.nn.logsumexp(logits_PV, axis=-1) - picked,
+      logits_PV.argmax(-1) == target,
+    )
+    return tuple(
+      jax.lax.dynamic_update_slice_in_dim(into, x, start, 0)
+      for into, x in zip(results, found)
+    )
 
-def _batch(
-  windows: Sequence[Window],
-  labels: Sequence[int],
-  indices: Sequence[int],
-  length: int,
-  size: int,
-) -> Batch:
-  """Returns `size` rows, of which padding fills up the last ones."""
-  rows = [_row(windows[i].tokens, labels[i], length) for i in indices]
-  return stack([*rows, *[padding_row(length)] * (size - len(rows))])
-
-
-def _row(tokens: np.ndarray, label: int, length: int) -> Batch:
-  """Returns a row of `length` tokens: a Batch whose arrays lack the axis B."""
-  count = len(tokens) - 1
-  row = padding_row(length)._replace(domain_B=np.int32(label))
-  row.tokens_BT[:count] = tokens[:-1]
-  row.targets_BT[:count] = tokens[1:]
-  row.segments_BT[:count] = 1
-  row.positions_BT[:count] = np.arange(count)
-  row.weights_BT[:count] = 1
-  return row
-
-
-def _on_devices(batch: Batch, mesh: Mesh) -> Batch:
-  """Spreads a batch, which every process holds whole, over the mesh."""
-  placed = sharding.row_sharding(mesh)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(
-      x.shape, placed, lambda index, x=x: x[index]
-    ),
-    batch,
+  nothing = (
+    jnp.zeros(len(target_P), jnp.float32),
+    jnp.zeros(len(target_P), bool),
   )
+  nats_P, greedy_P = jax.lax.fori_loop(
+    0, -(-num_scored // chunk), of_chunk, nothing
+  )
+  return nats_P, greedy_P, routed

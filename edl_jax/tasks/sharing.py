@@ -1,24 +1,17 @@
-"""Log-likelihoods of continuations; what requests share is computed once.
+"""Rows that score many texts, and the batches that they fill.
 
 Texts with the same context become one row that branches into continuations, and
 what many rows begin with, such as examples before every question, is a stem
-(`edl_jax.model.branching`). The sums are those of one text at a time.
+(`edl_jax.model.branching`). This module imports no JAX.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from edl_jax import sharding
-from edl_jax.config import UserError
-from edl_jax.model.branching import branching
-from edl_jax.model.cached import Cache, empty_cache, in_compute_dtype
-from edl_jax.model.transformer import Model
+from edl_jax.tasks.windows import Window
 
 # Most lengths that rows are padded to, and what these are multiples of.
 _NUM_LENGTHS = 4
@@ -26,21 +19,14 @@ _ROUND = 16
 # A stem is worth batches of its own from this many tokens and rows on.
 _SHORTEST_STEM = 32
 _FEWEST_ROWS = 16
-# Tokens that the head runs on at a time.
-_HEAD_TOKENS = 256
-
-
-class Likelihood(NamedTuple):
-  """How likely a model finds the end of a token sequence."""
-
-  # Of all scored tokens, in nats.
-  log_likelihood: float
-  # Whether each is the likeliest token behind those before it.
-  greedy: bool
+# Batches are halved this often, where that leaves less padding in them; one
+# more batch is worth so many tokens.
+_HALVINGS = 3
+_TOKENS_OF_A_BATCH = 256
 
 
 @dataclasses.dataclass
-class _Row:
+class Row:
   """Tokens behind a stem, and what is scored."""
 
   tokens: list[int]
@@ -49,95 +35,86 @@ class _Row:
   # Of each scored token: where the token before it is in the row; and itself.
   before: list[int] = dataclasses.field(default_factory=list)
   targets: list[int] = dataclasses.field(default_factory=list)
-  # The sequences that they belong to, one after the other: number and count.
+  # The windows that they belong to, one after the other: number and count.
   parts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+  # The window whose routing counts, and its branch; -1 without one.
+  counted: int = -1
+  counted_branch: int = -1
+
+  @property
+  def is_counted(self) -> np.ndarray:
+    """Of each token, whether its routing counts."""
+    return np.isin(self.branches, (0, self.counted_branch))
 
   def __len__(self) -> int:
     # A batch has one array for tokens and one for scored tokens.
     return max(len(self.tokens), len(self.targets))
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
   """Rows behind one stem, which may be empty."""
 
   stem: np.ndarray
-  rows: list[_Row]
+  rows: list[Row]
 
 
-def score_sequences(
-  model: Model,
-  sequences: Sequence[tuple[np.ndarray, int]],
-  max_length: int,
-  mesh: Mesh,
-  batch_tokens: int = 8192,
-) -> list[Likelihood]:
-  """Scores the ends of token sequences, in their order; for one process.
+class Batch(NamedTuple):
+  """Rows behind one stem that are computed together."""
 
-  At most six shapes are compiled: one for stems, and four for rows.
+  stem: np.ndarray
+  rows: list[Row]
+  # Tokens and rows of its arrays, padding included.
+  length: int
+  size: int
+
+
+class Arrays(NamedTuple):
+  """A batch as the model reads it; int32 unless said otherwise."""
+
+  tokens_BT: np.ndarray
+  positions_BT: np.ndarray
+  branch_BT: np.ndarray
+  # 1 where the routing of a token counts, float32.
+  counted_BT: np.ndarray
+  # Of each scored token: where the token before it is in the flattened batch;
+  # and itself.
+  before_P: np.ndarray
+  target_P: np.ndarray
+  # The number of scored tokens; what follows them in these arrays is padding.
+  num_scored: np.ndarray
+
+
+def rounded(tokens: int) -> int:
+  """Returns what this many tokens are padded to."""
+  return -(-tokens // _ROUND) * _ROUND
+
+
+def plan_rows(
+  windows: Sequence[Window], counts: Sequence[bool], max_length: int
+) -> list[Group]:
+  """Returns rows that score all windows, by their stems.
 
   Args:
-    model: laid out on `mesh`.
-    sequences: tokens, int32, and the index of the first one to score, 1 or
-      more.
-    max_length: most tokens that the model reads of a sequence. A longer one
-      loses tokens at its left.
-    mesh: the mesh in use.
-    batch_tokens: tokens of a batch, padding included; a batch has at least one
-      row for each device that holds rows.
-
-  Raises:
-    UserError: there are more tokens to score than `max_length`, or the model
-      needs a domain for each text.
+    windows: what to score.
+    counts: of each window, whether its routing counts.
+    max_length: most tokens of a row, and of a window.
   """
-  if model.config.router == "domain":
-    raise UserError("model.router=domain: continuations have no domain label")
-  if not sequences:
-    return []
-  groups = _plan(sequences, max_length)
-  nats_I = np.zeros(len(sequences))
-  greedy_I = np.ones(len(sequences), bool)
-  with jax.set_mesh(mesh):
-    cast = in_compute_dtype(model)
-    for rows, results in _batches(cast, groups, mesh, batch_tokens):
-      nats_P, greedy_P = jax.device_get(results)
-      start = 0
-      for number, count in (part for row in rows for part in row.parts):
-        end = start + count
-        nats_I[number] = nats_P[start:end].sum(dtype=np.float64)
-        greedy_I[number] = greedy_P[start:end].all()
-        start = end
-  return [Likelihood(-n, g) for n, g in zip(nats_I.tolist(), greedy_I.tolist())]
-
-
-# --- What is shared ----------------------------------------------------------
-
-
-def _plan(
-  sequences: Sequence[tuple[np.ndarray, int]], max_length: int
-) -> list[_Group]:
-  """Returns rows that score all sequences, by their stems."""
   contexts: dict[bytes, tuple[np.ndarray, list[tuple[int, np.ndarray]]]] = {}
-  for number, (tokens, first) in enumerate(sequences):
-    if len(tokens) - first > max_length:
-      raise UserError(
-        f"continuation {number + 1} has {len(tokens) - first} tokens, more than"
-        f" the {max_length} that the model reads"
-      )
-    lost = max(0, len(tokens) - 1 - max_length)
-    context, end = tokens[lost:first], tokens[first:]
+  for number, (tokens, first, _) in enumerate(windows):
+    context, end = tokens[:first], tokens[first:]
     # As bytes, contexts are sorted by their tokens.
     key = context.astype(">u4").tobytes()
     contexts.setdefault(key, (context, []))[1].append((number, end))
   ordered = [contexts[key] for key in sorted(contexts)]
-  groups, others = [], _Group(np.zeros(0, np.int32), [])
+  groups, others = [], Group(np.zeros(0, np.int32), [])
   start = 0
   while start < len(ordered):
     end, common = _alike(ordered, start)
     if end - start < _FEWEST_ROWS:
       common = 0
-    group = _Group(ordered[start][0][:common], []) if common else others
+    group = Group(ordered[start][0][:common], []) if common else others
     for context, ends in ordered[start:end]:
-      group.rows.extend(_rows(context, ends, common, max_length))
+      group.rows.extend(_rows(context, ends, common, max_length, counts))
     if common:
       groups.append(group)
     start = end
@@ -168,32 +145,46 @@ def _rows(
   ends: Sequence[tuple[int, np.ndarray]],
   common: int,
   max_length: int,
-) -> Iterator[_Row]:
-  """Yields rows of one context and some of its continuations."""
+  counts: Sequence[bool],
+) -> Iterator[Row]:
+  """Yields rows of one context and some of its continuations.
+
+  A row has at most one window whose routing counts, so that the row's sums are
+  the window's.
+
+  Args:
+    context: its tokens.
+    ends: of each window its number, and the tokens behind the context.
+    common: tokens of the context that are the stem's.
+    max_length, counts: see `plan_rows`.
+  """
   rest = context[common:].tolist()
 
-  def new() -> _Row:
+  def new() -> Row:
     positions = list(range(common, len(context)))
-    return _Row(list(rest), positions, [0] * len(rest))
+    return Row(list(rest), positions, [0] * len(rest))
 
   row = new()
   for number, end in ends:
     inputs = end[:-1].tolist()
     grown = (len(row.tokens) + len(inputs), len(row.targets) + len(end))
-    if row.parts and max(grown) > max_length:
+    is_full = max(grown) > max_length or (counts[number] and row.counted >= 0)
+    if row.parts and is_full:
       yield row
       row = new()
-    at = len(row.tokens)
+    at, branch = len(row.tokens), len(row.parts) + 1
     row.tokens += inputs
     row.positions += range(len(context), len(context) + len(inputs))
-    row.branches += [len(row.parts) + 1] * len(inputs)
+    row.branches += [branch] * len(inputs)
     row.before += [len(rest) - 1, *range(at, at + len(inputs))]
     row.targets += end.tolist()
     row.parts.append((number, len(end)))
+    if counts[number]:
+      row.counted, row.counted_branch = number, branch
   yield row
 
 
-def _lengths(sizes: Sequence[int]) -> list[int]:
+def row_lengths(sizes: Sequence[int]) -> list[int]:
   """Returns the lengths for these rows that need the least padding, rising."""
   count_I = np.bincount([-(-size // _ROUND) for size in sizes])
   most = len(count_I) - 1
@@ -212,155 +203,92 @@ def _lengths(sizes: Sequence[int]) -> list[int]:
   return [i * _ROUND for i in chosen[most]]
 
 
-# --- Batches -----------------------------------------------------------------
-
-
-def _batches(
-  model: Model,
-  groups: Sequence[_Group],
-  mesh: Mesh,
+def plan_batches(
+  groups: Sequence[Group],
+  lengths: Sequence[int],
   batch_tokens: int,
-) -> Iterator[tuple[list[_Row], tuple[jax.Array, jax.Array]]]:
-  """Yields rows, and their results from `_score`, which may yet be computed.
+  shards: int,
+) -> list[Batch]:
+  """Returns batches of all rows; those of one stem follow each other.
+
+  Batches are smaller than `batch_tokens` where that saves more padding than it
+  costs in batches.
 
   Args:
-    model: from `in_compute_dtype`.
-    groups: the rows.
-    mesh, batch_tokens: as for `score_sequences`.
+    groups: the rows by their stems.
+    lengths: from `row_lengths`, rising.
+    batch_tokens: most tokens of a batch, padding included; a batch has at least
+      one row for each device.
+    shards: devices that take rows of their own; they divide a batch's size.
   """
-  shards = int(np.prod([mesh.shape[axis] for axis in sharding.ROW_AXES]))
-  lengths = _lengths([len(row) for group in groups for row in group.rows])
-  slots = max(len(group.stem) for group in groups)
-  slots = -(-slots // _ROUND) * _ROUND
-  parts = []
-  for group in groups:
-    by_length: dict[int, list[_Row]] = {length: [] for length in lengths}
-    for row in group.rows:
-      by_length[next(x for x in lengths if x >= len(row))].append(row)
-    parts.append((group.stem, by_length))
-  sizes = {
-    length: shards
-    * max(
-      1,
-      min(
-        batch_tokens // length // shards,
-        max(-(-len(by_length[length]) // shards) for _, by_length in parts),
-      ),
-    )
-    for length in lengths
-  }
-  waiting = None
-  for tokens, by_length in parts:
-    stem = _run_stem(model, tokens, slots, shards, mesh)
-    for length, rows in by_length.items():
-      for start in range(0, len(rows), sizes[length]):
-        some = rows[start : start + sizes[length]]
-        arrays = _arrays(some, length, sizes[length])
-        placed = sharding.put_batch(arrays[:3], mesh)
-        count = np.int32(len(tokens))
-        results = _score(model, *placed, stem, count, *arrays[3:])
-        # The next batch is made while this one is computed.
-        if waiting:
-          yield waiting
-        waiting = (some, results)
-  if waiting:
-    yield waiting
+  plans = [
+    list(_filled(groups, lengths, batch_tokens >> halvings, shards))
+    for halvings in range(_HALVINGS + 1)
+  ]
+  return min(
+    plans,
+    key=lambda plan: sum(
+      batch.length * batch.size + _TOKENS_OF_A_BATCH for batch in plan
+    ),
+  )
 
 
-def _arrays(
-  rows: Sequence[_Row], length: int, size: int
-) -> tuple[np.ndarray, ...]:
-  """Returns tokens, positions, branches, before_P, target_P and their count."""
-  shape = (size, length)
+def _filled(
+  groups: Sequence[Group],
+  lengths: Sequence[int],
+  batch_tokens: int,
+  shards: int,
+) -> Iterator[Batch]:
+  """Yields batches of about `batch_tokens` tokens."""
+  most = max(len(group.rows) for group in groups)
+  for stem, rows in groups:
+    # Shorter rows fill up a batch of longer ones. The longest come first: if
+    # memory does not suffice, it shows at once.
+    falling = sorted(rows, key=len, reverse=True)
+    start = 0
+    while start < len(falling):
+      length = next(x for x in lengths if x >= len(falling[start]))
+      fitting = max(1, batch_tokens // length // shards)
+      size = shards * min(fitting, -(-most // shards))
+      yield Batch(stem, falling[start : start + size], length, size)
+      start += size
+
+
+def regrouped(batches: Sequence[Batch]) -> list[Group]:
+  """Returns the rows of batches by their stems."""
+  groups: list[Group] = []
+  for batch in batches:
+    if not groups or groups[-1].stem is not batch.stem:
+      groups.append(Group(batch.stem, []))
+    groups[-1].rows.extend(batch.rows)
+  return groups
+
+
+def batch_arrays(batch: Batch) -> Arrays:
+  """Returns the arrays of a batch; padding counts nowhere."""
+  shape = (batch.size, batch.length)
   tokens_BT, positions_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
   # A branch that no token has.
   branch_BT = np.full(shape, -1, np.int32)
-  before_P, target_P = (np.zeros(size * length, np.int32) for _ in range(2))
+  counted_BT = np.zeros(shape, np.float32)
+  before_P, target_P = (
+    np.zeros(batch.size * batch.length, np.int32) for _ in range(2)
+  )
   done = 0
-  for b, row in enumerate(rows):
+  for b, row in enumerate(batch.rows):
     for array_BT, values in (
       (tokens_BT, row.tokens),
       (positions_BT, row.positions),
       (branch_BT, row.branches),
     ):
       array_BT[b, : len(values)] = values
+    if row.counted >= 0:
+      counted_BT[b, : len(row.tokens)] = row.is_counted
     end = done + len(row.targets)
-    before_P[done:end] = b * length + np.array(row.before)
+    before_P[done:end] = b * batch.length + np.array(row.before)
     target_P[done:end] = row.targets
     done = end
-  counts = np.array(done, np.int32)
-  return tokens_BT, positions_BT, branch_BT, before_P, target_P, counts
-
-
-def _run_stem(
-  model: Model, tokens: np.ndarray, slots: int, shards: int, mesh: Mesh
-) -> Cache:
-  """Returns the keys and values of a stem in this many slots."""
-  if not slots:
-    return empty_cache(model.config, 1, 0)
-  # Every device that holds rows computes the same.
-  padded_BT = np.zeros((shards, slots), np.int32)
-  padded_BT[:, : len(tokens)] = tokens
-  return _stem(model, *sharding.put_batch((padded_BT,), mesh))
-
-
-@jax.jit
-def _stem(model: Model, tokens_BT: jax.Array) -> Cache:
-  positions_BT = jnp.broadcast_to(
-    jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
+  return Arrays(
+    *(tokens_BT, positions_BT, branch_BT, counted_BT, before_P, target_P),
+    np.array(done, np.int32),
   )
-  _, cache = branching(
-    *(model, tokens_BT, positions_BT, jnp.zeros_like(tokens_BT)),
-    *(empty_cache(model.config, 1, 0), jnp.int32(0)),
-  )
-  return jax.tree.map(lambda x: x[:, :1], cache)
-
-
-@jax.jit
-def _score(
-  model: Model,
-  tokens_BT: jax.Array,
-  positions_BT: jax.Array,
-  branch_BT: jax.Array,
-  stem: Cache,
-  stem_length: jax.Array,
-  before_P: jax.Array,
-  target_P: jax.Array,
-  count: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Runs rows, and the head on the tokens before the scored ones alone.
-
-  Returns:
-    nats_P, float32, the cross-entropy of the first `count` of target_P, and
-    greedy_P, whether each is the likeliest token. What follows means nothing.
-  """
-  x_BTM, _ = branching(
-    model, tokens_BT, positions_BT, branch_BT, stem, stem_length
-  )
-  x_PM = x_BTM.reshape(-1, x_BTM.shape[-1])
-  chunk = min(len(target_P), _HEAD_TOKENS)
-  missing = -len(target_P) % chunk
-  before_P, target_P = (jnp.pad(x, (0, missing)) for x in (before_P, target_P))
-
-  def of_chunk(number, results):
-    start = number * chunk
-    before, target = (
-      jax.lax.dynamic_slice_in_dim(x, start, chunk)
-      for x in (before_P, target_P)
-    )
-    logits_PV = model.logits(x_PM[before])
-    picked = jnp.take_along_axis(logits_PV, target[:, None], axis=-1)[:, 0]
-    found = (
-      jax.nn.logsumexp(logits_PV, axis=-1) - picked,
-      logits_PV.argmax(-1) == target,
-    )
-    return tuple(
-      jax.lax.dynamic_update_slice_in_dim(into, x, start, 0)
-      for into, x in zip(results, found)
-    )
-
-  nothing = (
-    jnp.zeros(len(target_P), jnp.float32),
-    jnp.zeros(len(target_P), bool),
-  )
-  return jax.lax.fori_loop(0, -(-count // chunk), of_chunk, nothing)

@@ -38,18 +38,19 @@ def test_each_branch_is_a_whole_document(queries, monkeypatch):
   wanted = jax.jit(Model.__call__)
 
   @jax.jit
-  def found(tokens_BT, positions_BT, branch_BT, stem, stem_length):
-    x_BTM, cache = branching(
-      model, tokens_BT, positions_BT, branch_BT, stem, stem_length
+  def found(tokens_BT, positions_BT, branch_BT, counted_BT, stem, stem_length):
+    x_BTM, cache, routed = branching(
+      *(model, tokens_BT, positions_BT, branch_BT, counted_BT),
+      *(stem, stem_length),
     )
-    return model.logits(x_BTM), cache
+    return model.logits(x_BTM), cache, routed
 
   # The stem has slots that are not read.
   padded_BT = np.append(stem_T, [7, 7])[None]
   positions_BT = np.arange(padded_BT.shape[1])[None]
-  _, stem = found(
+  _, stem, of_stem = found(
     *(padded_BT, positions_BT, np.zeros_like(padded_BT)),
-    *(empty_cache(CONFIG, 1, 0), 0),
+    *(positions_BT < STEM, empty_cache(CONFIG, 1, 0), 0),
   )
   # One more token, as padding, which no other sees.
   row_T = np.concatenate([question_T, *answers, [9]])
@@ -57,11 +58,12 @@ def test_each_branch_is_a_whole_document(queries, monkeypatch):
   positions_T = [np.arange(STEM, first)]
   positions_T += [np.arange(first, first + size) for size in ANSWERS]
   branch_T = np.repeat([0, 1, 2, -1], [QUESTION, *ANSWERS, 1])
-  logits_BTV, _ = found(
+  counted_T = (branch_T == 0) | (branch_T == 2)
+  logits_BTV, _, of_row = found(
     row_T[None],
     np.concatenate([*positions_T, [0]])[None],
     branch_T[None],
-    *(stem, jnp.int32(STEM)),
+    *(counted_T[None], stem, jnp.int32(STEM)),
   )
   assert np.isfinite(logits_BTV).all()
   for number, answer in enumerate(answers, 1):
@@ -73,3 +75,15 @@ def test_each_branch_is_a_whole_document(queries, monkeypatch):
       rtol=1e-4,
       atol=1e-5,
     )
+  # The stem's sums and the row's are those of the text whose branch counts.
+  whole = np.concatenate([stem_T, question_T, answers[1]])
+  probs_LTE, expert_LTA = (
+    x[:, 0] for x in jax.jit(Model.token_routing)(model, whole[None])
+  )
+  probability_LE, assignments_LE = (
+    (a + b)[:, 0] for a, b in zip(of_stem, of_row)
+  )
+  np.testing.assert_allclose(probability_LE, probs_LTE.sum(1), rtol=1e-5)
+  for layer, expert_TA in zip(assignments_LE, expert_LTA, strict=True):
+    count_E = np.bincount(expert_TA.ravel(), minlength=CONFIG.num_experts)
+    assert layer.tolist() == count_E.tolist()

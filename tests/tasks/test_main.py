@@ -55,7 +55,6 @@ def test_the_command_writes_what_it_prints(workdir, files, capsys):
     (["--documents=-1"], "documents"),
     (["--mesh=rows=2"], "--mesh: rows=2 is no AXIS=SIZE"),
     (["--mesh=data=3"], "does not divide 8 devices"),
-    (["--mesh=data=2,sequence=4", "--max_length=6"], "mesh.sequence=4"),
     (["--mesh=tensor=8"], "does not divide the model"),
     (["--workdir=none"], "no checkpoint in"),
     (["--files=none"], "none: no task files"),

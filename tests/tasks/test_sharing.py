@@ -1,106 +1,56 @@
-"""Shared computation gives what one whole forward pass for each text gives."""
+"""What texts share is planned once, and the plan leaves little padding."""
 
-import functools
 import random
 
-import jax
 import numpy as np
-import pytest
 
-from edl_jax import sharding
-from edl_jax.config import MeshConfig, ModelConfig, UserError
-from edl_jax.model.transformer import Model
 from edl_jax.tasks import sharing
-from edl_jax.tasks.sharing import score_sequences
+from edl_jax.tasks.windows import windows_of
 
-CONFIG = ModelConfig(
-  vocabulary_size=48,
-  num_layers=3,
-  num_dense_layers=1,
-  width=16,
-  num_heads=4,
-  num_kv_heads=2,
-  head_width=8,
-  num_experts=8,
-  num_active_experts=2,
-  expert_width=8,
-  dense_width=16,
-  num_shared_experts=1,
-)
-LENGTH = 96
+# Most tokens that a model reads.
+LONGEST = 96
 
 
-@functools.cache
-def make_model() -> Model:
-  model = jax.jit(Model, static_argnums=0)(CONFIG, jax.random.key(0))
-  # Larger than at the start of training, so that tokens differ.
-  return jax.tree.map(lambda leaf: 2 * leaf if leaf.ndim > 2 else leaf, model)
+def make_texts():
+  """Questions behind common examples, others without, and some too long.
 
-
-def make_sequences():
-  """Questions behind common examples, others without, and some too long."""
+  Returns:
+    Of each text its tokens, and the index of the first one to score.
+  """
   generator = random.Random(0)
 
   def some(count):
     return [generator.randrange(48) for _ in range(count)]
 
-  sequences = []
+  texts = []
   for examples, questions in ((some(40), 20), (some(50), 17), ([], 5)):
     for _ in range(questions):
       context = [0, *examples, *some(generator.randint(1, 9))]
       for _ in range(4):
         answer = some(generator.randint(1, 6))
-        sequences.append((np.array([*context, *answer]), len(context)))
-  # Two that the model cannot read whole, and the longest continuation.
-  sequences += [(np.array(some(LENGTH + 9)), LENGTH) for _ in range(2)]
-  sequences += [(np.array(some(LENGTH + 1)), 1)]
+        texts.append((np.array([*context, *answer]), len(context)))
+  # Two that the model cannot read whole, the longest continuation, and one that
+  # is longer.
+  texts += [(np.array(some(LONGEST + 9)), LONGEST) for _ in range(2)]
+  texts += [(np.array(some(LONGEST + 1)), 1), (np.array(some(LONGEST + 5)), 1)]
   # Enough continuations of one context for several rows.
-  sequences += [(np.array([0, *some(12)]), 1) for _ in range(12)]
-  generator.shuffle(sequences)
-  return sequences
+  texts += [(np.array([0, *some(12)]), 1) for _ in range(12)]
+  generator.shuffle(texts)
+  return texts
 
 
-@functools.cache
-def naive():
-  """Scores each sequence by itself, in float64 from logits."""
-  forward = jax.jit(Model.__call__)
-  found = []
-  for tokens, first in make_sequences():
-    count = len(tokens) - first
-    tokens = tokens[-(LENGTH + 1) :]
-    padded_BT = np.zeros((1, LENGTH), np.int32)
-    padded_BT[0, : len(tokens) - 1] = tokens[:-1]
-    logits_TV = np.asarray(forward(make_model(), padded_BT)[0], np.float64)
-    logits_TV = logits_TV[: len(tokens) - 1][-count:]
-    log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
-    picked_T = log_p_TV[np.arange(count), tokens[-count:]]
-    is_greedy = (logits_TV.argmax(-1) == tokens[-count:]).all()
-    found.append((picked_T.sum(), is_greedy))
-  return found
-
-
-@pytest.mark.parametrize(
-  ("axes", "batch_tokens"),
-  [({}, 8192), ({"expert": 2, "tensor": 2}, 512), ({"fsdp": 2}, 1)],
-)
-def test_sums_are_those_of_one_text_at_a_time(axes, batch_tokens):
-  mesh_config = MeshConfig(**{"data": 1, **axes})
-  size = int(np.prod([*axes.values()], initial=1))
-  mesh = sharding.make_mesh(mesh_config, jax.devices()[:size])
-  model = make_model()
-  placed = jax.device_put(model, sharding.parameter_shardings(model, mesh))
-  before = sharing._score._cache_size()
-  found = score_sequences(placed, make_sequences(), LENGTH, mesh, batch_tokens)
-  assert sharing._score._cache_size() - before <= 4
-  wanted = naive()
-  assert {greedy for _, greedy in wanted} == {False, True}
-  for one, (nats, greedy) in zip(found, wanted, strict=True):
-    assert one.log_likelihood == pytest.approx(nats, abs=1e-4)
-    assert one.greedy == greedy
+def make_groups(counts=lambda i: False):
+  windows = [
+    window
+    for tokens, first in make_texts()
+    for window in windows_of(tokens, first, LONGEST)
+  ]
+  is_counted = [counts(i) for i in range(len(windows))]
+  return windows, sharing.plan_rows(windows, is_counted, LONGEST)
 
 
 def test_what_is_shared_is_computed_once():
-  groups = sharing._plan(make_sequences(), LENGTH)
+  _, groups = make_groups()
   assert sorted(len(group.stem) for group in groups) == [0, 41, 51]
   by_stem = {len(group.stem): group.rows for group in groups}
   assert (len(by_stem[41]), len(by_stem[51])) == (20, 17)
@@ -110,18 +60,74 @@ def test_what_is_shared_is_computed_once():
     counts = [count for _, count in row.parts]
     assert len(row.targets) == sum(counts)
     assert len(row.tokens) == row.branches.count(0) + sum(counts) - 4
-  assert all(len(row) <= LENGTH for rows in by_stem.values() for row in rows)
+  assert all(len(row) <= LONGEST for rows in by_stem.values() for row in rows)
+
+
+def test_a_row_counts_the_routing_of_one_window():
+  windows, groups = make_groups(lambda i: i % 2 == 0)
+  counted = {}
+  for stem, rows in groups:
+    for row in rows:
+      if row.counted >= 0:
+        tokens = np.array(row.tokens)[row.is_counted].tolist()
+        counted[row.counted] = [*stem.tolist(), *tokens]
+  assert sorted(counted) == list(range(0, len(windows), 2))
+  for number, tokens in counted.items():
+    assert tokens == windows[number].tokens[:-1].tolist()
 
 
 def test_lengths_need_the_least_padding():
-  assert sharing._lengths([3, 16, 17, 70]) == [16, 32, 80]
+  assert sharing.row_lengths([3, 16, 17, 70]) == [16, 32, 80]
   sizes = [10] * 9 + [40] * 5 + [50] * 4 + [100] * 3 + [200, 210]
-  assert sharing._lengths(sizes) == [16, 64, 112, 224]
+  assert sharing.row_lengths(sizes) == [16, 64, 112, 224]
 
 
-def test_wrong_sequences_are_refused():
-  mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-  tokens = np.zeros(LENGTH + 2, np.int32)
-  with pytest.raises(UserError, match="continuation 1 has 97 tokens"):
-    score_sequences(make_model(), [(tokens, 1)], LENGTH, mesh)
-  assert score_sequences(make_model(), [], LENGTH, mesh) == []
+def parts(batches):
+  return sorted(p for each in batches for row in each.rows for p in row.parts)
+
+
+def test_batches_hold_every_row_once():
+  windows, groups = make_groups()
+  lengths = sharing.row_lengths(
+    [len(r) for group in groups for r in group.rows]
+  )
+  for batch_tokens, shards in ((4096, 1), (512, 4), (1, 2)):
+    batches = sharing.plan_batches(groups, lengths, batch_tokens, shards)
+    assert parts(batches) == [
+      (i, len(each.tokens) - each.first) for i, each in enumerate(windows)
+    ]
+    for batch in batches:
+      assert len(batch.rows) <= batch.size and batch.size % shards == 0
+      assert max(map(len, batch.rows)) <= batch.length
+      assert batch.size * batch.length <= max(batch_tokens, shards * LONGEST)
+    # Each stem comes up once, and each length has one number of rows.
+    stems = [len(batch.stem) for batch in batches]
+    assert stems == sorted(stems, key=stems.index)
+    assert len({(each.length, each.size) for each in batches}) <= 4
+    left = sharing.plan_batches(
+      *(sharing.regrouped(batches[2:]), lengths, batch_tokens, shards)
+    )
+    assert parts(left) == parts(batches[2:])
+
+
+def test_batches_are_smaller_where_that_saves_padding():
+  row = sharing.Row([1] * 64, [0] * 64, [0] * 64)
+  groups = [sharing.Group(np.ones(i), [row] * 17) for i in range(9)]
+  groups.append(sharing.Group(np.ones(9), [row] * 128))
+  batches = sharing.plan_batches(groups, [64], 8192, 1)
+  assert {batch.size for batch in batches} == {32}
+  # A single stem leaves nothing to save.
+  (batch,) = sharing.plan_batches(groups[-1:], [64], 8192, 1)
+  assert batch.size == 128
+
+
+def test_padding_counts_nowhere():
+  row = sharing.Row([5, 6, 7], [0, 1, 2], [0, 0, 1], [1, 2], [7, 8], [(0, 2)])
+  row.counted, row.counted_branch = 0, 1
+  arrays = sharing.batch_arrays(sharing.Batch(np.ones(0), [row], 4, 2))
+  assert arrays.tokens_BT.tolist() == [[5, 6, 7, 0], [0] * 4]
+  assert arrays.branch_BT.tolist() == [[0, 0, 1, -1], [-1] * 4]
+  assert arrays.counted_BT.tolist() == [[1, 1, 1, 0], [0] * 4]
+  assert arrays.before_P.tolist() == [1, 2, *[0] * 6]
+  assert arrays.target_P.tolist() == [7, 8, *[0] * 6]
+  assert arrays.num_scored == 2
