@@ -276,13 +276,64 @@ def parameter_spec(path: Sequence[Any], leaf: Any) -> PartitionSpec:
   return PartitionSpec(*(None,) * layers, *rule.spec)
 
 
-def parameter_specs(parameters: Any) -> Any:
+def parameter_specs(parameters: Any, apart: bool = False) -> Any:
   """Returns the PartitionSpec of every parameter, as the same pytree.
+
+  Args:
+    parameters: arrays, or shapes in their place.
+    apart: whether they come from `apart`.
 
   Raises:
     ValueError: a parameter has no rule, or another rank than its rule.
   """
-  return jax.tree_util.tree_map_with_path(parameter_spec, parameters)
+  if not apart:
+    return jax.tree_util.tree_map_with_path(parameter_spec, parameters)
+  return jax.tree.map(
+    lambda spec: PartitionSpec(_copy_axes(spec), *spec),
+    parameter_specs(jax.eval_shape(first_copy, parameters)),
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+
+
+def _copy_axes(spec: PartitionSpec) -> tuple[str, ...]:
+  """Returns the axes along which devices hold copies of the same shard."""
+  spread = {axis for entry in spec for axis in axes_of(entry)}
+  return tuple(axis for axis in MESH_AXES if axis not in spread)
+
+
+def apart(parameters: Any) -> Any:
+  """Gives the devices that hold the same shard a copy each.
+
+  Copies are stacked along a new first axis, which is spread over these devices,
+  and take no memory beyond what the devices hold. The gradient by a copy is
+  that of its device's rows alone, and `together` sums it over devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+
+  def stack(spec: PartitionSpec, x: jax.Array) -> jax.Array:
+    axes = _copy_axes(spec)
+    count = math.prod(mesh.shape.get(axis, 1) for axis in axes)
+    copies = jnp.broadcast_to(x, (count, *x.shape))
+    if mesh.empty:
+      return copies
+    return jax.lax.with_sharding_constraint(copies, PartitionSpec(axes, *spec))
+
+  return jax.tree.map(
+    stack,
+    parameter_specs(parameters),
+    parameters,
+    is_leaf=lambda x: isinstance(x, PartitionSpec),
+  )
+
+
+def together(gradient: Any) -> Any:
+  """Returns the gradient by parameters from that by what `apart` returns."""
+  return jax.tree.map(lambda x: x.sum(0), gradient)
+
+
+def first_copy(parameters: Any) -> Any:
+  """Returns a device's own copy of what `apart` returns."""
+  return jax.tree.map(lambda x: x[0], parameters)
 
 
 def parameter_shardings(parameters: Any, mesh: Mesh) -> Any:

@@ -92,6 +92,17 @@ def _losses(experiment: Experiment) -> LossesConfig:
   return experiment.losses
 
 
+def _loss_context(
+  experiment: Experiment, taxonomy: Taxonomy, rows: int
+) -> LossContext:
+  return LossContext(
+    _losses(experiment),
+    taxonomy.parent,
+    _coarse_weight(experiment),
+    max_present=rows,
+  )
+
+
 # The streams of random numbers of steps, apart from that of initialisation.
 _PAIRS_STREAM = 1 << 31
 _POOLS_STREAM = _PAIRS_STREAM + 1
@@ -158,6 +169,8 @@ def loss_and_gradient(
   are means over the micro-batches' own objectives. That is another loss, as a
   divergence of means is not a mean of divergences.
 
+  Devices that hold copies of a parameter sum its gradient once, at the end.
+
   Args:
     model, batch: parameters and the rows of the global batch.
     experiment: losses, accumulation and granularity.
@@ -168,27 +181,25 @@ def loss_and_gradient(
   Returns:
     The sums, the terms by name, and the gradient as `optim.trained` of a model.
   """
-  context = LossContext(
-    _losses(experiment),
-    taxonomy.parent,
-    _coarse_weight(experiment),
-    max_present=len(batch.domain_B),
-  )
+  context = _loss_context(experiment, taxonomy, len(batch.domain_B))
 
   @jax.named_scope("objective")
   def of_sums(sums: routing.BatchSums):
     return objective(sums, context, kept_weights)
 
-  part = trained(experiment.optimizer, model)
+  count = experiment.train.accumulation_steps
+  whole_model = model if count == 1 else sharding.apart(model)
+  part = trained(experiment.optimizer, whole_model)
 
   def forward(part: Model, batch: Batch) -> routing.BatchSums:
-    sums, _ = merged(part, model).batch_sums(
+    sums, _ = merged(part, whole_model).batch_sums(
       batch,
       len(taxonomy.fine),
       summaries(experiment.losses),
       experiment.moe,
       _token_pairs(batch, experiment, taxonomy, step),
       pool_size_LBI=_pool_sizes(batch, experiment, step),
+      apart=count > 1,
     )
     return sums
 
@@ -197,7 +208,6 @@ def loss_and_gradient(
     loss, terms = of_sums(sums)
     return loss, (sums, terms)
 
-  count = experiment.train.accumulation_steps
   if count == 1:
     gradient, (sums, terms) = jax.grad(whole, has_aux=True)(part, batch)
     return sums, terms, gradient
@@ -210,7 +220,7 @@ def loss_and_gradient(
 
     sums, terms, gradient = _sum_over_parts(of_rows, micro)
     mean = functools.partial(jax.tree.map, lambda x: x / count)
-    return sums, mean(terms), mean(gradient)
+    return sums, mean(terms), mean(sharding.together(gradient))
 
   sums = _sum_over_parts(functools.partial(forward, part), micro)
   by_sums, terms = jax.grad(of_sums, has_aux=True)(sums)
@@ -218,7 +228,8 @@ def loss_and_gradient(
   def gradient_of_rows(rows: Batch) -> Model:
     return jax.vjp(lambda part: forward(part, rows), part)[1](by_sums)[0]
 
-  return sums, terms, _sum_over_parts(gradient_of_rows, micro)
+  gradient = _sum_over_parts(gradient_of_rows, micro)
+  return sums, terms, sharding.together(gradient)
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import optax
 import pytest
 
 from edl_jax import sharding, step
+from edl_jax.aot import hlo, hlo_costs
+from edl_jax.aot.compile import abstract_batch
 from edl_jax.config import (
   Experiment,
   LossesConfig,
@@ -21,6 +24,7 @@ from edl_jax.config import (
 from edl_jax.optim import make_optimizer, make_schedule
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
+from tests.xla import FAST_OPTIONS
 
 ROWS, LENGTH, NUM_PAIRS = 6, 10, 40
 TAXONOMY = Taxonomy(fine=("a", "b", "c"), coarse=("x", "y"), parent=(0, 1, 1))
@@ -255,3 +259,46 @@ def test_pools_depend_on_seed_and_step_alone():
   assert sizes(pools, 6) != first
   assert sizes(dataclasses.replace(pools, seed=4), 5) != first
   assert step._pool_sizes(batch(), EXPERIMENT, 5) is None
+
+
+@pytest.mark.parametrize("accumulation", ["exact", "per_micro_batch"])
+def test_gradients_travel_between_copies_once_a_step(accumulation):
+  """Devices along `data` and `tensor` hold copies of most parameters."""
+  devices = jax.devices()
+  mesh = sharding.make_mesh(
+    MeshConfig(data=2, fsdp=2, expert=1, tensor=2), devices
+  )
+
+  def summed(count):
+    """Returns a device's bytes of parameters, and those of sums over `data`."""
+    experiment = replaced(
+      losses={"divergence_pairs": "domains"},
+      model={"num_kv_heads": 2},
+      train={
+        "batch_size": 16,
+        "accumulation_steps": count,
+        "accumulation": accumulation,
+      },
+    )
+    optimizer = make_optimizer(experiment.optimizer, 4)
+    program = step.make_train_step(experiment, optimizer, TAXONOMY, mesh)
+    state = step.abstract_state(experiment, optimizer, mesh)
+    with jax.set_mesh(mesh):
+      compiled = program.lower(state, abstract_batch(experiment, mesh)).compile(
+        FAST_OPTIONS
+      )
+    found = hlo_costs.costs(hlo.parse(compiled.as_text() or ""), 4)
+    held = sum(
+      4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+      for leaf in jax.tree.leaves(state.model)
+    )
+    return held, sum(
+      one.runs * one.payload
+      for one in found.collectives
+      if one.kind == "all-reduce" and {0, 4} <= set(one.devices)
+    )
+
+  held, once = summed(1)
+  assert once >= held
+  # Routing, and what else is summed over rows, comes on top.
+  assert summed(4)[1] < once + held

@@ -307,6 +307,7 @@ class Model(nnx.Module):
     pairs: TokenPairs | None = None,
     kept_LE: jax.Array | None = None,
     pool_size_LBI: jax.Array | None = None,
+    apart: bool = False,
   ) -> tuple[routing.BatchSums, jax.Array]:
     """Runs a batch down to the sums that objective and reports need.
 
@@ -318,6 +319,7 @@ class Model(nnx.Module):
       moe: how tokens and experts meet.
       pairs: sampled pairs of tokens, whose divergence is summed too.
       kept_LE, pool_size_LBI: what restricts the choice, see `choice.Choice`.
+      apart: whether this model's parameters come from `sharding.apart`.
 
     Returns:
       The sums over the global batch, differentiable, and weighted nats_BT.
@@ -330,24 +332,22 @@ class Model(nnx.Module):
     by_shard = (*sharding.ROW_AXES, "sequence")
 
     def of_shard(model: Model, batch: Batch, *rest: Any):
+      model = sharding.first_copy(model) if apart else model
       return model._shard_sums(batch, summaries, moe, *rest)
 
     sums_Z, nats_BT, routing_LB, *by_shard_L = sharding.per_shard(
       of_shard,
       (
-        sharding.parameter_specs(self),
+        sharding.parameter_specs(self, apart),
         batch_specs,
-        PartitionSpec(),
-        CHOICE_SPECS,
+        *(PartitionSpec(), CHOICE_SPECS),
       ),
       (
         PartitionSpec(by_shard),
         PartitionSpec(*by_token),
         # Stacked over layers.
         PartitionSpec(None, sharding.ROW_AXES),
-        PartitionSpec(None, by_shard),
-        PartitionSpec(None, by_shard),
-        PartitionSpec(None, by_shard),
+        *3 * [PartitionSpec(None, by_shard)],
       ),
     )(
       self,
