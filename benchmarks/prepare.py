@@ -32,7 +32,7 @@ from pathlib import Path
 
 from benchmarks import measure
 from edl_jax.command import Command
-from edl_jax.config import DataConfig
+from edl_jax.config import DataConfig, UserError
 from edl_jax.text.files import find_files
 from edl_jax.text.readers import read_records
 from edl_jax.text.sources import read_documents
@@ -52,11 +52,16 @@ _GIVEN = {
   kind: COMMAND.flag(kind, "", "Glob of files with such records, if any.")
   for kind in _KINDS
 }
+_CONTESTANTS = COMMAND.flag(
+  "contestants", "", "Those that take part, by commas, beside fastokens alone."
+)
 _BASELINE = COMMAND.flag(
   "baseline", "", "Folder of an older checkout that takes part."
 )
 
 VOCABULARY = 16384
+# Characters of each kind that the tokenizer learns from, at most.
+_LEARNED = 4_000_000
 
 # Each contestant is a program of its own, which prints its processor seconds
 # after its imports, with those of its workers, and its memory in KiB.
@@ -141,6 +146,8 @@ def texts_of_kinds(limit: int) -> dict[str, list[str]]:
         for _, record in read_records(path)
         if isinstance(record, dict)
       ]
+      if not texts[kind]:
+        raise UserError(f"--{kind}={given.value}: no text")
   return {kind: _first(texts[kind], limit) for kind in _KINDS}
 
 
@@ -203,7 +210,12 @@ def contestants(
   if _BASELINE.value:
     older = Path(_BASELINE.value).resolve()
     calls |= call("baseline", _PREPARE, out, "1", where=older)
-  return calls
+  chosen = _CONTESTANTS.value.split(",")
+  return {
+    name: run
+    for name, run in calls.items()
+    if chosen == [""] or name in ("fastokens alone", *chosen)
+  }
 
 
 @COMMAND.main
@@ -213,7 +225,7 @@ def main() -> None:
   limit = _MEGABYTES.value * 1_000_000
   kinds = texts_of_kinds(limit)
   with tempfile.TemporaryDirectory() as folder:
-    sample = [text for texts in kinds.values() for text in texts]
+    sample = [t for texts in kinds.values() for t in _first(texts, _LEARNED)]
     tokenizer = os.path.join(folder, "tokenizer.json")
     content = train_tokenizer(sample, VOCABULARY).to_json()
     Path(tokenizer).write_text(content, encoding="utf-8")
@@ -237,7 +249,7 @@ def main() -> None:
           "MB/s": statistics.median(size / each for each in taken[name]),
           "of bound": measure.median_ratio(taken[name], bound),
         }
-        if _BASELINE.value:
+        if "baseline" in taken:
           row["speed-up"] = measure.median_ratio(taken["baseline"], taken[name])
         rows.append(row | {"memory MB": memory[name]})
   measure.report(rows, _JSON.value)
