@@ -75,6 +75,8 @@ def main(path):
     jax.clear_caches()
     patched, _ = jax.jit(loss_of)(parameters)
     jax.effects_barrier()
+    # What follows appends more.
+    logits_LBTE = np.stack(logits)
     (_, divergence), gradient = computed(parameters)
     # The loss rises along its gradient by the gradient's length.
     added = jax.tree.map(lambda a, b: a - b, gradient, plain_gradient)
@@ -89,7 +91,7 @@ def main(path):
     rise = divergence_at(1e-2) - divergence_at(-1e-2)
   np.savez(
     path,
-    logits=np.stack(logits),
+    logits=logits_LBTE,
     counted=batch()["targets_segmentation"],
     domain=batch()[patch.DOMAIN][:, 0],
     added=patched - plain,
