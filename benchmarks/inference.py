@@ -47,7 +47,11 @@ class Ours:
     from edl_jax.tasks.scoring import score
 
     found = score(
-      *(self._run.model, self._run.tokenizer, pairs, max_length, self._mesh),
+      self._run.model,
+      self._run.tokenizer,
+      # JSON has no tuples.
+      [(context, continuation) for context, continuation in pairs],
+      *(max_length, self._mesh),
       **mode,
     )
     return [each.log_likelihood for each in found]
