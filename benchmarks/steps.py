@@ -1,5 +1,7 @@
 """Training steps on random tokens, to be timed."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -32,6 +34,9 @@ def random_batch(experiment: Experiment, num_domains: int) -> Batch:
 class TrainingStep:
   """A compiled training step with a state of its own.
 
+  With several runs, one program takes a step of each: `vmap` over their states
+  and batches.
+
   Attributes:
     compiled: the compiled program.
     output: the last step's output.
@@ -39,7 +44,9 @@ class TrainingStep:
 
   output: StepOutput
 
-  def __init__(self, experiment: Experiment, num_domains: int, mesh: Mesh):
+  def __init__(
+    self, experiment: Experiment, num_domains: int, mesh: Mesh, runs: int = 1
+  ):
     names = [f"domain{d}" for d in range(num_domains)]
     optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
     step = make_train_step(
@@ -49,6 +56,11 @@ class TrainingStep:
       random_batch(experiment, num_domains), mesh
     )
     self._state = init_state(experiment, optimizer, mesh)
+    if runs > 1:
+      self._state, self._batch = jax.tree.map(
+        lambda leaf: jnp.stack([leaf] * runs), (self._state, self._batch)
+      )
+      step = jax.jit(jax.vmap(step), donate_argnums=0)
     self.compiled = step.lower(self._state, self._batch).compile()
 
   def __call__(self) -> float:

@@ -86,7 +86,8 @@ def rows_of(sweep: str) -> list[dict[str, Any]]:
       | {
         "parameters/active": run.result["parameters"]["active"],
         "tokens": run.result["step"] * tokens,
-        "cpu_seconds": run.result["time"]["cpu_seconds"],
+        # Runs of older versions lack it.
+        "cpu_seconds": run.result["time"].get("cpu_seconds", ""),
       }
       | sweep_report.figures(run.result)
       | {
