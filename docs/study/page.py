@@ -139,6 +139,23 @@ def table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def spent(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
+  """Returns a sentence on the CPU time of the question's runs."""
+  runs = [
+    row
+    for condition in question.conditions
+    for row in runs_of(rows, condition).values()
+  ]
+  seconds = [float(row["cpu_seconds"]) for row in runs if row["cpu_seconds"]]
+  known = "" if len(seconds) == len(runs) else f", of {len(seconds)} of them"
+  return f"{len(runs)} runs; CPU time{known}: {sum(seconds) / 3600:.1f} hours."
+
+
+def section(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
+  """Returns what stands between the marks of a question."""
+  return f"{table(question, rows)}\n\n{spent(question, rows)}"
+
+
 def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
   """Draws the first column: a point for each run, a bar at the mean."""
   heading, name, _ = question.columns[0]
@@ -225,7 +242,7 @@ def main() -> None:
   for question in QUESTIONS:
     rows = read(folder, question)
     if rows:
-      tables[question.name] = table(question, rows)
+      tables[question.name] = section(question, rows)
       path = folder / f"{question.name}.png"
       report.save_figure(draw(question, rows), str(path))
       if question.by_tokens:

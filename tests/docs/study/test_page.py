@@ -77,6 +77,17 @@ def test_figures_that_some_runs_lack(rows):
   assert line == "| none | 4 | 4.938 ± 2.757 |  |  |"
 
 
+def test_cpu_time_is_that_of_the_runs_that_are_in_the_table(rows):
+  for row in rows:
+    row["cpu_seconds"] = "900.0"
+  others = [row | {WEIGHT: "0.3"} for row in rows]
+  text = page.spent(QUESTION, rows + others)
+  assert text == "7 runs; CPU time: 1.8 hours."
+  rows[0]["cpu_seconds"] = ""
+  text = page.spent(QUESTION, rows)
+  assert text == "7 runs; CPU time, of 6 of them: 1.5 hours."
+
+
 def test_distances_by_tokens(rows):
   question = QUESTION._replace(
     columns=(("nats above the best", "distance", ".2f"),)
@@ -114,7 +125,7 @@ def test_conditions_use_settings_that_are_collected():
 def test_published_page_is_made_from_the_published_results():
   text = (FOLDER / "index.md").read_text()
   tables = {
-    question.name: page.table(question, rows)
+    question.name: page.section(question, rows)
     for question in QUESTIONS
     if (rows := page.read(FOLDER, question))
   }
