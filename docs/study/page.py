@@ -59,15 +59,15 @@ def runs_of(rows: Sequence[Mapping[str, str]], condition: Condition) -> _Runs:
 def figures_of(runs: _Runs, name: str) -> dict[int, float]:
   """Returns a figure of each run that has it, by seed.
 
-  "distance" is that of the loss from the best possible; "distance@TOKENS" is
-  what it was after so many tokens.
+  "distance" is that of the loss from the best of a predictor that knows the
+  source; "distance@TOKENS" is what it was after so many tokens.
   """
   found = {}
   for seed, row in runs.items():
     best = 0.0
     column = name
     if name.startswith("distance"):
-      best = float(row["best_loss/inferred"])
+      best = float(row["best_loss/known"])
       column = name.replace("distance", "lm_loss")
     if row.get(column):
       found[seed] = float(row[column]) - best
@@ -179,10 +179,11 @@ def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
 def draw_by_tokens(
   question: Question, rows: Sequence[Mapping[str, str]]
 ) -> Figure:
-  """Draws the first column against tokens trained on.
+  """Draws distances from the best loss against tokens trained on.
 
-  A panel has a condition and those that are compared with it; lines are means
-  over seeds, and bands reach from the least to the largest.
+  A panel has a condition and those that are compared with it. Lines are means
+  over seeds, and bands reach from the least to the largest. The dotted line is
+  the best of a predictor that has to infer the source.
   """
   heading, name, _ = question.columns[0]
   bases = [each.label for each in question.conditions if not each.base]
@@ -196,6 +197,10 @@ def draw_by_tokens(
       if base not in (condition.label, condition.base):
         continue
       runs = runs_of(rows, condition)
+      floors = [
+        float(row["best_loss/inferred"]) - float(row["best_loss/known"])
+        for row in runs.values()
+      ]
       values = [list(figures_of(runs, f"{name}@{n}").values()) for n in tokens]
       drawn = [(n, each) for n, each in zip(tokens, values) if each]
       if not drawn:
@@ -207,11 +212,15 @@ def draw_by_tokens(
       (line,) = axes.plot(places, means, label=label)
       axes.fill_between(places, lows, highs, color=line.get_color(), alpha=0.2)
       axes.set_title(title)
+      if not condition.base and (floor := statistics.fmean(floors)) > 0:
+        axes.axhline(floor, color="black", ls=":", label="best without labels")
     axes.set_xlabel("million tokens")
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
   panels[0].set_ylabel(heading)
-  panels[0].legend()
+  figure.legend(
+    *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5
+  )
   return figure
 
 

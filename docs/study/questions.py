@@ -75,15 +75,15 @@ _SHARES = ("0.0", "0.25", "0.5", "0.75", "1.0")
 
 def _truth(share: str) -> list[Condition]:
   files = {"data.files": f"markov/{share}/text/*.jsonl.gz"}
-  base = f"{share}: no divergence"
+  base = f"{share} shared: no divergence"
   return [
     Condition(base, _NO_LOSS | files),
-    Condition(f"{share}: divergence", _DIVERGENCE | files, base),
+    Condition(f"{share} shared: divergence", _DIVERGENCE | files, base),
     Condition(
-      f"{share}: pools", _NO_LOSS | files | {"model.pool_min": "2"}, base
+      f"{share} shared: pools", _NO_LOSS | files | {"model.pool_min": "2"}, base
     ),
     Condition(
-      f"{share}: fixed experts",
+      f"{share} shared: fixed experts",
       _NO_LOSS | files | {"model.router": "domain"},
       base,
     ),

@@ -93,12 +93,14 @@ def test_distances_by_tokens(rows):
     columns=(("nats above the best", "distance", ".2f"),)
   )
   for row in rows:
-    row |= {"best_loss/inferred": "2.5", "lm_loss@2000000": row["lm_loss"]}
+    row |= {"best_loss/known": "2.5", "best_loss/inferred": "2.75"}
+    row["lm_loss@2000000"] = row["lm_loss"]
     row["lm_loss@1000000"] = str(float(row["lm_loss"]) + 1)
   table = page.table(question, rows).splitlines()
   assert table[2] == "| none | 4 | 2.44 ± 2.76 |  |"
   (axes,) = page.draw_by_tokens(question, rows).axes
-  none, some = axes.get_lines()
+  none, floor, some = axes.get_lines()
+  assert set(floor.get_ydata()) == {0.25}
   assert none.get_xydata().tolist() == [[1, 3.4375], [2, 2.4375]]
   means = np.mean(LOSSES["0.01"]) - 2.5 + np.array([1.0, 0.0])
   np.testing.assert_allclose(some.get_ydata(), means)
