@@ -58,10 +58,9 @@ def analyze(
     moved / chip.hbm_bandwidth,
     *_transfer_seconds(within, between, topology, step.mesh),
   )
-  synchronous = (
-    [one for one in some if not one.is_async] for some in (within, between)
+  exposed = _transfer_seconds(
+    _synchronous(within), _synchronous(between), topology, step.mesh
   )
-  exposed = sum(_transfer_seconds(*synchronous, topology, step.mesh))
   total, active = parameter_counts(experiment.model)
   return {
     "devices": devices,
@@ -92,10 +91,15 @@ def analyze(
       "tokens_per_second_per_device": tokens / bound.seconds,
     },
     "estimate": estimates.figures(
-      *(estimates.estimate(module, chip), costs, exposed, bound.seconds),
+      *(estimates.estimate(module, chip), costs, sum(exposed), bound.seconds),
       *(chip, model_flops),
     ),
   }
+
+
+def _synchronous(collectives: Sequence[Collective]) -> list[Collective]:
+  """Returns the collectives that no other work runs beside."""
+  return [collective for collective in collectives if not collective.is_async]
 
 
 def _compiled_flops(costs: hlo_costs.Costs) -> dict[str, Any]:
