@@ -46,6 +46,8 @@ from edl_jax.command import Command
 from edl_jax.config import Experiment, UserError
 from edl_jax.progress import elapsed
 
+_ALL = ("ours", "maxtext")
+
 COMMAND = Command(__doc__)
 COMMAND.experiment("experiments/edl.py:15b")
 _TOPOLOGY = COMMAND.flag(
@@ -54,9 +56,9 @@ _TOPOLOGY = COMMAND.flag(
 _ROWS = COMMAND.flag("rows", 16, "Rows of each chip.", minimum=1)
 _CONTESTANTS = COMMAND.flag(
   "contestants",
-  ("ours", "maxtext"),
+  _ALL,
   "Programs to compile, in order.",
-  choices=("ours", "maxtext"),
+  choices=_ALL,
 )
 _ENVIRONMENTS = COMMAND.flag(
   "environments", peers.ENVIRONMENTS_FOLDER, "Folder that keeps environments."
@@ -167,6 +169,28 @@ def row(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
+def conclusion(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Returns the lines under the table, from the figures of each contestant."""
+  unknown = {
+    name: figures["unknown_kernels"]
+    for name, figures in found.items()
+    if figures["unknown_kernels"]
+  }
+  if unknown:
+    return [
+      f"{name}: the table leaves out kernels of unknown work, so its seconds"
+      f" cannot be compared: {', '.join(kernels)}"
+      for name, kernels in unknown.items()
+    ]
+  if len(found) < 2:
+    return []
+  ours, theirs = (found[name]["estimate"]["step"] for name in _ALL)
+  return [
+    f"our step is {1 - ours['high'] / theirs['high']:.0%} below MaxText's by"
+    f" estimate, {1 - ours['low'] / theirs['low']:.0%} by roofline"
+  ]
+
+
 @COMMAND.main
 def main() -> None:
   """Compiles the contestants and prints the table."""
@@ -200,18 +224,8 @@ def main() -> None:
     compiled_with=versions,
     contestants=found,
   )
-  for name, figures in found.items():
-    if unknown := figures["unknown_kernels"]:
-      print(f"{name}: kernels of unknown work: {', '.join(unknown)}")
-  if len(found) == 2:
-    ours, theirs = (found[name]["estimate"] for name in ("ours", "maxtext"))
-    high, low = (
-      1 - ours["step"][end] / theirs["step"][end] for end in ("high", "low")
-    )
-    print(
-      f"our step is {high:.0%} below MaxText's by estimate, {low:.0%} by"
-      " roofline"
-    )
+  for line in conclusion(found):
+    print(line)
 
 
 if __name__ == "__main__":

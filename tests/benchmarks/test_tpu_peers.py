@@ -89,3 +89,16 @@ def test_figures_of_a_program_by_hand():
   assert row["sent"] == row["in waits"] == pytest.approx(sent / 2**30)
   assert (row["arguments"], row["temporaries"], row["peak"]) == (1, 2, 3)
   assert not found["unknown_kernels"] and not found["unknown_loops"]
+
+
+def test_seconds_without_some_kernels_are_not_compared():
+  def figures(high, low, *unknown):
+    step = {"high": high, "low": low}
+    return {"unknown_kernels": list(unknown), "estimate": {"step": step}}
+
+  found = {"maxtext": figures(4.0, 2.0), "ours": figures(3.0, 1.0)}
+  (line,) = tpu_peers.conclusion(found)
+  assert line.startswith("our step is 25% below MaxText's by estimate, 50% by")
+  found["maxtext"] = figures(4.0, 2.0, "shard_map")
+  (line,) = tpu_peers.conclusion(found)
+  assert line.startswith("maxtext: ") and line.endswith("compared: shard_map")
