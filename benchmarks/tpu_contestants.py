@@ -150,6 +150,26 @@ CONTESTANTS: dict[str, Callable[[Request, Topology], Program]] = {
 }
 
 
+def name_grouped_products(module: hlo.Module) -> None:
+  """Gives megablox's kernels their names, which MaxText's programs leave out.
+
+  By shape: (R, M) and (E, M, F) make (R, F), or (R, M) and (R, F) (E, M, F).
+  """
+  names = {((2, 3), 2): "gmm", ((2, 2), 3): "tgmm"}
+  for computation in module.computations.values():
+    for key, instruction in computation.items():
+      kernel = hlo_costs.kernel_name(instruction)
+      if kernel not in ("tpu_custom_call", "shard_map"):
+        continue
+      ranks = tuple(
+        len(array.shape)
+        for array in hlo_costs.operand_arrays(instruction, computation)
+        if len(array.shape) > 1 and "f" in array.dtype
+      )
+      name = names.get((ranks, len(instruction.arrays[0].shape)), kernel)
+      computation[key] = instruction._replace(name=name)
+
+
 def figures(
   program: Program, topology: Topology, num_experts: int, model_flops: float
 ) -> dict[str, Any]:
@@ -163,6 +183,7 @@ def figures(
   """
   chip = topology.chip
   module = hlo.parse(program.text)
+  name_grouped_products(module)
   costs = hlo_costs.costs(module, num_experts)
 
   def seconds(collectives: list[hlo_costs.Collective]) -> float:

@@ -22,7 +22,7 @@ ENTRY %main (a: f32[64,32], b: f32[32,16], w: f32[4,32,16]) -> f32[256,16] {
   %b = f32[32,16]{1,0} parameter(1)
   %w = f32[4,32,16]{2,1,0} parameter(2)
   %copy.1 = f32[64,32]{1,0} copy(%a), backend_config={"estimated_cycles":"1000"}
-  %gmm.1 = f32[64,16]{1,0} custom-call(%copy.1, %w),\
+  %shard_map.1 = f32[64,16]{1,0} custom-call(%copy.1, %w),\
  custom_call_target="tpu_custom_call"
   %gather.1 = f32[256,32]{1,0} all-gather(%copy.1), channel_id=1,\
  replica_groups={{0,1,2,3}}, dimensions={0}
