@@ -37,6 +37,9 @@ _Made = TypeVar("_Made")
 
 # Small files that are read or written at once.
 _THREADS = 16
+# NumPy parses headers by ast, which fails at random in several threads of
+# Python 3.11 (https://github.com/python/cpython/issues/106905).
+_PARSING = threading.Lock()
 
 
 class Chunk(NamedTuple):
@@ -361,7 +364,7 @@ def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
   """
   try:
     content = io.BytesIO(storage.read_bytes(path))
-    with np.load(content, allow_pickle=False) as arrays:
+    with _PARSING, np.load(content, allow_pickle=False) as arrays:
       return {name: arrays[name] for name in arrays.files}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     path.unlink(missing_ok=True)
