@@ -53,7 +53,7 @@ class ChatTemplate:
     self._start, self._variables = next(iter(special), ""), variables
     self.renders = template is not None
     # The special token that ends a completion, "" for the document start.
-    end = variables.get("eos_token")
+    end = str(variables.get("eos_token", ""))
     self.end = end if end in special and end != self._start else ""
     # What no message may hold.
     self.reserved = (*special, _BEGIN, _END)
