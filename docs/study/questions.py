@@ -168,8 +168,18 @@ QUESTIONS = (
     (
       ("nats above the best", "distance", ".4f"),
       *_ROUTING,
-      *_CARVED,
     ),
     by_tokens=True,
+  ),
+  Question(
+    "truth_carve",
+    ("truth", "truth_pools"),
+    [
+      condition
+      for share in _SHARES
+      for condition in _truth(share)
+      if condition.where["model.router"] == "learned"
+    ],
+    (*_CARVED, ("with 2", "carved/2", "+.3f")),
   ),
 )
