@@ -186,12 +186,14 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 @contextlib.contextmanager
 def _as_os_error(path: str) -> Iterator[None]:
-  """Makes an OSError of whatever gcsfs, or a library that it uses, raises."""
+  """Makes an OSError with a reason of whatever gcsfs or a library raises."""
   try:
     yield
-  except OSError:
-    raise
+  except FileNotFoundError as error:
+    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
   except Exception as error:
+    if isinstance(error, OSError) and error.strerror:
+      raise
     raise OSError(errno.EIO, _reason(error), path) from error
 
 

@@ -250,12 +250,12 @@ def small_run(runs):
 def test_training_text_is_encoded_once(runs, monkeypatch, tmp_path):
   arguments = small_run(runs)
   read = []
-  tokenize = input_pipeline._tokenize
+  encode = input_pipeline.encode_corpus
   monkeypatch.setattr(
     input_pipeline,
-    "_tokenize",
+    "encode_corpus",
     lambda corpus, split, tokenizer: (
-      read.append(split) or tokenize(corpus, split, tokenizer)
+      read.append(split) or encode(corpus, split, tokenizer)
     ),
   )
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

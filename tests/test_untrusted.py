@@ -20,7 +20,7 @@ from edl_jax import config_files
 from edl_jax.cache import write_cache
 from edl_jax.checkpoint import saved_provenance
 from edl_jax.config import FIELDS, DataConfig, UserError
-from edl_jax.text import input_pipeline
+from edl_jax.text import encode
 from edl_jax.text.files import find_files
 from edl_jax.text.readers import read_records
 from edl_jax.text.sources import read_documents
@@ -232,7 +232,7 @@ def test_code_in_data_does_not_run(tmp_path, monkeypatch):
   content = tmp_path / "objects.npz"
   np.savez(content, tokens=np.array([Bomb(hit)], object), lengths=np.array([1]))
   write_cache("tokens-x.npz", content.read_bytes())
-  assert input_pipeline._unpack(content.read_bytes()) is None
+  assert encode._unpack(content.read_bytes()) is None
   assert not hit.exists()
   with pytest.raises(yaml.YAMLError):
     yaml.safe_load(tag)
