@@ -430,6 +430,7 @@ if process == 0:
 """
 
 
+@pytest.mark.slow
 def test_two_processes(on_one_device, token_pairs_on_one_device, tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))

@@ -140,6 +140,7 @@ def test_steps_against_numpy_float64_matrix_by_matrix():
   assert checked == 2 * 4 + 1 + 2 + 2 + 2
 
 
+@pytest.mark.slow
 def test_the_rest_follows_adamw():
   muons, adamw = (
     make_optimizer(

@@ -93,6 +93,7 @@ def coloured_share(image: str) -> float:
   return float((np.ptp(pixels[..., :3], axis=-1) > 0.1).mean())
 
 
+@pytest.mark.slow
 def test_notebook_shows_a_run(environment, tmp_path):
   subprocess.run(
     [

@@ -261,7 +261,10 @@ def test_pools_depend_on_seed_and_step_alone():
   assert step._pool_sizes(batch(), EXPERIMENT, 5) is None
 
 
-@pytest.mark.parametrize("accumulation", ["exact", "per_micro_batch"])
+@pytest.mark.parametrize(
+  "accumulation",
+  ["exact", pytest.param("per_micro_batch", marks=pytest.mark.slow)],
+)
 def test_gradients_travel_between_copies_once_a_step(accumulation):
   """Devices along `data` and `tensor` hold copies of most parameters."""
   devices = jax.devices()

@@ -297,6 +297,7 @@ def test_no_step_moves_data_unnoticed(runs, monkeypatch, tmp_path, guarded):
 KILL, TERMINATE = int(signal.SIGKILL), int(signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(runs, uninterrupted):
   for event, at, newest in (
     ("written", 8, [5]),  # between checkpoints: steps 6 to 8 are done again
@@ -318,6 +319,7 @@ def test_terminated_run_saves_and_goes_on(runs, uninterrupted):
   assert_bitwise_equal(runs.finish("terminated"), uninterrupted)
 
 
+@pytest.mark.slow
 def test_tasks_change_nothing_and_survive(runs, uninterrupted):
   files = runs.folder / "task files"
   files.mkdir()

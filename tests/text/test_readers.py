@@ -206,6 +206,7 @@ def test_endless_line(tmp_path, monkeypatch, last):
   assert read(path) == ([], [": a text of more than 100 bytes"])
 
 
+@pytest.mark.slow
 def test_line_of_two_gigabytes_does_not_fill_the_memory(tmp_path):
   path = tmp_path / "a.jsonl"
   with open(path, "wb") as file:
