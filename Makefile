@@ -1,6 +1,7 @@
 # make demo        a small sweep on this machine's CPU: results in runs/demo
 #                  (make demo TPU=1: on the chips of a TPU VM, with uv)
-# make test        lint, types and the test suite (slow tests: make test-all)
+# make test        lint, types and the test suite (slow tests: make test-slow, or
+#                  make test-all for both)
 # make types       types alone
 # make test-tpu    tests that need the TPU compiler, which it installs; no TPU
 # make update-tpu  writes the collectives that these find to tests/aot/golden
@@ -16,7 +17,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo types test test-all campaign test-tpu update-tpu test-interop test-wandb test-beam docs clean
+.PHONY: demo types test test-slow test-all campaign test-tpu update-tpu test-interop test-wandb test-beam docs clean
 
 $(VENV)/demo: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -50,8 +51,11 @@ test: $(VENV)/test
 	$(RUN) -m basedpyright --pythonpath $(RUN)
 	$(RUN) -m pytest --quiet --numprocesses=2 --dist=loadfile -m "not slow"
 
-test-all: test
+test-slow: $(VENV)/test
 	$(RUN) -m pytest --quiet -m slow
+
+test-all: test
+	$(MAKE) test-slow
 
 campaign: $(VENV)/test
 	$(RUN) -m tests.campaign --minutes=2
