@@ -80,14 +80,16 @@ def hub_tokenizer(
     source: of the provenance; empty for weights that were trained here.
   """
   if source.get("tokenizer_steps"):
-    content = json.loads(tokenizer.library_json()) | source["tokenizer_steps"]
+    content = (
+      json.loads(tokenizer.tokenizers_json()) | source["tokenizer_steps"]
+    )
     return json.dumps(content, ensure_ascii=False, indent=2), {
       **source["tokenizer_config"],
       "clean_up_tokenization_spaces": False,
       "model_max_length": max_length,
       "tokenizer_class": "PreTrainedTokenizerFast",
     }
-  library = tokenizers.Tokenizer.from_str(tokenizer.library_json())
+  library = tokenizers.Tokenizer.from_str(tokenizer.tokenizers_json())
   start_id = tokenizer.document_start_id
   start = library.id_to_token(start_id)
   library.post_processor = processors.TemplateProcessing(

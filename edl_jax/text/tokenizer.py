@@ -140,7 +140,7 @@ class Tokenizer:
     text = self._bytes[token].decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-  def library_json(self) -> str:
+  def tokenizers_json(self) -> str:
     """Returns the tokenizer in the library's own JSON format."""
     return self._library.to_str()
 
@@ -149,7 +149,7 @@ class Tokenizer:
 
     It is the library's own format unless documents open with an unusual token.
     """
-    text = self.library_json()
+    text = self.tokenizers_json()
     if self._start is None:
       return text
     return f'{_START_KEY}{json.dumps(self._start)}, "tokenizer": {text}}}'

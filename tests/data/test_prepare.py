@@ -346,7 +346,7 @@ def test_folder_of_another_command_is_refused(texts, tmp_path):
 def test_a_checkpoint_folder_gives_tokenizer_and_start(texts, tmp_path):
   hub, out = tmp_path / "hub", tmp_path / "out"
   hub.mkdir()
-  library = tokenizers.Tokenizer.from_str(byte_tokenizer().library_json())
+  library = tokenizers.Tokenizer.from_str(byte_tokenizer().tokenizers_json())
   library.add_special_tokens(["<|start|>"])
   library.save(str(hub / "tokenizer.json"))
   (hub / "tokenizer_config.json").write_text('{"bos_token": "<|start|>"}')

@@ -108,7 +108,7 @@ def test_an_imported_tokenizer_goes_out_as_it_came(tmp_path):
 
 def several_starts():
   """A tokenizer on bytes in which two usual start tokens are special."""
-  library = tokenizers.Tokenizer.from_str(byte_tokenizer().library_json())
+  library = tokenizers.Tokenizer.from_str(byte_tokenizer().tokenizers_json())
   library.add_special_tokens(["<s>", "<|endoftext|>", "<|start|>"])
   return library
 
@@ -146,13 +146,15 @@ def test_documents_begin_as_the_checkpoint_says(
   # Of the file alone, the usual token is the start, and JSON is the library's.
   alone = open_tokenizer(str(tmp_path / "tokenizer.json"))
   assert alone.document_start_id == (1 if library is llama_like else 256)
-  assert alone.to_json() == alone.library_json() == tokenizer.library_json()
+  assert (
+    alone.to_json() == alone.tokenizers_json() == tokenizer.tokenizers_json()
+  )
   for text in TEXTS:
     assert tokenizer.encode(text).tolist() == alone.encode(text).tolist()
 
 
 def test_an_unusual_start_needs_no_other(tmp_path):
-  library = tokenizers.Tokenizer.from_str(byte_tokenizer().library_json())
+  library = tokenizers.Tokenizer.from_str(byte_tokenizer().tokenizers_json())
   content = json.loads(library.to_str())
   content["added_tokens"][0]["content"] = "<|start|>"
   (tmp_path / "tokenizer.json").write_text(json.dumps(content))
