@@ -9,7 +9,6 @@ gradient. "temporary MiB" is what XLA reserves besides arguments and results.
 included, while our form runs in a separate process.
 """
 
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,25 +91,19 @@ def temporary(function: Callable, shapes: tuple[Any, ...]) -> int:
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-def peak() -> int:
-  """Returns the peak resident memory of this process in bytes."""
-  size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return size if sys.platform == "darwin" else 1024 * size
-
-
 def run(case: int) -> None:
   """Prints the growth of peak memory in bytes while our form runs."""
   _, function, _, shapes = cases()[case]
   gradient = jax.jit(jax.value_and_grad(function, tuple(range(len(shapes)))))
   abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   compiled = gradient.lower(*abstract).compile()
-  before = peak()
+  before = measure.peak_memory()
   keys = jax.random.split(jax.random.key(0), len(shapes))
   arguments = [jax.random.normal(k, shape) for k, shape in zip(keys, shapes)]
   if function is tiled:
     arguments = [jax.nn.softmax(arguments[0])]
   jax.block_until_ready(compiled(*arguments))
-  print(peak() - before)
+  print(measure.peak_memory() - before)
 
 
 def measured(case: int) -> int:

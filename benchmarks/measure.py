@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -43,6 +44,17 @@ def seconds(function: Callable[[], Any]) -> float:
   start = time.perf_counter()
   jax.block_until_ready(function())
   return time.perf_counter() - start
+
+
+def peak_memory() -> int:
+  """Returns the peak resident memory of this process in bytes."""
+  if os.path.exists("/proc/self/status"):
+    # getrusage would count the parent too, from before this program began.
+    with open("/proc/self/status", encoding="utf-8") as file:
+      (kibibytes,) = [line.split()[1] for line in file if "VmHWM" in line]
+    return 1024 * int(kibibytes)
+  size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return size if sys.platform == "darwin" else 1024 * size
 
 
 def take_turns(

@@ -16,11 +16,8 @@ arguments and temporaries.
 import dataclasses
 import json
 import os
-import re
-import resource
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,26 +76,15 @@ def make_step(series: str, value: int) -> tuple[TrainingStep, int]:
   return step, settings.batch_size * settings.sequence_length
 
 
-def resident_mib() -> float:
-  """Returns the peak resident memory of this process in MiB."""
-  status = Path("/proc/self/status")
-  if status.exists():
-    # getrusage would count the parent too, from before this program began.
-    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
-    return int(peak) / 2**10
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def print_memory(series: str, value: int) -> None:
   """Takes three steps; prints the growth in MiB, which `peak_memory` reads."""
   # Exclude what JAX itself needs.
   jax.block_until_ready(jax.jit(lambda x: x + 1)(0))
-  before = resident_mib()
+  before = measure.peak_memory()
   step, _ = make_step(series, value)
   for _ in range(3):
     step()
-  print(json.dumps(resident_mib() - before))
+  print(json.dumps((measure.peak_memory() - before) / 2**20))
 
 
 def peak_memory(series: str, value: int) -> float:
