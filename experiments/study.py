@@ -1,6 +1,6 @@
 """The runs of the study: when does expert divergence make better models?
 
-The model of demo.py on the 39 sources of `data.corpora --mixture=web3`, 3.7M
+The model of demo.py on the 39 sources of `data.corpora --mixture=web3`, 2.5M
 tokens a run. docs/study/run.sh has the commands. The variant sets what a run
 compares. The grid of a sweep sets the rest, such as the weight of the loss, the
 scope of the balance loss and the seed.
@@ -62,15 +62,15 @@ def get_config(variant: str = "") -> Experiment:
     ),
     optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
     train=TrainConfig(
-      num_steps=600,
+      num_steps=400,
       batch_size=48,
       sequence_length=128,
       accumulation_steps=6 if micro else 1,
       accumulation="per_micro_batch" if micro else "exact",
       log_every=20,
-      eval_every=600,
+      eval_every=400,
       eval_rows=32,
-      checkpoint_every=300,
+      checkpoint_every=400,
       keep_checkpoints=1,
     ),
     data=DataConfig(

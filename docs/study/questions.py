@@ -51,6 +51,11 @@ _SCOPES = {
     "losses.balance_scope": "global",
     "train.accumulation": "per_micro_batch",
   },
+  "the global batch, by a bias": {
+    "losses.balance_scope": "global",
+    "train.accumulation": "exact",
+    "model.balancing": "bias",
+  },
   "each sequence": {
     "losses.balance_scope": "sequence",
     "train.accumulation": "exact",
@@ -66,6 +71,7 @@ _LEARNED = {
   "train.accumulation": "exact",
   "data.granularity": "fine",
   "model.router": "learned",
+  "model.balancing": "loss",
   "model.pool_min": "0",
 }
 _NO_LOSS = _LEARNED | {_WEIGHT: "0.0"}
@@ -118,7 +124,7 @@ _LABELS = [
 QUESTIONS = (
   Question(
     "balance",
-    ("balance", "micro_batches"),
+    ("balance", "balance_bias", "micro_batches"),
     _BALANCE,
     (("LM loss", "lm_loss", ".4f"), *_ROUTING),
   ),
@@ -144,6 +150,7 @@ QUESTIONS = (
     "carve",
     (
       "balance",
+      "balance_bias",
       "micro_batches",
       "labels_coarse",
       "labels_hierarchical",

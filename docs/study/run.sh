@@ -50,6 +50,8 @@ for seed in 0 1 2 3 4; do
     losses.divergence_weight=$weights seed=$seed
 done
 for seed in 0 1 2; do
+  sweep balance_bias fine model.balancing=bias \
+    losses.divergence_weight=0,0.001,0.003,0.01 seed=$seed
   sweep micro_batches micro_batches losses.balance_scope=sequence,global \
     losses.divergence_weight=0,0.001,0.01 seed=$seed
   # What the labels say.
@@ -60,7 +62,7 @@ for seed in 0 1 2; do
   sweep labels_pools pools losses.divergence_weight=0 seed=$seed
   sweep labels_router router losses.divergence_weight=0 seed=$seed
 done
-for question in balance micro_batches labels_{coarse,hierarchical,shuffled} \
-  labels_pools; do
+for question in balance balance_bias micro_batches \
+  labels_{coarse,hierarchical,shuffled,pools}; do
   carve "$question" 4,8
 done
