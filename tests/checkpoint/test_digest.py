@@ -37,7 +37,7 @@ def naive(array):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5)])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 5), (5, 16), (2, 3, 8)])
 def test_sums_are_those_of_exact_integers(dtype, shape):
   array = draw(dtype, shape)
   inner = ",".join(map(str, shape))
@@ -45,9 +45,12 @@ def test_sums_are_those_of_exact_integers(dtype, shape):
   assert digest.array_digests({"a": array}) == {"a": wanted}
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:-1])
-def test_every_single_flipped_bit_changes_both_sums(dtype):
-  content = np.asarray(draw(dtype, (2,)))
+@pytest.mark.parametrize(
+  ("dtype", "shape"),
+  [*((dtype, (2,)) for dtype in DTYPES[:-1]), ("int8", (1, 8))],
+)
+def test_every_single_flipped_bit_changes_both_sums(dtype, shape):
+  content = np.asarray(draw(dtype, shape))
   before = digest.array_digests([content])["0"].partition(":")[2]
   flipped = []
   for bit in range(content.nbytes * 8):
@@ -84,8 +87,8 @@ def test_position_shape_and_dtype_count():
 )
 def test_the_mesh_has_no_part(config, spec):
   mesh = sharding.make_mesh(config)
-  for dtype in ("float32", "bfloat16", "int32"):
-    array = draw(dtype)
+  for dtype, width in (("float32", 6), ("bfloat16", 16), ("int32", 16)):
+    array = draw(dtype, (8, width))
     placed = jax.device_put(array, NamedSharding(mesh, spec))
     with jax.set_mesh(mesh):
       found = digest.array_digests({"a": placed})
