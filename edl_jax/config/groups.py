@@ -307,9 +307,9 @@ class DataConfig:
     "",
     help="Glob of text files: JSON lines with the keys text and domain (.gz and"
     " .zst too), Parquet, ArrayRecord, or plain text in a folder per domain."
-    " Supervised examples are JSON lines with prompt and completion, or with"
-    " messages, in place of text. If empty, the text of this machine's Python"
-    " packages is read.",
+    " Supervised examples are JSON lines or Parquet with prompt and completion,"
+    " or with messages, in place of text. If empty, the text of this machine's"
+    " Python packages is read.",
   )
   prepared: str = field(
     "",

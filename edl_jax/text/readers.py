@@ -43,6 +43,8 @@ LONGEST_RECORD = 1 << 26
 
 # The columns of a Parquet file that are read, besides those asked for.
 COLUMNS = ("text", "domain", "origin", "id")
+# What a file of supervised examples has in place of "text".
+_FORMS = ("prompt", "completion", "messages")
 
 _ROWS_AT_ONCE = 1024
 # What follows the path in a place.
@@ -63,7 +65,7 @@ def read_records(
   how it is read:
 
   - .jsonl, .json, .ndjson: one object per line, or one array of objects;
-  - .parquet: one record per row, with a column "text";
+  - .parquet: one record per row, with a column "text" or those of examples;
   - .array_record: what `data/domain_text` writes;
   - no suffix: as JSON if the content begins so, else plain text;
   - any other: the whole file is one plain text. Its domain is its first folder
@@ -88,7 +90,9 @@ def read_records(
   elif suffix in JSON_LINES or start.startswith(b"{"):
     read = read_json_lines
   elif suffix == ".parquet":
-    read = functools.partial(_read_parquet, columns={*COLUMNS, *columns})
+    read = functools.partial(
+      _read_parquet, columns={*COLUMNS, *columns}, examples=examples
+    )
   elif ".array_record" in name:
     read = _read_array_record
   else:
@@ -317,10 +321,13 @@ def _read_plain(path: str) -> Iterator[Found]:
     yield _damaged(path, error)
 
 
-def _read_parquet(path: str, columns: Collection[str]) -> Iterator[Found]:
+def _read_parquet(
+  path: str, columns: Collection[str], examples: bool
+) -> Iterator[Found]:
   """Yields ("path:row N", record), N from 1, with those of `columns` it has.
 
-  A value that cannot be converted makes an error of its row alone.
+  A value that cannot be converted makes an error of its row alone. The columns
+  of supervised examples are read if `examples` or if there is no text.
   """
   parquet = need_package("pyarrow.parquet", "reading Parquet")
   damage = (*DAMAGE, need_package("pyarrow", "reading Parquet").ArrowException)
@@ -333,7 +340,9 @@ def _read_parquet(path: str, columns: Collection[str]) -> Iterator[Found]:
       parquet.ParquetFile(stream) as file,
     ):
       names = file.schema_arrow.names
-      if "text" not in names:
+      if examples or "text" not in names:
+        columns = {*columns, *_FORMS, "tools"}
+      if not {"text", *_FORMS}.intersection(names):
         problem = f"no column 'text'; there are: {', '.join(names)}"
         yield path, UserError(f"{path}: {problem}")
         return
@@ -350,7 +359,11 @@ def _read_parquet(path: str, columns: Collection[str]) -> Iterator[Found]:
             for name, value in zip(names, row)
             if isinstance(value, Exception)
           ]
-          yield where, bad[0] if bad else dict(zip(names, row))
+          record = dict(zip(names, row))
+          for name in ("messages", "tools"):
+            if isinstance(record.get(name), list):
+              record[name] = _without_nulls(record[name])
+          yield where, bad[0] if bad else record
   except damage as error:
     yield _damaged(f"{path}:row {number + 1}", error)
 
@@ -373,6 +386,19 @@ def _value(scalar: Any) -> Any:
     return scalar.as_py()
   except (ValueError, OverflowError) as error:
     return error
+
+
+def _without_nulls(value: Any) -> Any:
+  """Returns a value without the keys of objects that are null.
+
+  A column gives every object the keys of all. Chat templates ask whether a
+  message has a key.
+  """
+  if isinstance(value, dict):
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [_without_nulls(item) for item in value]
+  return value
 
 
 def _decoded(value: Any) -> Any:

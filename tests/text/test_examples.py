@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from edl_jax.config import DataConfig, UserError
@@ -10,6 +12,7 @@ from edl_jax.text.documents import SupervisedExample
 from edl_jax.text.examples import is_example, plain_text, read_example
 from edl_jax.text.mixture import load_corpus
 from edl_jax.text.readers import read_records
+from edl_jax.text.sources import read_documents
 
 ASKED = {"role": "user", "content": "2 + 2?"}
 SAID = {"role": "assistant", "content": "4"}
@@ -80,6 +83,78 @@ def test_what_is_refused_names_the_line(tmp_path, record, reason):
   (_, good), (place, found) = read_records(str(path), examples=True)
   assert good["text"] == "a" and place == f"{path}:2"
   assert isinstance(found, UserError) and str(found).startswith(f"{path}:2: ")
+
+
+CALLED = {
+  "role": "assistant",
+  "content": "so",
+  "calls": [{"name": "sum", "terms": [2, 2]}],
+}
+
+
+def test_parquet_is_read_as_json_lines_are(tmp_path):
+  # A column gives every message the keys of all, and every tool's arguments.
+  tools = [{"name": "sum", "unit": "m"}, {"name": "max"}]
+  records = [
+    {"prompt": "2 + 2 =", "completion": " 4", "domain": "a", "origin": "b"},
+    {"messages": [ASKED, SAID], "domain": "b"},
+    {"messages": [ASKED, CALLED], "tools": tools, "domain": "b"},
+    {"text": "plain", "domain": "c"},
+  ]
+  template = ChatTemplate(
+    "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}"
+    "{% if m.calls is defined %}!{% endif %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% endfor %}",
+    "the template",
+    ["<s>"],
+    {},
+  )
+  lines = tmp_path / "a.jsonl"
+  lines.write_text("\n".join(json.dumps(record) for record in records))
+  keys = dict.fromkeys(key for record in records for key in record)
+  table = pyarrow.Table.from_pylist(
+    [{key: record.get(key) for key in keys} for record in records]
+  )
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  found = [
+    read_documents(DataConfig(files=str(tmp_path / name)), template)
+    for name in ("a.jsonl", "a.parquet")
+  ]
+  assert found[0] == found[1] and len(found[0].documents) == 4
+  # A file may have no column of texts.
+  table = table.select(["prompt", "completion", "domain"]).slice(0, 1)
+  pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+  (document,) = read_documents(
+    DataConfig(files=str(tmp_path / "b.parquet"))
+  ).documents
+  assert document.text == "2 + 2 = 4"
+
+
+@pytest.mark.parametrize(
+  ("record", "examples", "reason"),
+  [
+    ({"prompt": "a"}, True, "key 'completion' is missing; a supervised"),
+    ({"prompt": "a", "completion": " "}, True, "completion is empty; leave"),
+    ({"text": "a", "messages": [SAID]}, True, "has both text and messages;"),
+    ({"messages": ["a"]}, True, "message 1 must be an object with role"),
+    ({"messages": [ASKED]}, True, "no message has the role assistant, so"),
+    ({"messages": [SAID]}, False, "a supervised example; only data.files"),
+  ],
+)
+def test_refused_parquet_names_the_row(tmp_path, record, examples, reason):
+  path = tmp_path / "bad.parquet"
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+  ((where, found),) = read_records(str(path), examples=examples)
+  assert where == f"{path}:row 1" and isinstance(found, UserError)
+  assert str(found).startswith(f"{where}: {reason}")
+
+
+def test_parquet_of_texts_may_have_columns_of_examples(tmp_path):
+  path = tmp_path / "a.parquet"
+  record = {"text": "a", "messages": [SAID]}
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+  ((_, found),) = read_records(str(path))
+  assert found == {"text": "a", "path": str(path)}
 
 
 def test_other_readers_refuse_examples(tmp_path):
