@@ -271,7 +271,8 @@ def _check_tokenizer(experiment: Experiment) -> None:
       " or .model, or a folder, such as hub/olmoe"
     )
   least = _LEAST_VOCABULARY.get(name, 0)
-  if size < least:
+  # A run that starts from a checkpoint has the checkpoint's tokenizer.
+  if size < least and not experiment.train.initial_checkpoint:
     raise UserError(
       f"model.vocabulary_size={size}: data.tokenizer={name!r} needs at least"
       f" {least}"

@@ -173,6 +173,13 @@ def test_defaults_and_tiny_are_valid():
   assert config_files.load(TINY).name == "tiny"
 
 
+def test_imported_weights_bring_a_tokenizer_of_any_size():
+  experiment = Experiment()
+  experiment.model.vocabulary_size = 257
+  experiment.train.initial_checkpoint = "runs/imported"
+  validation.validate(experiment)
+
+
 def test_token_pairs_are_accepted_where_they_have_a_meaning():
   for others in (
     {"data.granularity": "coarse"},
