@@ -30,12 +30,25 @@ def worked_problems(seed: int = 0) -> Iterator[str]:
   """
   for number in itertools.count():
     rng = random.Random(f"{seed}/{number}")
-    title, make = rng.choice(_KINDS)
+    title, make = _KINDS[rng.choice(KINDS)]
     problems = [
       f"{index}. {make(rng)}\n"
       for index in range(1, rng.randint(*_PROBLEMS_PER_DOCUMENT) + 1)
     ]
     yield "\n".join([f"{title}\n", *problems])
+
+
+def worked_examples(kind: str, seed: int = 0) -> Iterator[tuple[str, str]]:
+  """Yields problems of one of `KINDS` without end: question, worked answer.
+
+  The question ends with a line end. The n-th problem depends on the arguments
+  and n alone; some questions occur again.
+  """
+  _, make = _KINDS[kind]
+  for number in itertools.count():
+    rng = random.Random(f"{kind}/{seed}/{number}")
+    question, answer = make(rng).split("\n", 1)
+    yield f"{question}\n", answer
 
 
 def _polynomial(*terms: tuple[int, str]) -> str:
@@ -179,12 +192,17 @@ def _percentage(rng: random.Random) -> str:
   )
 
 
-_KINDS = (
-  ("Addition with carries", _addition),
-  ("Long multiplication", _multiplication),
-  ("Adding and subtracting fractions", _fractions),
-  ("Linear equations", _linear_equation),
-  ("Quadratic equations", _quadratic),
-  ("Greatest common divisors by Euclid's algorithm", _greatest_common_divisor),
-  ("Percentages", _percentage),
-)
+# Title and maker of a problem, by kind.
+_KINDS = {
+  "addition": ("Addition with carries", _addition),
+  "multiplication": ("Long multiplication", _multiplication),
+  "fractions": ("Adding and subtracting fractions", _fractions),
+  "linear_equations": ("Linear equations", _linear_equation),
+  "quadratic_equations": ("Quadratic equations", _quadratic),
+  "greatest_common_divisors": (
+    "Greatest common divisors by Euclid's algorithm",
+    _greatest_common_divisor,
+  ),
+  "percentages": ("Percentages", _percentage),
+}
+KINDS = tuple(_KINDS)

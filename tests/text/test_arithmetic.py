@@ -5,7 +5,9 @@ import re
 from fractions import Fraction
 from itertools import islice
 
-from edl_jax.text.arithmetic import worked_problems
+import pytest
+
+from edl_jax.text.arithmetic import KINDS, worked_examples, worked_problems
 
 
 def test_documents_depend_on_seed_and_number_alone():
@@ -46,6 +48,21 @@ def test_every_root_solves_its_equation():
           assert _value(left, root) == _value(right, root), problem
           solved += 1
   assert solved > 300
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_ask_and_then_answer(kind):
+  first, again, other = (
+    list(islice(worked_examples(kind, seed), 20)) for seed in (0, 0, 1)
+  )
+  assert first == again and first != other
+  asks = re.compile(
+    r"(Add|Multiply|Compute|Solve|Find the greatest|A price of) .*[.?]\n"
+  )
+  for question, answer in first:
+    assert asks.fullmatch(question)
+    # Documents of the same kind hold problems of the same form.
+    assert answer and answer == answer.strip()
 
 
 def _value(expression, x=0):
