@@ -18,6 +18,11 @@ data.markov`), 2.5M tokens a run:
 
 - `:truth`: L_ED compares the sources.
 - `:truth_pools` and `:truth_router`: as `:pools` and `:router` above.
+
+The same model on the embedded mixture without its mathematics, for
+post-training on worked problems (`python -m data.problems`):
+
+- `:post_training_base`: no L_ED.
 """
 
 from edl_jax.config import (
@@ -33,13 +38,16 @@ from edl_jax.config import (
 
 LABELS = choices("data.granularity")
 TRUTH = ("truth", "truth_pools", "truth_router")
-VARIANTS = (*LABELS, "pools", "router", "micro_batches", *TRUTH)
+BASE = "post_training_base"
+VARIANTS = (*LABELS, "pools", "router", "micro_batches", *TRUTH, BASE)
 
 
 def get_config(variant: str = "") -> Experiment:
   variant = choose_variant(variant, VARIANTS)
   if variant in TRUTH:
     return _truth(variant)
+  if variant == BASE:
+    return _post_training_base()
   pools, micro = variant == "pools", variant == "micro_batches"
   return Experiment(
     name=f"study_{variant}",
@@ -116,3 +124,29 @@ def _truth(variant: str) -> Experiment:
     ),
     data=DataConfig(files="markov/0.5/text/*.jsonl.gz", tokenizer="byte"),
   )
+
+
+def _post_training_base() -> Experiment:
+  experiment = _truth("truth")
+  experiment.name = f"study_{BASE}"
+  experiment.losses = LossesConfig(
+    balance_scope="sequence", divergence_weight=0.0
+  )
+  experiment.train.num_steps = 300
+  experiment.train.batch_size = 12
+  experiment.train.sequence_length = 512
+  experiment.train.eval_every = 300
+  experiment.train.eval_rows = 32
+  experiment.train.checkpoint_every = 300
+  experiment.data = DataConfig(
+    tokenizer="byte",
+    domains=(
+      "code/python_source",
+      "code/c_headers",
+      "prose/documentation",
+      "prose/legal",
+      "tables/unicode",
+    ),
+    max_characters_per_domain=500_000,
+  )
+  return experiment

@@ -25,6 +25,7 @@ VARIANTS = {
     *("", ":fine", ":coarse", ":hierarchical", ":shuffled"),
     *(":pools", ":router", ":micro_batches"),
     *(":truth", ":truth_pools", ":truth_router"),
+    ":post_training_base",
   ],
   "tiny": [""],
 }

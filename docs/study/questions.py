@@ -120,6 +120,19 @@ _LABELS = [
     "none, pools of 2 to 16", _NO_LOSS | {"model.pool_min": "2"}, "none"
   ),
 ]
+_POST_TRAINING = [
+  Condition("neither", {"name": "post_training_none"}),
+  *(
+    Condition(label, {"name": f"post_training_{name}"}, "neither")
+    for label, name in (
+      ("L_o", "orthogonality"),
+      ("L_v", "variance"),
+      ("L_o and L_v", "both"),
+      ("L_o and L_v, times 100", "both_100"),
+      ("divergence, 0.01", "edl"),
+    )
+  ),
+]
 
 QUESTIONS = (
   Question(
@@ -188,5 +201,18 @@ QUESTIONS = (
       if condition.where["model.router"] == "learned"
     ],
     (*_CARVED, ("with 2", "carved/2", "+.3f")),
+  ),
+  Question(
+    "post_training",
+    [condition.where["name"] for condition in _POST_TRAINING],
+    _POST_TRAINING,
+    (
+      ("LM loss", "lm_loss", ".4f"),
+      ("output similarity", "output_similarity", ".4f"),
+      ("routing variance", "routing_variance", ".4f"),
+      ("expert overlap", "expert_overlap", ".3f"),
+      ("silhouette", "silhouette", ".3f"),
+      *_ROUTING,
+    ),
   ),
 )

@@ -66,3 +66,34 @@ for question in balance balance_bias micro_batches \
   labels_{coarse,hierarchical,shuffled,pools}; do
   carve "$question" 4,8
 done
+
+# Post-training: a model that has seen no mathematics, taken out and in again,
+# on worked problems.
+base=$out/post_training_base
+"$python" -m data.problems --out=problems
+sweep post_training_base post_training_base seed=0
+[[ -d $base/hub ]] || "$python" -m edl_jax.interop.export \
+  --workdir="$base/seed=0" --out="$base/hub"
+[[ -d $base/imported ]] || "$python" -m edl_jax.interop.import_weights \
+  --source="$base/hub" --out="$base/imported"
+
+post_train() {  # NAME VARIANT FLAGS...: three seeds from the imported weights.
+  local name=$1 variant=$2
+  shift 2
+  "$python" -m edl_jax.sweep --jobs="$jobs" --grid=seed=0,1,2 \
+    --experiment="experiments/aes_post_training.py:$variant,$base/imported" \
+    --workdir="$out/post_training_$name" \
+    --experiment.name="post_training_$name" \
+    --experiment.data.files='problems/*.jsonl.gz' \
+    --experiment.optimizer.learning_rate=3e-3 \
+    --experiment.train.num_steps=40 --experiment.train.eval_every=40 \
+    --experiment.train.checkpoint_every=40 \
+    --experiment.train.batch_size=12 --experiment.train.sequence_length=512 "$@"
+}
+
+for variant in none orthogonality variance both edl; do
+  post_train "$variant" "$variant"
+done
+post_train both_100 both \
+  --experiment.losses.orthogonality_weight=auto:1e-2 \
+  --experiment.losses.variance_weight=auto:1e-1
