@@ -22,8 +22,13 @@ from edl_jax.model.moe import GATHER
 COMMAND = Command(__doc__)
 _ROUNDS = COMMAND.flag("rounds", 10, "Rounds of timing.", minimum=1)
 
-# Layers, experts, active experts, width and expert width: the demo's, and more.
-_SIZES = {"demo": (4, 16, 2, 128, 128), "64 experts": (4, 64, 4, 512, 256)}
+# Layers, experts, active experts, width and expert width: those of demo.py and
+# bench.py, and more.
+_SIZES = {
+  "demo": (4, 16, 2, 128, 128),
+  "bench": (4, 8, 2, 256, 512),
+  "64 experts": (4, 64, 4, 512, 256),
+}
 
 
 def _layers(is_few: bool):
@@ -63,7 +68,7 @@ def _shapes(sizes, tokens, dtype):
 def _time(rounds: int) -> None:
   random = np.random.default_rng(0)
   for name, sizes in _SIZES.items():
-    for tokens in (1, 4):
+    for tokens in (1, 4, 16):
       x, expert, gate, *weights = (
         random.standard_normal(shape, np.float32) * 0.05
         for shape, _ in _shapes(sizes, tokens, jnp.float32)

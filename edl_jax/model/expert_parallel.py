@@ -366,6 +366,50 @@ def _matrix(w, layer, expert):
   return jax.lax.dynamic_slice(w, start, (1, 1, *w.shape[2:]))[0, 0]
 
 
+def _tile_rows(num_rows: int, num_experts: int) -> int:
+  """Returns the rows of a tile: what an expert has on average, or more."""
+  mean = -(-num_rows // num_experts)
+  return max(8, 1 << (mean - 1).bit_length())
+
+
+@jax.named_scope("experts")
+def _tiled_experts(x_RM, gate_R, sizes_E, gate_up_LEM2F, down_LEFM, layer):
+  """Sends rows, sorted by expert, through their experts, tile by tile.
+
+  It reads the matrices of experts that have rows, and of no other, where they
+  lie. Rows beyond the last group hold arbitrary values.
+
+  Args:
+    gate_R: what outputs are multiplied with.
+    gate_up_LEM2F, down_LEFM: weights of all layers.
+    layer: index of this one in them.
+  """
+  num_rows, tile = len(x_RM), _tile_rows(len(x_RM), len(sizes_E))
+  tiles_E = -(-sizes_E // tile)
+  tile_end_E, row_end_E = jnp.cumsum(tiles_E), jnp.cumsum(sizes_E)
+  row_of_first_E = row_end_E - sizes_E - tile * (tile_end_E - tiles_E)
+
+  # A tile may reach into the next group. The next tile begins there and writes
+  # those rows anew.
+  def one(index, y_RM):
+    expert = (index >= tile_end_E).sum()
+    start = row_of_first_E[expert] + tile * index
+    x_TM, gate_T = (
+      jax.lax.dynamic_slice_in_dim(x, start, tile) for x in (x_RM, gate_R)
+    )
+    gate_up_M2F, down_FM = (
+      _matrix(w, layer, expert) for w in (gate_up_LEM2F, down_LEFM)
+    )
+    merged = x_TM @ gate_up_M2F.reshape(len(gate_up_M2F), -1)
+    y_TM = weighted_swiglu(merged, gate_T) @ down_FM
+    return jax.lax.dynamic_update_slice_in_dim(y_RM, y_TM, start, 0)
+
+  # The last tile may reach beyond the end.
+  x_RM, gate_R = jnp.pad(x_RM, ((0, tile), (0, 0))), jnp.pad(gate_R, (0, tile))
+  y_RM = jax.lax.fori_loop(0, tile_end_E[-1], one, jnp.zeros_like(x_RM))
+  return y_RM[:num_rows]
+
+
 @jax.named_scope("dispatch")
 def few_mixed_outputs(
   x_PM: jax.Array,
@@ -378,9 +422,9 @@ def few_mixed_outputs(
   """Does what `mixed_outputs` does, for a few tokens.
 
   It reads the matrices of active experts out of those of all layers: a slice of
-  one layer would be a copy of all its experts. With as many routed tokens as
-  experts it uses a grouped product, and makes that copy. Along `expert`, all
-  devices see all tokens and add up what their own experts return.
+  one layer would be a copy of all its experts. It takes one routed token after
+  another if they are fewer than the experts, else tiles of one expert's. Along
+  `expert`, all devices see all tokens and add up what their own experts return.
 
   Args:
     x_PM, expert_PA, gate_PA: as in `mixed_outputs`.
@@ -414,10 +458,16 @@ def few_mixed_outputs(
     y_RM = jax.lax.fori_loop(0, len(expert_R), one, y_RM)
     y_PM = combine(y_RM.reshape(-1, *x_PM.shape), gate_PA)
   else:
-    y_PM = _local_sums(
-      *(x_PM, expert_PA, gate_PA, gate_up_LEM2F[layer], down_LEFM[layer]),
-      others=devices > 1,
+    others = devices > 1
+    order_R, place_R, sizes_E = _sort_local(expert_PA, num_local, others)
+    x_RM, gate_R = (
+      rows.move(x, order_R, place_R, lost=others)
+      for x in (x_PM, rows.by_row(gate_PA))
     )
+    y_RM = _tiled_experts(
+      x_RM, gate_R, sizes_E, gate_up_LEM2F, down_LEFM, layer
+    )
+    y_PM = rows.collect(y_RM, order_R, place_R, len(x_PM), lost=others)
   if devices > 1:
     y_PM = jax.lax.psum_scatter(y_PM, _AXIS, tiled=True)
   return y_PM

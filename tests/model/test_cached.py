@@ -76,14 +76,18 @@ def test_logits_are_those_of_whole_documents(dtype):
     )
 
 
-# On each number of devices, fewer routed tokens than its experts, and more.
+# On each number of devices, fewer routed tokens than its experts, and more: of
+# the last, one expert fills several tiles.
 @pytest.mark.parametrize(
-  ("tokens", "devices"), [(3, 1), (8, 1), (1, 2), (3, 2)]
+  ("tokens", "devices"), [(3, 1), (8, 1), (1, 2), (3, 2), (37, 1), (21, 2)]
 )
 def test_few_tokens_are_dispatched_as_many_are(tokens, devices):
   random = np.random.default_rng(0)
   x_PM = random.normal(size=(tokens * devices, 6)).astype(np.float32)
-  expert_PA = np.argsort(random.random((len(x_PM), 16)), -1)[:, :2]
+  scores_PE = random.random((len(x_PM), 16))
+  if tokens > 8:
+    scores_PE[:, 11] = -1.0
+  expert_PA = np.argsort(scores_PE, -1)[:, :2]
   gate_PA = random.random((len(x_PM), 2)).astype(np.float32)
   gate_up_EM2F = random.normal(size=(16, 6, 2, 4)).astype(np.float32)
   down_EFM = random.normal(size=(16, 4, 6)).astype(np.float32)
