@@ -1,5 +1,6 @@
 """AdamW and Muon, their learning rates, gradient clipping, frozen parts."""
 
+import dataclasses
 import fnmatch
 import math
 from typing import Any
@@ -44,6 +45,27 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
       [left - decay],
     )
   return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_bias_schedule(
+  config: OptimizerConfig, num_steps: int
+) -> optax.Schedule:
+  """Returns the rate of router biases by step (counted from 0).
+
+  "constant": `bias_rate`. "learning_rate": the same until warm-up ends, because
+  biases start behind the router, and then in proportion to the learning rate.
+  """
+  if config.bias_schedule == "constant":
+    return optax.constant_schedule(config.bias_rate)
+  relative = dataclasses.replace(config, learning_rate=1.0)
+  share = make_schedule(relative, num_steps)
+
+  def rate(step: Any) -> Any:
+    return config.bias_rate * jnp.where(
+      step < config.warmup_steps, 1.0, share(step)
+    )
+
+  return rate
 
 
 def _decay_steps(config: OptimizerConfig, num_steps: int) -> int:

@@ -23,6 +23,7 @@ from edl_jax.model.balancing import balanced
 from edl_jax.model.choice import draw_pool_sizes
 from edl_jax.model.transformer import Model, abstract_model
 from edl_jax.optim import (
+  make_bias_schedule,
   make_optimizer,
   make_schedule,
   merged,
@@ -270,7 +271,9 @@ def make_train_step(
   everywhere = NamedSharding(mesh, PartitionSpec())
   shardings = state_shardings(experiment, optimizer, mesh)
   on_device = jax.tree.map(lambda x: x.with_memory_kind("device"), shardings)
-  schedule = make_schedule(experiment.optimizer, experiment.train.num_steps)
+  steps = experiment.train.num_steps
+  schedule = make_schedule(experiment.optimizer, steps)
+  bias_schedule = make_bias_schedule(experiment.optimizer, steps)
 
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere)
@@ -288,6 +291,9 @@ def make_train_step(
       state.step,
     )
     norm = optax.tree.norm(gradient)
+    # The optimizer has not seen the steps that were skipped.
+    skipped = 0 if state.spikes is None else state.spikes.skipped
+    taken = state.step - skipped
     with jax.named_scope("optimizer"):
       moments = state.optimizer
       if experiment.optimizer.offload:
@@ -297,14 +303,12 @@ def make_train_step(
       model = balanced(
         merged(learned, state.model),
         sums.routing.assignments_LE,
-        experiment.optimizer.bias_rate,
+        bias_schedule(taken),
       )
-    # The optimizer has not seen the steps that were skipped.
-    skipped = 0 if state.spikes is None else state.spikes.skipped
     scalars = {
       **terms,
       "grad_norm": norm,
-      "learning_rate": schedule(state.step - skipped),
+      "learning_rate": schedule(taken),
     }
     new = TrainState(
       state.step + 1,

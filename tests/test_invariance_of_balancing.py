@@ -35,14 +35,16 @@ from tests.test_invariance import (
 STEPS = 4
 
 
-def experiment(accumulation_steps=1, balancing="bias"):
+def experiment(accumulation_steps=1, balancing="bias", schedule="constant"):
   return Experiment(
     model=dataclasses.replace(
       MODEL, balancing=balancing, router_scores="sigmoid"
     ),
     # A weight that counts, were it not for the biases.
     losses=LossesConfig(balance_weight=1.0, z_weight=0.0),
-    optimizer=OptimizerConfig(bias_rate=0.01, warmup_steps=0),
+    optimizer=OptimizerConfig(
+      bias_rate=0.01, bias_schedule=schedule, warmup_steps=0
+    ),
     train=TrainConfig(
       num_steps=STEPS,
       batch_size=ROWS,
@@ -71,8 +73,8 @@ def run(mesh_sizes=(1, 1, 1, 1), accumulation_steps=1, first=None, **settings):
 
 
 @functools.cache
-def on_one_device():
-  return run()
+def on_one_device(schedule="constant"):
+  return run(schedule=schedule)
 
 
 def biases(states):
@@ -111,6 +113,15 @@ def test_same_biases_on_any_mesh_in_micro_batches(
     np.testing.assert_array_equal(mine, want)
 
 
+@pytest.mark.slow
+def test_same_biases_at_a_falling_rate_on_a_mesh_in_micro_batches():
+  got = biases(run((1, 2, 2, 1, 2), 2, schedule="learning_rate"))
+  wanted = biases(on_one_device("learning_rate"))
+  for mine, want in zip(got, wanted, strict=True):
+    np.testing.assert_array_equal(mine, want)
+  assert len(set(np.abs(wanted[-1]).ravel())) > 4
+
+
 def test_biases_alone_leave_the_balance_loss_out():
   terms = on_one_device()[0][1].scalars
   assert terms["balance_loss"] > 0.5
@@ -121,9 +132,10 @@ def test_biases_alone_leave_the_balance_loss_out():
   )
 
 
-def test_resumed_run_has_the_same_biases(tmp_path):
-  whole = on_one_device()
-  own = experiment()
+@pytest.mark.parametrize("schedule", ["constant", "learning_rate"])
+def test_resumed_run_has_the_same_biases(schedule, tmp_path):
+  whole = on_one_device(schedule)
+  own = experiment(schedule=schedule)
   checkpointer = Checkpointer(str(tmp_path), keep=1)
   provenance = Provenance(own, TAXONOMY, byte_tokenizer(), "hash")
   state, _ = whole[1]
@@ -134,6 +146,6 @@ def test_resumed_run_has_the_same_biases(tmp_path):
   restored = checkpointer.restore_newest(abstract)
   checkpointer.close()
   assert restored is not None and restored.step == 2
-  rest = run(first=restored.state)
+  rest = run(first=restored.state, schedule=schedule)
   for (got, _), (want, _) in zip(rest, whole[2:], strict=True):
     jax.tree.map(np.testing.assert_array_equal, got, want)

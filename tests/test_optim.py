@@ -12,6 +12,7 @@ from edl_jax.config import ModelConfig, OptimizerConfig, UserError
 from edl_jax.model.transformer import abstract_model
 from edl_jax.optim import (
   decays,
+  make_bias_schedule,
   make_optimizer,
   make_schedule,
   merged,
@@ -70,6 +71,38 @@ def test_extreme_warm_up(schedule, warmup):
   assert max(rates) == pytest.approx(0.2)
   assert min(rates) > 0
   assert rates[max(warmup - 1, 0)] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+  ("settings", "want"),
+  [
+    ({}, {0: 0.01, 19: 0.01, 20: 0.01, 60: 0.01, 99: 0.01}),
+    # After warm-up in proportion to the learning rate, whatever its peak.
+    (
+      {"bias_schedule": "learning_rate", "schedule": "linear"},
+      {0: 0.01, 19: 0.01, 20: 0.01, 60: 0.0055, 100: 0.001},
+    ),
+    (
+      {"bias_schedule": "learning_rate", "schedule": "cosine"},
+      {0: 0.01, 19: 0.01, 40: 0.001 + 0.0045 * (1 + math.sqrt(0.5))},
+    ),
+    (
+      {
+        "bias_schedule": "learning_rate",
+        "schedule": "wsd",
+        "decay_fraction": 0.25,
+      },
+      {0: 0.01, 74: 0.01, 95: 0.0028, 100: 0.001},
+    ),
+  ],
+)
+def test_rate_of_biases_in_closed_form(settings, want):
+  config = OptimizerConfig(
+    learning_rate=0.2, warmup_steps=20, bias_rate=0.01, **settings
+  )
+  rate = make_bias_schedule(config, STEPS)
+  got = {step: float(rate(jnp.int32(step))) for step in want}
+  assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_decay_leaves_out_norms_only():

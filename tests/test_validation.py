@@ -28,6 +28,7 @@ INVALID = [
   ({"model.gate_scale": 0.0}, ("0.0", "above 0")),
   ({"model.router_softcap": -1.0}, ("-1.0", "at least 0")),
   ({"optimizer.bias_rate": 0.0}, ("0.0", "above 0")),
+  ({"optimizer.bias_schedule": "wsd"}, ("wsd", "constant, learning_rate")),
   ({"losses.output_z_weight": -1.0}, ("-1.0", "at least 0")),
   ({"optimizer.algorithm": "lion"}, ("lion", "adamw, muon")),
   ({"optimizer.muon_momentum": 1.0}, ("1.0", "below 1")),

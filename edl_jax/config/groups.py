@@ -144,6 +144,13 @@ class OptimizerConfig:
     help="Change of an expert's bias per step, in units of router scores, where"
     " model.balancing has a bias.",
   )
+  bias_schedule: str = field(
+    "constant",
+    choices=("constant", "learning_rate"),
+    help="Whether bias_rate stays (constant), as in DeepSeek-V3 until near the"
+    " end, or falls with the learning rate after warm-up (learning_rate), so"
+    " that loads come to rest.",
+  )
   rates: str = field(
     "",
     help="Factors of the learning rate of parts, as PATTERN=FACTOR entries that"

@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from edl_jax import sharding
 from edl_jax.model.transformer import Model
 
 
-def balanced(model: Model, assignments_LE: jax.Array, rate: float) -> Model:
+def balanced(model: Model, assignments_LE: jax.Array, rate: ArrayLike) -> Model:
   """Moves the router biases of a model by one step.
 
   b_e += rate sign(mean load - load_e), layer by layer (Wang et al.,
@@ -16,7 +17,7 @@ def balanced(model: Model, assignments_LE: jax.Array, rate: float) -> Model:
   Args:
     model: without biases, it stays as it is.
     assignments_LE: tokens sent to each expert, of the global batch, float32.
-    rate: change of a bias, in units of router scores.
+    rate: change of a bias, a scalar in units of router scores.
   """
   mean_L1 = assignments_LE.mean(-1, keepdims=True)
   step_LE = rate * jnp.sign(mean_L1 - assignments_LE)
