@@ -23,9 +23,10 @@ steps are compiled (`python -m edl_jax.aot`); none has run on a TPU. On v5e:8x8
 and v6e:8x8 they have --experiment.mesh.expert=8, on v5e:16x16
 --experiment.mesh.expert=16.
 
-These are bounds that no schedule can beat. What the compiler made of 15b on
-v5p:4x4x4 takes between 2.2 and 2.9 s by a roofline and by the compiler's own
-estimates: 49% to 66% of the peak. The other rows are of an older program.
+These are bounds that no schedule can beat. What the compiler (libtpu 0.0.42.1)
+made of 15b on v5p:4x4x4 takes between 2.16 and 2.87 s by a roofline and by the
+compiler's own estimates: 50% to 66% of the peak. The other rows are of an older
+program.
 
 With --experiment.model.remat=experts, 15b on v5p:4x4x4 takes 65% of the
 memory and at least 1.67 s. On v5p:16x16x16, with --experiment.mesh.data=16
