@@ -50,7 +50,8 @@ for seed in 0 1 2 3 4; do
     losses.divergence_weight=$weights seed=$seed
 done
 for seed in 0 1 2; do
-  sweep balance_bias fine model.balancing=bias \
+  sweep balance_bias fine model.balancing=bias optimizer.bias_rate=0.01 \
+    optimizer.bias_schedule=learning_rate \
     losses.divergence_weight=0,0.001,0.003,0.01 seed=$seed
   sweep micro_batches micro_batches losses.balance_scope=sequence,global \
     losses.divergence_weight=0,0.001,0.01 seed=$seed
