@@ -36,6 +36,9 @@ def overrides_of(files: str, **more: Any) -> dict[str, str]:
     "model.num_dense_layers": "1",
     "model.dense_width": "32",
     "model.num_experts": "8",
+    # Biases that decide some choices: all of carving is tried with them.
+    "model.balancing": "both",
+    "optimizer.bias_rate": "0.05",
     **{key: str(value) for key, value in more.items()},
   }
 

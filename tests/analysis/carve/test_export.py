@@ -57,8 +57,9 @@ def test_load_gives_a_model_of_the_kept_experts(exported):
   assert after.step == before.step and after.taxonomy == before.taxonomy
   expected = config.flatten(before.experiment) | {"model.num_experts": 3}
   assert config.flatten(after.experiment) == expected
+  # Biases, 3 in both layers, are no parameters.
   total, _ = parameter_counts(after.experiment.model)
-  assert total == sum(leaf.size for leaf in jax.tree.leaves(after.model))
+  assert total + 6 == sum(leaf.size for leaf in jax.tree.leaves(after.model))
   for layer, kept_E in enumerate(KEPT_LE):
     whole, cut = before.model.blocks.moe, after.model.blocks.moe
     for new, expert in enumerate(np.flatnonzero(kept_E)):
@@ -69,6 +70,8 @@ def test_load_gives_a_model_of_the_kept_experts(exported):
       np.testing.assert_array_equal(
         cut.router_ME[layer, :, new], whole.router_ME[layer, :, expert]
       )
+      assert cut.bias_E[layer, new] == whole.bias_E[layer, expert]
+  assert np.any(after.model.blocks.moe.bias_E[...])
   np.testing.assert_array_equal(after.model.head_MV, before.model.head_MV)
 
 
