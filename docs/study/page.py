@@ -32,11 +32,16 @@ _Runs = dict[int, dict[str, str]]
 
 
 def read(folder: Path, question: Question) -> list[dict[str, str]]:
-  """Returns the rows of a question's files; none of files that are missing."""
+  """Returns the rows of a question's files that have its first figure.
+
+  Files of runs that are not made yet may be missing.
+  """
+  _, figure, _ = question.columns[0]
   return [
     row
     for name in question.files
     for row in read_rows(str(folder / "results" / f"{name}.csv"))
+    if figures_of({int(row["seed"]): row}, figure)
   ]
 
 

@@ -66,6 +66,12 @@ def test_figure_has_a_line_for_each_condition(rows):
   assert [label.get_text() for label in labels] == ["none", "some"]
 
 
+@pytest.mark.usefixtures("rows")
+def test_runs_without_the_first_figure_are_left_out(tmp_path):
+  question = QUESTION._replace(columns=(("rise", "carved/4", ".3f"),))
+  assert page.read(tmp_path, question) == []
+
+
 def test_figures_that_some_runs_lack(rows):
   del rows[0]["diversity"]
   rows[1]["diversity"] = ""
