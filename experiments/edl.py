@@ -24,8 +24,8 @@ and v6e:8x8 they have --experiment.mesh.expert=8, on v5e:16x16
 --experiment.mesh.expert=16.
 
 These are bounds that no schedule can beat. What the compiler (libtpu 0.0.42.1)
-made of 15b on v5p:4x4x4 takes between 2.16 and 2.87 s by a roofline and by the
-compiler's own estimates: 50% to 66% of the peak. The other rows are of an older
+made of 15b on v5p:4x4x4 takes between 2.16 and 2.78 s by a roofline and by the
+compiler's own estimates: 52% to 66% of the peak. The other rows are of an older
 program.
 
 With --experiment.model.remat=experts, 15b on v5p:4x4x4 takes 65% of the
