@@ -4,7 +4,9 @@
 
 compiles a step of generation, one token of each row, for a slice, and adds up
 the cycles that the compiler estimates for each operation, times how often it
-runs. Kernels, and copies and transfers in the background, have no estimate.
+runs. Kernels, and copies and transfers in the background, have no estimate. Of
+the tiles of experts' rows, whose number the routing decides, a layer takes one
+for each expert of a chip.
 Beside it stands the least time that a chip's memory needs to read its share of
 what the step reads: all parameters but idle experts, and the cache.
 
@@ -35,10 +37,14 @@ _CLOCK = 1.75e9
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,12})"')
 
 
-def estimated_cycles(text: str) -> int:
-  """Adds up the estimates of a program, from its optimised HLO."""
+def estimated_cycles(text: str, tiles: int) -> int:
+  """Adds up the estimates of a program, from its optimised HLO.
+
+  Args:
+    tiles: turns of the loops over tiles of an expert's rows.
+  """
   module = hlo.parse(text)
-  times = hlo.executions(module)
+  times = hlo.executions(module, tiles)
   # Fusions have an estimate as a whole; what is inside has none.
   return sum(
     times[name] * int(found[1])
@@ -101,7 +107,8 @@ def main() -> None:
     )
     compiled = lowered.compile()
   seconds = time.monotonic() - start
-  cycles = estimated_cycles(compiled.as_text() or "")
+  tiles = config.num_experts // mesh.shape["expert"]
+  cycles = estimated_cycles(compiled.as_text() or "", tiles)
   memory = compiled.memory_analysis()
   assert memory is not None
   share = _read_bytes(config, model, cache, rows)

@@ -186,16 +186,17 @@ def trip_count(module: Module, loop: Instruction) -> int | None:
 
 
 def calls(
-  module: Module, instruction: Instruction
+  module: Module, instruction: Instruction, unknown_trips: int = 1
 ) -> Iterator[tuple[str, int]]:
   """Yields the computations that an instruction runs, and how often.
 
-  All branches of a conditional count.
+  All branches of a conditional count. A while loop whose turns are unknown
+  makes `unknown_trips`.
   """
   if instruction.opcode == "while":
     trips = trip_count(module, instruction)
     for name in instruction.called("body"):
-      yield name, 1 if trips is None else trips
+      yield name, unknown_trips if trips is None else trips
   elif instruction.opcode in ("fusion", "call", "call-start", "async-start"):
     for attribute in ("calls", "to_apply"):
       for name in instruction.called(attribute):
@@ -209,14 +210,18 @@ def calls(
         yield name, 1
 
 
-def executions(module: Module) -> dict[str, int]:
-  """Returns how often each computation runs in one step."""
+def executions(module: Module, unknown_trips: int = 1) -> dict[str, int]:
+  """Returns how often each computation runs in one step.
+
+  Args:
+    unknown_trips: turns of while loops whose number the program computes.
+  """
   times: dict[str, int] = collections.Counter()
 
   def visit(name: str, count: int) -> None:
     times[name] += count
     for instruction in module.computations[name].values():
-      for callee, trips in calls(module, instruction):
+      for callee, trips in calls(module, instruction, unknown_trips):
         visit(callee, count * trips)
 
   visit(module.entry, 1)

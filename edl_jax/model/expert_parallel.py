@@ -384,7 +384,8 @@ def _tiled_experts(x_RM, gate_R, sizes_E, gate_up_LEM2F, down_LEFM, layer):
     gate_up_LEM2F, down_LEFM: weights of all layers.
     layer: index of this one in them.
   """
-  num_rows, tile = len(x_RM), _tile_rows(len(x_RM), len(sizes_E))
+  num_rows, width = x_RM.shape
+  hidden, tile = down_LEFM.shape[2], _tile_rows(num_rows, len(sizes_E))
   tiles_E = -(-sizes_E // tile)
   tile_end_E, row_end_E = jnp.cumsum(tiles_E), jnp.cumsum(sizes_E)
   row_of_first_E = row_end_E - sizes_E - tile * (tile_end_E - tiles_E)
@@ -397,11 +398,17 @@ def _tiled_experts(x_RM, gate_R, sizes_E, gate_up_LEM2F, down_LEFM, layer):
     x_TM, gate_T = (
       jax.lax.dynamic_slice_in_dim(x, start, tile) for x in (x_RM, gate_R)
     )
-    gate_up_M2F, down_FM = (
-      _matrix(w, layer, expert) for w in (gate_up_LEM2F, down_LEFM)
-    )
-    merged = x_TM @ gate_up_M2F.reshape(len(gate_up_M2F), -1)
-    y_TM = weighted_swiglu(merged, gate_T) @ down_FM
+    # Two products: for one, TPUs or CPUs would lay out the matrices anew.
+    gate_up_2MF = [
+      jax.lax.dynamic_slice(
+        gate_up_LEM2F, (layer, expert, 0, half, 0), (1, 1, width, 1, hidden)
+      ).reshape(width, hidden)
+      for half in range(2)
+    ]
+    curved_TF, up_TF = (x_TM @ w_MF for w_MF in gate_up_2MF)
+    hidden_TF = jax.nn.silu(curved_TF) * up_TF
+    hidden_TF *= gate_T[:, None].astype(x_TM.dtype)
+    y_TM = hidden_TF @ _matrix(down_LEFM, layer, expert)
     return jax.lax.dynamic_update_slice_in_dim(y_RM, y_TM, start, 0)
 
   # The last tile may reach beyond the end.

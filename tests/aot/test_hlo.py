@@ -57,6 +57,21 @@ def test_executions_multiply_the_turns_of_nested_loops():
   assert found == [5, 15]
 
 
+def test_executions_take_a_number_for_loops_that_compute_theirs():
+  def step(count, x):
+    return jax.lax.fori_loop(0, count, lambda _, x: jnp.cos(x @ x), x)
+
+  module = compiled(step, 3, jnp.ones((16, 16)))
+  (body,) = (
+    name
+    for name, computation in module.computations.items()
+    for instruction in computation.values()
+    if instruction.opcode == "dot"
+  )
+  assert hlo.executions(module)[body] == 1
+  assert hlo.executions(module, unknown_trips=7)[body] == 7
+
+
 def test_text_without_a_program_is_refused():
   with pytest.raises(ValueError, match="no HLO"):
     hlo.parse("HloModule empty")
