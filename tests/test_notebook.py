@@ -68,7 +68,7 @@ def execute(notebook: nbformat.NotebookNode) -> None:
   client = NotebookClient(
     notebook,
     km=manager,
-    timeout=120,
+    timeout=600,
     resources={"metadata": {"path": str(NOTEBOOK.parent)}},
   )
   client.execute(cleanup_kc=True)
@@ -107,7 +107,7 @@ def test_notebook_shows_a_run(environment, tmp_path):
     cwd=ROOT,
     check=True,
     capture_output=True,
-    timeout=120,
+    timeout=600,
   )
   notebook = read_notebook(NOTEBOOK)
   execute(notebook)
