@@ -7,8 +7,9 @@ the cycles that the compiler estimates for each operation, times how often it
 runs. Kernels, and copies and transfers in the background, have no estimate. Of
 the tiles of experts' rows, whose number the routing decides, a layer takes one
 for each expert of a chip.
-Beside it stands the least time that a chip's memory needs to read its share of
-what the step reads: all parameters but idle experts, and the cache.
+
+Beside the estimate stands the least time that a chip's memory needs to read its
+share of what the step reads: all parameters but idle experts, and the cache.
 
 It needs requirements-tpu.txt, installed apart and on PYTHONPATH.
 """

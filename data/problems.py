@@ -24,7 +24,12 @@ from edl_jax.text.arithmetic import KINDS, worked_examples
 
 COMMAND = Command(__doc__)
 _OUT = COMMAND.flag("out", "", "Folder to write.", required=True)
-_PROBLEMS = COMMAND.flag("problems", 2000, "Problems of each kind.", minimum=1)
+_PROBLEMS = COMMAND.flag(
+  "problems",
+  2000,
+  "Problems of each kind to draw. A question that comes again is left out.",
+  minimum=1,
+)
 _SEED = COMMAND.flag("seed", 0, "Seed of the problems.", minimum=0)
 
 
