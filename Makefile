@@ -66,17 +66,19 @@ $(VENV)/tpu: $(VENV)/test requirements-tpu.txt
 	  --target=$@ -r requirements-tpu.txt
 	@touch $@
 
-# The compiler of a newer jax, which needs Python 3.12; left out without that.
-$(VENV)/tpu-next/done:
-	python3.12 -m venv $(VENV)/tpu-next
-	$(VENV)/tpu-next/bin/python -m pip install --quiet \
-	  --disable-pip-version-check jax==0.11.1 libtpu==0.0.46.3 absl-py \
-	  ml_collections "etils[epath]"
+# The compilers of newer jax, which need Python 3.12; left out without that.
+$(VENV)/tpu-%/done:
+	python3.12 -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  jax==$* $(LIBTPU_OF_$*) absl-py ml_collections "etils[epath]"
 	@touch $@
+LIBTPU_OF_0.11.1 := libtpu==0.0.46.3
+LIBTPU_OF_0.12.0.1 := libtpu==0.0.50.1
+TPU_NEXT := $(VENV)/tpu-0.11.1 $(VENV)/tpu-0.12.0.1
 
 test-tpu: $(VENV)/tpu
-	if python3.12 -c "" 2>/dev/null; then $(MAKE) $(VENV)/tpu-next/done; fi
-	EDL_JAX_TPU_PYTHONS="$$(ls $(VENV)/tpu-next/bin/python 2>/dev/null)" \
+	if python3.12 -c "" 2>/dev/null; then $(MAKE) $(TPU_NEXT:%=%/done); fi
+	EDL_JAX_TPU_PYTHONS="$$(ls $(TPU_NEXT:%=%/bin/python) 2>/dev/null | xargs)" \
 	  PYTHONPATH=$(VENV)/tpu $(RUN) -m pytest --quiet tests/aot tests/test_runtime.py
 
 update-tpu: $(VENV)/tpu

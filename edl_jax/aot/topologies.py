@@ -8,12 +8,16 @@ import importlib.util
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from edl_jax.config import UserError
 
-LIBTPU = "libtpu==0.0.42.1"
+# The compiler of the jax in requirements.txt, which goes by Python's version.
+LIBTPU = (
+  "libtpu==0.0.42.1" if sys.version_info < (3, 12) else "libtpu==0.0.50.1"
+)
 
 _GIB = 2**30
 
