@@ -280,7 +280,10 @@ def _blocks(
       together = rows_of_blocks(shapes[path], 1)
       start = (*start, slot.expert // together * together)
     parts.setdefault((path, start), []).append(slot)
+  ahead = iter([*parts.values(), []])
+  next(ahead)
   for (path, start), own in parts.items():
+    tensors.expect(slot.name for slot in next(ahead))
     if not start:
       yield from _rows(tensors, own[0], shapes[path])
       continue
