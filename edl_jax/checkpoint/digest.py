@@ -130,14 +130,16 @@ class StreamedDigest:
     """Takes the shape, of at least one axis, and the dtype of the whole."""
     self._whole = jax.ShapeDtypeStruct(shape, dtype)
     self._sums = [0, 0]
+    # Of the last block, which may still be computed.
+    self._last: tuple[jax.Array, jax.Array] | None = None
 
   def add(self, start: tuple[int, ...], block: np.ndarray) -> None:
-    """Adds a block.
+    """Adds a block, in the background.
 
     Args:
       start: where it begins on the first axes, 0 on the others.
       block: whole rows of the first axis, or whole rows of the second within
-        one of the first.
+        one of the first. It must not change afterwards.
     """
     shape = self._whole.shape
     first = sum(
@@ -146,14 +148,22 @@ class StreamedDigest:
     # As arrays: the numbers may not fit 32 bits with a sign.
     place = np.array([first % 2**32, start[0]], np.uint32)
     rows = block.reshape(len(block), -1)
-    sums = jax.device_get(_block_sums(rows, place[0], place[1]))
-    self._sums = [
-      (old + int(new)) % 2**32 for old, new in zip(self._sums, sums)
-    ]
+    self._finish()
+    self._last = _block_sums(rows, place[0], place[1])
 
   def text(self) -> str:
     """Returns what `array_digests` gives for the array of all blocks."""
+    self._finish()
     return _text(self._whole, *self._sums)
+
+  def _finish(self) -> None:
+    """Waits for the sums of the last block, and adds them."""
+    if self._last is None:
+      return
+    sums, self._last = jax.device_get(self._last), None
+    self._sums = [
+      (old + int(new)) % 2**32 for old, new in zip(self._sums, sums)
+    ]
 
 
 def json_digest(value: Mapping[str, Any]) -> str:

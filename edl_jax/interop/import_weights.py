@@ -10,8 +10,15 @@ safetensors files, tensor by tensor. The run folder has one checkpoint, of step
 
 trains from it: that file has the settings of the model. The command runs on
 the host's CPU, and holds some experts of one layer at a time.
+
+With --settings_only it reads config.json alone and writes that file alone, for
+
+  python -m edl_jax.aot --experiment=runs/olmoe/experiment.py ...
+
+which says on which slice of TPUs the model fits before it is downloaded.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -34,6 +41,7 @@ from edl_jax.interop import folders, hub_config
 from edl_jax.validation import validate
 
 if TYPE_CHECKING:
+  from edl_jax.interop.architectures import Architecture
   from edl_jax.interop.safetensors_reader import Checkpoint
   from edl_jax.interop.tensors import Slot
 
@@ -52,6 +60,11 @@ _TOKENIZER = COMMAND.flag(
   "",
   "File of the tokenizer, tokenizer.json or a SentencePiece .model, or byte. By"
   " default that of the source.",
+)
+_SETTINGS_ONLY = COMMAND.flag(
+  "settings_only",
+  False,
+  "Write experiment.py alone, from config.json alone, without weights.",
 )
 
 
@@ -81,17 +94,10 @@ def import_weights(source: str, out: str, tokenizer: str = "") -> list[str]:
 
   folders.check_new(out)
   content = _read_config(source)
-  architecture = hub_config.architecture_of(content)
-  model = hub_config.model_config(architecture, content)
-  experiment = Experiment(
-    name=os.path.basename(os.path.abspath(source)),
-    model=model,
-    data=DataConfig(tokenizer=tokenizer or os.path.join(source, "")),
-    train=TrainConfig(
-      sequence_length=content.get("max_position_embeddings", 2048)
-    ),
-  )
+  architecture, experiment = _described(source, content)
+  experiment.data = DataConfig(tokenizer=tokenizer or os.path.join(source, ""))
   validate(experiment)
+  model = experiment.model
   own_tokenizer, tokenizer_settings = read_hub_tokenizer(source, tokenizer)
   _check_rows(own_tokenizer.vocabulary_size, model.vocabulary_size)
   tensors = Checkpoint(source)
@@ -119,11 +125,70 @@ def import_weights(source: str, out: str, tokenizer: str = "") -> list[str]:
       **tokenizer_settings,
     },
   )
+  with _whole_run(out, experiment) as folder:
+    checkpoint.save_streamed(
+      folder, shapes, _blocks(tensors, wanted, shapes), provenance
+    )
+  return _summary(out, architecture.title, total, model, own_tokenizer)
+
+
+def write_settings(source: str, out: str) -> list[str]:
+  """Makes a folder with experiment.py alone, complete or not there.
+
+  Args:
+    source: folder of a checkpoint, of which config.json alone is read.
+    out: the folder to write, whose file is that of `import_weights`: it names
+      the folder as train.initial_checkpoint, so that no run starts from it.
+
+  Returns:
+    Lines that say what was written.
+
+  Raises:
+    UserError: config.json is damaged or missing, or is of a model that edl_jax
+      cannot express; or `out` exists or cannot be written.
+  """
+  # Imports JAX, which --help and errors in flags do without.
+  from edl_jax.interop.tensors import parameters
+  from edl_jax.model.transformer import abstract_model
+
+  folders.check_new(out)
+  architecture, experiment = _described(source, _read_config(source))
+  validate(experiment)
+  shapes = parameters(abstract_model(experiment.model)).values()
+  total = sum(math.prod(leaf.shape) for leaf in shapes)
+  with _whole_run(out, experiment):
+    pass
+  return [
+    f"{os.path.join(out, 'experiment.py')}: settings of {total:,} parameters of"
+    f" {architecture.title}, without weights"
+  ]
+
+
+def _described(
+  source: str, content: Mapping[str, Any]
+) -> tuple["Architecture", Experiment]:
+  """Returns the family and the experiment that config.json describes."""
+  architecture = hub_config.architecture_of(content)
+  experiment = Experiment(
+    name=os.path.basename(os.path.abspath(source)),
+    model=hub_config.model_config(architecture, content),
+    train=TrainConfig(
+      sequence_length=content.get("max_position_embeddings", 2048)
+    ),
+  )
+  return architecture, experiment
+
+
+@contextlib.contextmanager
+def _whole_run(out: str, experiment: Experiment) -> Iterator[str]:
+  """Makes `out` once it is filled, with experiment.py; yields where to write.
+
+  Raises:
+    UserError: it cannot be written.
+  """
   try:
     with storage.whole_folder(out) as folder:
-      checkpoint.save_streamed(
-        folder, shapes, _blocks(tensors, wanted, shapes), provenance
-      )
+      yield folder
       storage.write_bytes(
         f"{folder}/experiment.py", _experiment_file(experiment).encode()
       )
@@ -131,7 +196,6 @@ def import_weights(source: str, out: str, tokenizer: str = "") -> list[str]:
     raise UserError(
       f"--out={out} cannot be written ({error.strerror}: {error.filename})"
     ) from error
-  return _summary(out, architecture.title, total, model, own_tokenizer)
 
 
 def _read_config(source: str) -> dict[str, Any]:
@@ -216,7 +280,10 @@ def _blocks(
       together = rows_of_blocks(shapes[path], 1)
       start = (*start, slot.expert // together * together)
     parts.setdefault((path, start), []).append(slot)
+  ahead = iter([*parts.values(), []])
+  next(ahead)
   for (path, start), own in parts.items():
+    tensors.expect(slot.name for slot in next(ahead))
     if not start:
       yield from _rows(tensors, own[0], shapes[path])
       continue
@@ -325,6 +392,11 @@ def _summary(
 def main() -> None:
   """Imports the checkpoint; checks everything before it writes."""
   folders.check_new(_OUT.value)
+  if _SETTINGS_ONLY.value and _TOKENIZER.value:
+    raise UserError(
+      f"--tokenizer={_TOKENIZER.value} has no use with --settings_only, which"
+      " reads config.json alone; leave one of them out"
+    )
   # Imports JAX: see above.
   import jax
   from absl import logging
@@ -332,7 +404,10 @@ def main() -> None:
   jax.config.update("jax_platforms", "cpu")
   # Orbax warns of a single process without distributed start.
   logging.set_verbosity(logging.ERROR)
-  lines = import_weights(_SOURCE.value, _OUT.value, _TOKENIZER.value)
+  if _SETTINGS_ONLY.value:
+    lines = write_settings(_SOURCE.value, _OUT.value)
+  else:
+    lines = import_weights(_SOURCE.value, _OUT.value, _TOKENIZER.value)
   print("\n".join(lines))
 
 

@@ -8,7 +8,7 @@ tensor is read into memory alone, never with its file, and because the package
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -58,6 +58,17 @@ class Checkpoint:
       math.prod(tensor.shape) * tensor.dtype.itemsize
       for tensor in self.tensors.values()
     )
+
+  def expect(self, names: Iterable[str]) -> None:
+    """Asks the system to read tensors from the disk while others are used."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is None:  # Not on macOS, where `read` waits for the disk.
+      return
+    for name in names:
+      tensor = self.tensors[name]
+      size = math.prod(tensor.shape) * tensor.dtype.itemsize
+      with open(tensor.path, "rb") as file:
+        advise(file.fileno(), tensor.offset, size, os.POSIX_FADV_WILLNEED)
 
   def read(self, name: str) -> np.ndarray:
     """Returns a tensor in the dtype of the file."""

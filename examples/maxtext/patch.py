@@ -30,6 +30,7 @@ from edl_jax.losses.divergence import domain_routing, expert_divergence_loss
 
 DOMAIN = "targets_domain"
 _ROWS = "row_probs_BE"
+_APPLIED = "edl_jax_divergence"
 
 # Which tokens count, (B, T), while MaxText computes the loss of a batch.
 _counted: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
@@ -38,12 +39,29 @@ _counted: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
 
 
 def apply(num_domains: int, weight: float) -> None:
-  """Changes MaxText in this process; call it once, before training starts.
+  """Changes MaxText in this process; call it before training starts.
+
+  A second call would add the loss twice. With the same values it changes
+  nothing.
 
   Args:
     num_domains: labels in batches are in [0, num_domains).
     weight: what the divergence loss counts in the loss.
+
+  Raises:
+    ValueError: it was called with other values before.
   """
+  values = (num_domains, weight)
+  # Kept at MaxText, so that a second copy of this module sees it too.
+  before = getattr(train, _APPLIED, None)
+  if before == values:
+    return
+  if before is not None:
+    raise ValueError(
+      "patch.apply: MaxText already has the divergence loss, with num_domains"
+      f" and weight {before}; {values} need a process of their own"
+    )
+  setattr(train, _APPLIED, values)
   moe.GateLogit.__call__ = _keeping_rows(moe.GateLogit.__call__)
   train.loss_fn = _with_divergence(train.loss_fn, num_domains, weight)
   train.record_activation_metrics = _with_metric(

@@ -106,8 +106,11 @@ def main(weight: float) -> None:
     return metrics
 
   train.training_loop_iteration = printing_iteration
-  with tempfile.TemporaryDirectory() as folder:
-    train.main(arguments(folder))
+  try:
+    with tempfile.TemporaryDirectory() as folder:
+      train.main(arguments(folder))
+  finally:
+    train.training_loop_iteration = iteration
 
 
 if __name__ == "__main__":

@@ -113,6 +113,42 @@ def test_the_experiment_is_that_of_the_checkpoint(run_folder):
   assert experiment.train.initial_checkpoint == str(run_folder)
 
 
+def test_settings_alone_need_config_json_alone(
+  source, run_folder, tmp_path, capsys
+):
+  folder = tmp_path / source.name
+  folder.mkdir()
+  shutil.copy(source / "config.json", folder)
+  out = tmp_path / "settings"
+  flags = [f"--source={folder}", f"--out={out}", "--settings_only"]
+  assert import_weights.main(flags) == 0
+  total = sum(
+    array.size
+    for array in parameters(edl_jax.load(str(run_folder)).model).values()
+  )
+  assert f"settings of {total:,} parameters of OLMoE" in capsys.readouterr().out
+  assert os.listdir(out) == ["experiment.py"]
+  text = (out / "experiment.py").read_text()
+  assert text == (run_folder / "experiment.py").read_text()
+  # A run from the missing weights is refused, instead of one from random ones.
+  flags = [f"--experiment={out}/experiment.py", f"--workdir={tmp_path}/run"]
+  assert main.main(flags) == 2
+  assert f"no checkpoint in {out}" in capsys.readouterr().err
+
+
+def test_refusals_of_settings_alone(copied, tmp_path, capsys):
+  said = refused(
+    capsys, tmp_path, copied, "--settings_only", "--tokenizer=byte"
+  )
+  assert "--tokenizer=byte has no use with --settings_only" in said
+  change_config(copied, clip_qkv=4.0)
+  said = refused(capsys, tmp_path, copied, "--settings_only")
+  assert "clip_qkv=4.0 of OLMoE" in said
+  (copied / "config.json").unlink()
+  said = refused(capsys, tmp_path, copied, "--settings_only")
+  assert "config.json cannot be read (No such file or directory)" in said
+
+
 def test_padded_rows_are_explained(source, tmp_path, capsys):
   out = tmp_path / "out"
   assert import_weights.main([f"--source={source}", f"--out={out}"]) == 0

@@ -1,6 +1,7 @@
 """Safetensors files in every type that is read, and damaged ones."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -48,6 +49,23 @@ def test_half_precision(tmp_path):
     len(text).to_bytes(8, "little") + text + np.float16([1.5, -2]).tobytes()
   )
   assert Checkpoint(str(tmp_path)).read("x").tolist() == [1.5, -2]
+
+
+def test_what_is_expected_is_what_will_be_read(folder, monkeypatch):
+  asked = []
+
+  def advise(number, start, size, advice):
+    assert advice == os.POSIX_FADV_WILLNEED
+    asked.append(os.pread(number, size, start))
+
+  monkeypatch.setattr(os, "posix_fadvise", advise)
+  found = Checkpoint(str(folder))
+  found.expect(["b", "a"])
+  assert asked == [TENSORS["b"].tobytes(), TENSORS["a"].tobytes()]
+  # Elsewhere than on Linux it does nothing.
+  monkeypatch.delattr(os, "posix_fadvise")
+  found.expect(["b", "a"])
+  assert len(asked) == 2
 
 
 def test_a_missing_shard(tmp_path):
