@@ -102,7 +102,11 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     checkpoint_steps,
   )
   from edl_jax.step import state_bytes
-  from edl_jax.text.input_pipeline import long_examples, train_dataset
+  from edl_jax.text.input_pipeline import (
+    long_examples,
+    short_documents,
+    train_dataset,
+  )
 
   storage.check_access(workdir, "--workdir=")
   if mode == "eval" and not checkpoint_steps(
@@ -118,6 +122,7 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
   training = tasks = None
   if mode == "train":
     training = train_dataset(corpus, tokenizer, experiment)
+    notes += short_documents(corpus, tokenizer, experiment)
     tasks = _load_tasks(experiment, tokenizer)
   provenance = Provenance(
     experiment, corpus.taxonomy, tokenizer, corpus.content_hash, source

@@ -14,6 +14,8 @@ Exit code 1 if something did not hold.
 """
 
 import collections
+import functools
+import os
 import pathlib
 import random
 import shutil
@@ -21,10 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from edl_jax import storage
 from edl_jax.command import Command
 from tests.campaign.bench import Bench, FaultError, SkippedError
+from tests.campaign.child import Child
 from tests.campaign.faults import FAULTS
 
 COMMAND = Command(__doc__)
@@ -41,6 +45,13 @@ _COUNT = COMMAND.flag(
   "Harms to do of each kind, one kind after another. 0: all kinds in random"
   " order, until the time is over.",
   minimum=0,
+)
+_JOBS = COMMAND.flag("jobs", 1, "Faults at once.", minimum=1)
+_FOLDER = COMMAND.flag(
+  "folder",
+  "",
+  "Folder for the undisturbed run, kept for the next campaign of the same"
+  " code. Default: a temporary one.",
 )
 _JSON = COMMAND.flag("json", "", "File to write the table and the lines to.")
 
@@ -59,6 +70,17 @@ class Tally:
     """Prints a line, and keeps it."""
     print(line, flush=True)
     self.lines.append(line)
+
+  def add(self, name: str, verdict: str, text: str, harms: int) -> None:
+    """Adds what came of one fault, and prints it."""
+    kind = name.rpartition("-")[0]
+    if verdict == "skipped":
+      self.skipped[kind] = text
+    else:
+      self.runs[kind] += 1
+      self.harms[kind] += harms
+      self.failed[kind] += verdict != "held"
+    self.say(f"{name}: {verdict}, {text}")
 
   def rows(self) -> list[tuple[str, int, int, int]]:
     """Returns kind, faults, harms, and faults that held."""
@@ -121,46 +143,68 @@ def _chosen(seed: int, tally: Tally) -> Iterator[str]:
         return
 
 
-def _do(name: str, bench: Bench, tally: Tally) -> None:
-  """Does one fault, and adds it to the tally."""
+def _do(name: str, bench: Bench) -> list[Any]:
+  """Does one fault; returns what `Tally.add` takes, and removes its files."""
   kind = name.rpartition("-")[0]
   draw = random.Random(f"{_SEED.value} {name}")
   try:
     outcome = FAULTS[kind][0](bench, draw, name)
+    return ["held", *outcome]
   except SkippedError as error:
-    tally.skipped[kind] = str(error)
-    tally.say(f"{name}: skipped, {error}")
-    return
+    return ["skipped", str(error), 0]
   except FaultError as error:
-    tally.failed[kind] += 1
-    tally.harms[kind] += 1
-    tally.say(f"{name}: DID NOT HOLD: {error}")
-  else:
-    tally.harms[kind] += outcome.harms
-    tally.say(f"{name}: held, {outcome.text}")
-  tally.runs[kind] += 1
+    return ["DID NOT HOLD", str(error), 1]
+  finally:
+    for left in bench.folder.glob(f"{name}*"):
+      # Another fault's name may begin with this one's.
+      if left.name[len(name) :][:1].isdigit():
+        continue
+      if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+      else:
+        left.unlink()
+
+
+def _do_all(bench: Bench, tally: Tally, end: float) -> None:
+  """Does faults, some at once, and begins none after `end`."""
+  names = _chosen(_SEED.value, tally)
+  at_work: dict[str, tuple[Child, pathlib.Path]] = {}
+  more = True
+  while more or at_work:
+    while more and len(at_work) < _JOBS.value:
+      name = next(names, "") if time.monotonic() < end else ""
+      more = bool(name)
+      if more:
+        at_work[name] = bench.begin(functools.partial(_do, name, bench))
+    for name, (child, answer) in list(at_work.items()):
+      if child.poll() is not None:
+        del at_work[name]
+        try:
+          found = bench.answer(child, answer)
+        except FaultError as error:
+          found = ["DID NOT HOLD", str(error), 1]
+        tally.add(name, *found)
+        tally.write(_JSON.value)
+    time.sleep(0.05)
 
 
 @COMMAND.main
 def main() -> int:
   """Does faults until the time is over; returns the exit code."""
   begun, tally = time.monotonic(), Tally()
-  folder = pathlib.Path(tempfile.mkdtemp(prefix="campaign-"))
+  folder = pathlib.Path(
+    os.path.abspath(_FOLDER.value)
+    if _FOLDER.value
+    else tempfile.mkdtemp(prefix="campaign-")
+  )
+  folder.mkdir(parents=True, exist_ok=True)
   try:
     bench = Bench(folder)
     tally.say(f"seed {_SEED.value}; a run takes {bench.seconds:.1f} s")
-    for name in _chosen(_SEED.value, tally):
-      if time.monotonic() - begun > 60 * _MINUTES.value:
-        break
-      _do(name, bench, tally)
-      tally.write(_JSON.value)
-      for left in folder.glob(f"{name}*"):
-        if left.is_dir():
-          shutil.rmtree(left, ignore_errors=True)
-        else:
-          left.unlink()
+    _do_all(bench, tally, begun + 60 * _MINUTES.value)
   finally:
-    shutil.rmtree(folder, ignore_errors=True)
+    if not _FOLDER.value:
+      shutil.rmtree(folder, ignore_errors=True)
   print("\n".join(tally.table()))
   return int(tally.failed.total() > 0)
 
