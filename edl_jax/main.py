@@ -266,7 +266,7 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   """
   import jax
 
-  from edl_jax import train
+  from edl_jax import peers, train
   from edl_jax.checkpoint import locked
   from edl_jax.evaluate import NonFiniteError, evaluate_checkpoint
   from edl_jax.preemption import Preempted
@@ -280,7 +280,11 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
       _show(lines)
       evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
       return 0
-    with locked(workdir), output.named_stdout(lasting=True):
+    with (
+      peers.needed(),
+      locked(workdir),
+      output.named_stdout(lasting=True),
+    ):
       _show(lines)
       train.train(corpus, *training, provenance, mesh, workdir, verify, tasks)
   except NonFiniteError as error:
