@@ -168,9 +168,12 @@ class Bench:
     Raises:
       FaultError: it raised something.
     """
+    errors = child.take_errors()
     if child.returncode:
-      raise FaultError(f"a traceback: {child.errors()[-400:]}")
-    return json.loads(path.read_text())
+      raise FaultError(f"a traceback: {errors[-400:]}")
+    found = json.loads(path.read_text())
+    path.unlink()
+    return found
 
   def end(self, child: Child, *codes: int) -> str:
     """Waits for a run; returns its last error line.
@@ -183,7 +186,7 @@ class Bench:
       child.wait(PATIENCE)
     except TimeoutError as error:
       raise FaultError(str(error)) from error
-    errors = child.errors()
+    errors = child.take_errors()
     lines = [line for line in errors.splitlines() if line.strip()]
     tail = " | ".join(lines[-3:])[-400:]
     if child.returncode not in codes:

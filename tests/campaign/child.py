@@ -78,9 +78,11 @@ class Child:
     if self.poll() is None:
       os.kill(self.pid, number)
 
-  def errors(self) -> str:
-    """Returns what it has printed on stderr."""
-    return self._errors.read_text(errors="replace")
+  def take_errors(self) -> str:
+    """Returns what it has printed on stderr, and removes the file."""
+    text = self._errors.read_text(errors="replace")
+    self._errors.unlink()
+    return text
 
 
 def _become(
