@@ -102,7 +102,11 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
     checkpoint_steps,
   )
   from edl_jax.step import state_bytes
-  from edl_jax.text.input_pipeline import long_examples, train_dataset
+  from edl_jax.text.input_pipeline import (
+    long_examples,
+    short_documents,
+    train_dataset,
+  )
 
   storage.check_access(workdir, "--workdir=")
   if mode == "eval" and not checkpoint_steps(
@@ -118,6 +122,7 @@ def prepare(experiment: Experiment, workdir: str, mode: str) -> Run:
   training = tasks = None
   if mode == "train":
     training = train_dataset(corpus, tokenizer, experiment)
+    notes += short_documents(corpus, tokenizer, experiment)
     tasks = _load_tasks(experiment, tokenizer)
   provenance = Provenance(
     experiment, corpus.taxonomy, tokenizer, corpus.content_hash, source
@@ -261,7 +266,7 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   """
   import jax
 
-  from edl_jax import train
+  from edl_jax import peers, train
   from edl_jax.checkpoint import locked
   from edl_jax.evaluate import NonFiniteError, evaluate_checkpoint
   from edl_jax.preemption import Preempted
@@ -275,7 +280,11 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
       _show(lines)
       evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
       return 0
-    with locked(workdir), output.named_stdout(lasting=True):
+    with (
+      peers.needed(),
+      locked(workdir),
+      output.named_stdout(lasting=True),
+    ):
       _show(lines)
       train.train(corpus, *training, provenance, mesh, workdir, verify, tasks)
   except NonFiniteError as error:

@@ -172,10 +172,12 @@ def check_divisible(experiment: Experiment, mesh: Mesh) -> None:
     )
   _check_rows_of_processes(mesh)
   for axes, key, value in _divisions(experiment):
-    if value % math.prod(size[axis] for axis in axes):
+    parts = math.prod(size[axis] for axis in axes)
+    if value % parts:
       shown = " x ".join(f"mesh.{axis}={size[axis]}" for axis in axes)
       more = (
-        "; it may be larger than the tokenizer's"
+        f"; {key}={-(-value // parts) * parts} fits, and may be more than the"
+        " tokenizer has"
         if key == "model.vocabulary_size"
         else ""
       )

@@ -277,6 +277,21 @@ def whole_gzip_file(path: str | os.PathLike[str]) -> Iterator[gzip.GzipFile]:
     yield packed
 
 
+def flush_folder(folder: str) -> None:
+  """Waits until all files below a local folder, and it, are on the disk.
+
+  Raises:
+    OSError: the disk failed.
+  """
+  for parent, _, files in os.walk(folder):
+    for name in (*files, ""):
+      descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+      try:
+        os.fsync(descriptor)
+      finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
   """Writes a file whole or not at all; see `whole_file`."""
   with whole_file(path) as file:

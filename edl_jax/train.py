@@ -4,7 +4,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from edl_jax import sharding, storage
+from edl_jax import peers, sharding, storage
 from edl_jax.checkpoint import (
   Checkpointer,
   Provenance,
@@ -22,14 +22,9 @@ from edl_jax.checkpoint import (
   load,
 )
 from edl_jax.clock import Clock, goodput, read_records, write_record
-from edl_jax.config import Experiment
+from edl_jax.config import Experiment, TrainConfig
 from edl_jax.environment import environment
-from edl_jax.evaluate import (
-  Evaluation,
-  NonFiniteError,
-  eval_step_for,
-  evaluate,
-)
+from edl_jax.evaluate import Evaluation, NonFiniteError, eval_step_for, evaluate
 from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.metric_writers import RunDescription, writer_names
@@ -448,36 +443,43 @@ def train(
   with requests_to_end() as asked_to_end, jax.set_mesh(mesh):
     loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir, verify, tasks)
     try:
-      if loop.first_step:
-        loop.progress.print(
-          f"going on from the checkpoint of step {loop.first_step}"
-        )
-      for step in range(loop.first_step + 1, settings.num_steps + 1):
-        # An implicit transfer would make the host wait for the devices.
-        with jax.transfer_guard("disallow"):
-          loop.step(step)
-        last, number = step == settings.num_steps, asked_to_end(step)
-        # Evaluate before saving: a run that goes on from the checkpoint then
-        # has all figures up to its step.
-        if last or step % settings.eval_every == 0:
-          loop.evaluate(step)
-        loop.evaluate_tasks(step)
-        if last or number or step % settings.checkpoint_every == 0:
-          loop.save(step)
-        if number and not last:
-          name = signal.Signals(number).name
-          raise Preempted(
-            f"ended by {name}; the checkpoint of step {step} is written and"
-            " the same command resumes from it",
-            number,
-          )
-      if loop.evaluation is None:
-        # An earlier process was killed between last checkpoint and report.
-        loop.evaluate(settings.num_steps, record=False)
-        loop.evaluate_tasks(settings.num_steps, record=False)
-      loop.finish()
+      # Before the loop is closed, which would wait for a process lost.
+      with peers.needed():
+        _go_on(loop, settings, asked_to_end)
     finally:
       loop.close()
+
+
+def _go_on(
+  loop: _Loop, settings: TrainConfig, asked_to_end: Callable[[int], int | None]
+) -> None:
+  """Trains from where the loop is to the end; see `train`."""
+  if first := loop.first_step:
+    loop.progress.print(f"going on from the checkpoint of step {first}")
+  for step in range(loop.first_step + 1, settings.num_steps + 1):
+    # An implicit transfer would make the host wait for the devices.
+    with jax.transfer_guard("disallow"):
+      loop.step(step)
+    last, number = step == settings.num_steps, asked_to_end(step)
+    # Evaluate before saving: a run that goes on from the checkpoint then
+    # has all figures up to its step.
+    if last or step % settings.eval_every == 0:
+      loop.evaluate(step)
+    loop.evaluate_tasks(step)
+    if last or number or step % settings.checkpoint_every == 0:
+      loop.save(step)
+    if number and not last:
+      name = signal.Signals(number).name
+      raise Preempted(
+        f"ended by {name}; the checkpoint of step {step} is written and"
+        " the same command resumes from it",
+        number,
+      )
+  if loop.evaluation is None:
+    # An earlier process was killed between last checkpoint and report.
+    loop.evaluate(settings.num_steps, record=False)
+    loop.evaluate_tasks(settings.num_steps, record=False)
+  loop.finish()
 
 
 def _peak_rate(experiment: Experiment, mesh: Mesh) -> float | None:

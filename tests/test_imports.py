@@ -52,8 +52,8 @@ ARROWS = {
   "losses": {"config", "fields", "sharding", "tables"},
   "main": {
     *("checkpoint", "command", "config", "describe", "evaluate", "model"),
-    *("output", "preemption", "runtime", "sharding", "step", "storage"),
-    *("tasks", "text", "train"),
+    *("output", "peers", "preemption", "runtime", "sharding", "step"),
+    *("storage", "tasks", "text", "train"),
   },
   "metric_writers": {"config", "fields", "storage"},
   "metrics": {"config", "metric_writers", "storage"},
@@ -61,6 +61,7 @@ ARROWS = {
   "muon": {"sharding"},
   "optim": {"config", "fields", "muon", "sharding"},
   "output": {"config"},
+  "peers": {"command"},
   "preemption": set(),
   "profiling": {"storage"},
   "progress": set(),
@@ -84,8 +85,8 @@ ARROWS = {
   "train": {
     *("analysis", "checkpoint", "clock", "config", "environment"),
     *("evaluate", "losses", "metric_writers", "metrics", "model", "optim"),
-    *("preemption", "profiling", "progress", "runtime", "sharding", "step"),
-    *("storage", "tasks", "text"),
+    *("peers", "preemption", "profiling", "progress", "runtime", "sharding"),
+    *("step", "storage", "tasks", "text"),
   },
   "validation": {"config", "fields", "metric_writers", "profiling"},
 }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from edl_jax import config_files, main
@@ -168,7 +169,6 @@ def test_bad_line_names_file_and_line_and_makes_nothing(tmp_path, files):
       "empty domain 'empty'",
     ),
     ({"train.sequence_length": 4000}, "less than one row"),
-    ({"train.sequence_length": 600}, "more than any training document"),
     ({"data.weights": "(1.0, 1.0)"}, "3 domains"),
     ({"train.task_every": 5, "train.task_files": "none"}, "no task files"),
   ],
@@ -178,6 +178,22 @@ def test_unfit_text_makes_nothing(tmp_path, files, overrides, named):
   before = snapshot(tmp_path)
   assert named in refused(experiment, tmp_path / "run")
   assert snapshot(tmp_path) == before
+
+
+def test_rows_longer_than_every_document_hold_several(tmp_path, files):
+  settings = {"data.files": files, "train.sequence_length": 600}
+  experiment = config_files.load(TINY, settings)
+  run = main.prepare(experiment, str(tmp_path / "run"), "train")
+  (note,) = run.notes
+  assert "sequence_length=600 is more than any training document has" in note
+  rows, _ = run.training
+  for number in range(9):
+    row = rows[number]
+    # A number counts the documents of a row; all of it is text.
+    assert row.tokens_BT.shape == (600,) and row.segments_BT.max() >= 2
+    assert (np.diff(row.segments_BT) >= 0).all() and row.segments_BT.min() == 1
+  short = config_files.load(TINY, settings | {"train.sequence_length": 64})
+  assert not main.prepare(short, str(tmp_path / "run"), "train").notes
 
 
 def test_nothing_to_evaluate(tmp_path, files):

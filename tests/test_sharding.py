@@ -166,7 +166,16 @@ def test_mesh_that_does_not_fit_the_devices(sizes):
     ((1, 1, 1, 8), {"num_heads": 4}, "mesh.tensor=8 .*num_heads=4"),
     ((4, 1, 1, 2), {"num_kv_heads": 1}, "mesh.tensor=2 .*num_kv_heads=1"),
     ((4, 1, 1, 2), {"expert_width": 3}, "mesh.tensor=2 .*expert_width=3"),
-    ((4, 1, 1, 2), {"vocabulary_size": 4097}, "vocabulary_size=4097"),
+    (
+      (4, 1, 1, 2),
+      {"vocabulary_size": 4097},
+      "vocabulary_size=4097; model.vocabulary_size=4098 fits",
+    ),
+    (
+      (1, 2, 1, 4),
+      {"vocabulary_size": 257},
+      "mesh.tensor=4 x mesh.fsdp=2 .*model.vocabulary_size=264 fits",
+    ),
     (
       (4, 1, 1, 2),
       {"dense_width": 3, "num_dense_layers": 1},

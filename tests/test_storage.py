@@ -435,3 +435,19 @@ def test_terminated_run_in_a_served_bucket_goes_on(tmp_path):
   found = json.loads(epath.Path(workdir, "eval.json").read_text())
   assert found["eval"] == result["eval"]
   assert edl_jax.load(workdir).step == 100
+
+
+def test_a_folder_is_flushed_file_by_file(tmp_path, monkeypatch):
+  for name in ("a", "b/c", "b/d/e"):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name)
+  flushed = set()
+
+  def fsync(descriptor):
+    flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  storage.flush_folder(str(tmp_path))
+  wanted = {tmp_path, *tmp_path.rglob("*")}
+  assert {path.rstrip("/") for path in flushed} == set(map(str, wanted))

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edl_jax import config, config_files, storage
-from edl_jax.aot import topologies
+from edl_jax.aot import hlo, topologies
 from edl_jax.aot.topologies import Topology
 from edl_jax.command import Command
 from edl_jax.config import Experiment, UserError
@@ -136,7 +136,13 @@ def main() -> int:
         "\n".join(aot_report.describe_overflow(experiment, topology, error))
       )
       return 3
-    reports[name] = aot_report.analyze(experiment, topology, step)
+    try:
+      reports[name] = aot_report.analyze(experiment, topology, step)
+    except hlo.HLOError as error:
+      raise UserError(
+        f"{error}; this release does not know the installed libtpu's programs:"
+        " install that of requirements-tpu.txt"
+      ) from error
     lines = aot_report.describe(experiment, topology, reports[name])
     if _PARAMETERS.value:
       lines += aot_report.describe_parameters(step.parameters)

@@ -1,10 +1,32 @@
 """Reads optimised HLO text: computations, instructions, their run counts."""
 
 import collections
+import contextlib
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+
+class HLOError(ValueError):
+  """HLO text is not of the form that this module reads; one line."""
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+  """Makes an `HLOError` of whatever text of another form raises in a block."""
+  try:
+    yield
+  except HLOError:
+    raise
+  except (
+    *(LookupError, ValueError, TypeError, ArithmeticError),
+    *(StopIteration, RecursionError),
+  ) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise HLOError(
+      f"HLO text of an unknown form: {type(error).__name__} {reason}"
+    ) from error
 
 
 class Array(NamedTuple):
@@ -63,14 +85,14 @@ class Module(NamedTuple):
       "" if the instruction has no such line.
     """
     found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-    frame = int(found[1]) if found else 0
-    while frame in self.frames:
-      line, parent = self.frames[frame]
+    frame, seen = int(found[1]) if found else 0, set[int]()
+    # The outermost frame is its own parent.
+    while frame in self.frames and frame not in seen:
+      seen.add(frame)
+      line, frame = self.frames[frame]
       _, inside, rest = line.rpartition(folder)
       if inside:
         return rest
-      # The outermost frame is its own parent.
-      frame = parent if parent != frame else 0
     return ""
 
 
@@ -80,11 +102,13 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
 
 
+@reading()
 def parse(text: str) -> Module:
   """Parses what `compiled.as_text()` returns.
 
   Raises:
-    ValueError: the text has no entry computation.
+    HLOError: the text has no entry computation, or an instruction of an unknown
+      form.
   """
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = None, None
@@ -99,7 +123,7 @@ def parse(text: str) -> Module:
     elif line.startswith("}"):
       current = None
   if entry is None:
-    raise ValueError("no HLO: the text has no entry computation")
+    raise HLOError("no HLO: the text has no entry computation")
   devices = 1
   for key in ("num_partitions", "replica_count"):
     if found := re.search(rf"^HloModule.*\b{key}=(\d+)", text):
@@ -150,7 +174,7 @@ def _closing(text: str, start: int) -> int:
     depth += 1 if found[0] == "(" else -1
     if depth == 0:
       return found.start()
-  raise ValueError(f"unbalanced parentheses in HLO: {text[:80]}")
+  raise HLOError(f"unbalanced parentheses in HLO: {text[:80]}")
 
 
 def _arrays(text: str) -> Iterator[Array]:
@@ -168,11 +192,15 @@ def _arrays(text: str) -> Iterator[Array]:
 # --- How often things run ----------------------------------------------------
 
 
+@reading()
 def trip_count(module: Module, loop: Instruction) -> int | None:
   """Returns the turns of a while loop; None if unknown.
 
   Reads XLA's annotation, or else the constant that the condition compares with:
   loops of `jax.lax.scan` and `fori_loop` count from 0 by 1.
+
+  Raises:
+    HLOError: the loop has no condition of a known form.
   """
   if found := re.search(r'known_?trip_count"?:\{"n":"(\d+)"', loop.attributes):
     return int(found[1])
@@ -210,11 +238,16 @@ def calls(
         yield name, 1
 
 
+@reading()
 def executions(module: Module, unknown_trips: int = 1) -> dict[str, int]:
   """Returns how often each computation runs in one step.
 
   Args:
+    module: the program.
     unknown_trips: turns of while loops whose number the program computes.
+
+  Raises:
+    HLOError: a computation is missing, or calls itself.
   """
   times: dict[str, int] = collections.Counter()
 

@@ -310,12 +310,16 @@ def _source(instruction: Instruction) -> str:
   return found[1] if found else ""
 
 
+@hlo.reading()
 def costs(module: Module, num_experts: int) -> Costs:
   """Adds up what one device does in one step.
 
   Args:
     module: an optimised and scheduled program.
     num_experts: see `kernel_flops`.
+
+  Raises:
+    HLOError: an instruction is not of the form that XLA gave it so far.
   """
   return _Counter(module, num_experts).costs()
 

@@ -41,8 +41,23 @@ class Checkpointer:
     self._folder = os.path.join(self._workdir, FOLDER)
     self._manager = ocp.CheckpointManager(
       self._folder,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._flush),
+      ),
     )
+
+  def _flush(self) -> None:
+    """Waits until the files of a checkpoint are on the disk.
+
+    Orbax calls it in a thread, before it gives the checkpoint its name. It
+    leaves files to the system, which loses the last half minute of them when
+    the power or the disk fails.
+    """
+    if not storage.in_bucket(self._folder):
+      for name in storage.names(self._folder):
+        if not name.isdigit():
+          storage.flush_folder(os.path.join(self._folder, name))
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest complete checkpoint, None without one."""

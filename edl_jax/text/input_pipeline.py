@@ -285,6 +285,31 @@ def long_examples(
   return lines
 
 
+def short_documents(
+  corpus: Corpus | PreparedCorpus, tokenizer: Tokenizer, experiment: Experiment
+) -> list[str]:
+  """Returns a line if no training document is as long as a row, or none.
+
+  Rows then hold several documents each, and attention stays within a document.
+  """
+  length = experiment.train.sequence_length
+  documents = encode_corpus(corpus, "train", tokenizer)
+  longest_of = {
+    # The start token counts as part of a document.
+    name: int(own.length_I.max()) + 1
+    for name, own in zip(corpus.taxonomy.sources, documents)
+    if own.counted is None and len(own)
+  }
+  name = max(longest_of, key=longest_of.__getitem__, default="")
+  if not name or longest_of[name] >= length:
+    return []
+  return [
+    f"train.sequence_length={length:,} is more than any training document has"
+    f" (the longest: {longest_of[name]:,} tokens, in {name!r}): rows hold"
+    " several, and attention stays within each"
+  ]
+
+
 def _spread(packed: Rows, experiment: Experiment) -> list[int]:
   """Returns at most `train.eval_rows` rows, spread evenly over the text."""
   count = len(packed)
@@ -333,10 +358,10 @@ def _check_lengths(
   tokens: Sequence[EncodedDocuments],
   experiment: Experiment,
 ) -> None:
-  """Checks that domains in use fill a row, and that documents are long enough.
+  """Checks that domains in use fill a row.
 
   Raises:
-    UserError: they are not.
+    UserError: one does not.
   """
   length = experiment.train.sequence_length
   # Supervised examples are packed as a whole; see `long_examples`.
@@ -353,14 +378,3 @@ def _check_lengths(
         f" than one row of train.sequence_length={length}; add text or shorten"
         " the rows"
       )
-  if not used:
-    return
-  longest_of = {name: int(d.length_I.max()) + 1 for name, d in used.items()}
-  name = max(longest_of, key=longest_of.__getitem__)
-  longest = longest_of[name]
-  if length > longest:
-    raise UserError(
-      f"train.sequence_length={length} is more than any training document"
-      f" holds (longest: {longest} tokens, in {name!r}), and attention stays"
-      " within a document; shorten the rows"
-    )

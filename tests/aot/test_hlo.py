@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edl_jax.aot import hlo
 from edl_jax.aot.hlo import Array
@@ -75,3 +77,112 @@ def test_executions_take_a_number_for_loops_that_compute_theirs():
 def test_text_without_a_program_is_refused():
   with pytest.raises(ValueError, match="no HLO"):
     hlo.parse("HloModule empty")
+
+
+def test_frames_that_call_each_other_end():
+  text = """\
+HloModule m
+
+FileNames
+1 "/a/edl_jax/model/moe.py"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=12 end_line=12}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=2}
+2 {file_location_id=1 parent_frame_id=1}
+
+ENTRY %e (p: f32[2]) -> f32[2] {
+  ROOT %p = f32[2]{0} parameter(0), metadata={stack_frame_id=1}
+}
+"""
+  module = hlo.parse(text)
+  (root,) = module.computations["e"].values()
+  assert module.source_line(root, "edl_jax/") == "model/moe.py:12"
+  assert module.source_line(root, "elsewhere/") == ""
+
+
+@pytest.mark.parametrize(
+  ("old", "new"),
+  [
+    ("calls=%f", "calls=%g"),  # A computation that there is not.
+    ("calls=%f", "calls=%e"),  # One that calls itself.
+    ("parameter(0)", "parameter(0"),
+    ("fusion(%p)", "fusion"),
+    ("s32[2] fusion", "s32[2]"),
+  ],
+)
+def test_text_of_another_form_is_refused_in_one_line(old, new):
+  text = """\
+HloModule m
+%f (q: s32[2]) -> s32[2] {
+  ROOT %q = s32[2] parameter(0)
+}
+ENTRY %e (p: s32[2]) -> s32[2] {
+  %p = s32[2] parameter(0)
+  ROOT %r = s32[2] fusion(%p), kind=kLoop, calls=%f
+}
+"""
+  assert hlo.executions(hlo.parse(text)) == {"e": 1, "f": 1}
+  with pytest.raises(hlo.HLOError) as caught:
+    hlo.executions(hlo.parse(text.replace(old, new)))
+  assert "\n" not in str(caught.value)
+
+
+def _real_text():
+  """Returns a program with loops, a conditional and fusions."""
+
+  def step(x, count):
+    def outer(x, _):
+      inner = jax.lax.fori_loop(0, count, lambda _, x: jnp.cos(x @ x), x)
+      return jax.lax.cond(x[0, 0] > 0, jnp.sin, jnp.tanh, inner @ x), None
+
+    return jax.lax.scan(outer, x, length=5)[0]
+
+  lowered = jax.jit(step).lower(jnp.ones((16, 16)), 3)
+  return lowered.compile().as_text()
+
+
+_REAL = _real_text()
+# An edit: a share of the text, what happens there, and with which piece.
+_EDITS = st.lists(
+  st.tuples(
+    st.floats(0, 1),
+    st.sampled_from(["cut", "insert", "replace", "drop line", "copy line"]),
+    st.sampled_from([*"(){}[]%=,1x \n", "%x.1", "while", "body=", "f32[2]"])
+    | st.text(max_size=3),
+  ),
+  min_size=1,
+  max_size=6,
+)
+
+
+def _edited(text, edits):
+  for share, how, piece in edits:
+    at = int(share * len(text))
+    if how in ("cut", "insert", "replace"):
+      kept = at + len(piece) * (how != "insert")
+      text = text[:at] + piece * (how != "cut") + text[kept:]
+    else:
+      lines = text.splitlines(keepends=True)
+      number = int(share * (len(lines) - 1))
+      lines[number : number + 1] = lines[number : number + 1] * (
+        2 * (how == "copy line")
+      )
+      text = "".join(lines)
+  return text
+
+
+@settings(deadline=None, database=None, max_examples=400)
+@given(_EDITS)
+def test_edited_programs_are_read_or_refused(edits):
+  try:
+    module = hlo.parse(_edited(_REAL, edits))
+    hlo.executions(module)
+  except hlo.HLOError as error:
+    assert "\n" not in str(error)
+    return
+  for computation in module.computations.values():
+    for instruction in computation.values():
+      assert not module.source_line(instruction, "tests/").startswith("/")

@@ -1,264 +1,204 @@
-"""The faults: each takes a bench and its own random numbers.
+"""The table of faults, and those of signals, poison and company.
 
-A fault returns a few words about what it did. It raises `FaultError` if the
-product gave a wrong figure, a traceback, or a wrong exit code.
+Each fault takes a bench, its own random numbers and its name, and returns what
+it did. It raises `FaultError` if the product gave a wrong figure, a traceback
+or a wrong exit code, and `SkippedError` if this machine does not allow it.
 """
 
 import os
-import pathlib
 import random
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
-from tests.campaign.bench import Bench, FaultError
+import jax
+import jax.numpy as jnp
 
-Fault = Callable[[Bench, random.Random, str], str]
+from edl_jax import sharding, step, train
+from tests.campaign.bench import PATIENCE, Bench, FaultError, Outcome
+from tests.campaign.damage import (
+  damaged_cache,
+  damaged_checkpoints,
+  damaged_for_evaluation,
+)
+from tests.campaign.disks import full_disk, full_tmpfs, read_only, slow_disk
+from tests.campaign.machines import clock_steps, one_of_two
 
-# Runs main with a batch, or the first parameters, that are not finite.
-_POISON = """
-import runpy, sys
-import jax, jax.numpy as jnp
-from edl_jax import sharding, step
-what, at = sys.argv[1], int(sys.argv[2])
-del sys.argv[1:3]
-if what == "data":
+Fault = Callable[[Bench, random.Random, str], Outcome]
+
+_STOPPED_SECONDS = 60
+
+
+def kill(bench: Bench, draw: random.Random, name: str) -> Outcome:
+  """SIGKILL at random moments, up to five in a run; then to the end."""
+  workdir, moments = bench.folder / name, []
+  for _ in range(draw.randint(2, 5)):
+    child = bench.start(workdir)
+    moment = bench.wait_for_moment(child, workdir, draw)
+    child.send_signal(signal.SIGKILL)
+    bench.end(child, -signal.SIGKILL, 0)
+    if child.returncode == 0:
+      break
+    moments.append(moment)
+  bench.finish(workdir)
+  bench.compare(workdir)
+  return Outcome(f"after {', '.join(moments) or 'its end'}", len(moments))
+
+
+def end_signal(bench: Bench, draw: random.Random, name: str) -> Outcome:
+  """SIGTERM, SIGINT or SIGHUP at a random moment; then to the end."""
+  number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+  workdir = bench.folder / name
+  child = bench.start(workdir)
+  moment = bench.wait_for_moment(child, workdir, draw)
+  child.send_signal(number)
+  # Before training begins a signal ends the process as any other.
+  bench.end(child, 0, 128 + number, -number)
+  bench.finish(workdir)
+  bench.compare(workdir)
+  return Outcome(f"{number.name} after {moment}")
+
+
+def stopped(bench: Bench, draw: random.Random, name: str) -> Outcome:
+  """SIGSTOP for a minute, in which a second run is refused."""
+  workdir = bench.folder / name
+  child = bench.start(workdir)
+  moment = bench.wait_for_moment(child, workdir, draw)
+  child.send_signal(signal.SIGSTOP)
+  begun = time.monotonic()
+  # A process that has ended cannot be stopped, and one that has not begun to
+  # train owns nothing.
+  owned = (workdir / ".lock").exists() and child.poll() is None
+  if owned:
+    line = bench.end(bench.start(workdir), 2)
+    if f"in use by process {child.pid}" not in line:
+      raise FaultError(f"the second run was refused for another reason: {line}")
+  time.sleep(max(0, _STOPPED_SECONDS + begun - time.monotonic()))
+  child.send_signal(signal.SIGCONT)
+  bench.end(child, 0)
+  bench.compare(workdir)
+  return Outcome(f"after {moment}{', a second run refused' * owned}")
+
+
+def second_run(bench: Bench, draw: random.Random, name: str) -> Outcome:
+  """Two runs in one folder at once: one is refused, the other unharmed."""
+  workdir = bench.folder / name
+  first = bench.start(workdir)
+  time.sleep(draw.uniform(0, 0.3 * bench.seconds))
+  second = bench.start(workdir)
+  for child in (first, second):
+    child.wait(PATIENCE)
+  codes = sorted(child.wait(PATIENCE) for child in (first, second))
+  for child in (first, second):
+    line = bench.end(child, 0, 2)
+    if child.returncode == 2 and "is in use by process" not in line:
+      raise FaultError(f"refused for another reason: {line}")
+  # If the first has ended when the second looks, the second finds its result.
+  if codes not in ([0, 2], [0, 0]):
+    raise FaultError(f"exit codes {codes}")
+  bench.compare(workdir)
+  return Outcome(f"exit codes {codes}")
+
+
+def _poison_batch(at: int) -> None:
+  """Makes the weights of the at-th batch NaN, in this process."""
   inner, calls = sharding.put_batch, []
-  def put_batch(batch, mesh):
+
+  def put_batch(batch: Any, mesh: Any) -> Any:
     calls.append(1)
     bad = float("nan") if len(calls) == at else 1.0
     return inner(batch._replace(weights_BT=batch.weights_BT * bad), mesh)
+
   sharding.put_batch = put_batch
-else:
-  make = step.init_state
-  def init_state(*arguments):
+
+
+def _poison_gradient(at: int) -> None:
+  """Makes an element of the gradient of step number `at` NaN."""
+  inner = step.loss_and_gradient
+
+  def loss_and_gradient(*arguments: Any) -> Any:
+    sums, terms, gradient = inner(*arguments)
+    leaves, tree = jax.tree.flatten(gradient)
+    bad = jnp.where(arguments[5] == at - 1, jnp.nan, 1)
+    first = (0,) * leaves[0].ndim
+    leaves[0] = leaves[0].at[first].multiply(bad)
+    return sums, terms, jax.tree.unflatten(tree, leaves)
+
+  step.loss_and_gradient = loss_and_gradient
+
+
+def _poison_parameter(at: int) -> None:
+  """Makes an element of the first parameters NaN."""
+  make = train.init_state
+
+  def init_state(*arguments: Any) -> Any:
     state = make(*arguments)
     leaves, tree = jax.tree.flatten(state.model)
     number = at % len(leaves)
     first = (0,) * leaves[number].ndim
     leaves[number] = leaves[number].at[first].set(jnp.nan)
     return state._replace(model=jax.tree.unflatten(tree, leaves))
-  step.init_state = init_state
-runpy.run_module("edl_jax.main", run_name="__main__", alter_sys=True)
-"""
+
+  train.init_state = init_state
 
 
-def _struck(
-  bench: Bench, draw: random.Random, name: str, number: int
-) -> tuple[pathlib.Path, subprocess.Popen[str], float]:
-  """Starts a run and sends a signal at a random moment of it."""
+_POISONS = {
+  "batch": _poison_batch,
+  "gradient": _poison_gradient,
+  "parameter": _poison_parameter,
+}
+
+
+def poison(bench: Bench, draw: random.Random, name: str) -> Outcome:
+  """NaN somewhere: exit code 1, one line, and nothing bad is kept."""
+  what, at = draw.choice(sorted(_POISONS)), draw.randint(1, 20)
   workdir = bench.folder / name
-  moment = draw.uniform(0.3, 1.1 * bench.seconds)
-  process = bench.start(workdir)
-  time.sleep(moment)
-  process.send_signal(number)
-  return workdir, process, moment
-
-
-def kill(bench: Bench, draw: random.Random, name: str) -> str:
-  """SIGKILL at a random moment, up to three times; then to the end."""
-  moments = []
-  for _ in range(draw.randint(1, 3)):
-    workdir, process, moment = _struck(bench, draw, name, signal.SIGKILL)
-    bench.end(process, -signal.SIGKILL, 0)
-    moments.append(f"{moment:.1f} s")
-  bench.finish(workdir)
-  bench.compare(workdir)
-  return f"after {', '.join(moments)}"
-
-
-def end_signal(bench: Bench, draw: random.Random, name: str) -> str:
-  """SIGTERM, SIGINT or SIGHUP at a random moment; then to the end."""
-  number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-  workdir, process, moment = _struck(bench, draw, name, number)
-  # Before training begins a signal ends the process as any other. While the
-  # interpreter starts, it prints a traceback of SIGINT.
-  process.wait(timeout=600)
-  if workdir.exists() or number != signal.SIGINT:
-    bench.end(process, 0, 128 + number, -number)
-  bench.finish(workdir)
-  bench.compare(workdir)
-  return f"{number.name} after {moment:.1f} s"
-
-
-def stopped(bench: Bench, draw: random.Random, name: str) -> str:
-  """SIGSTOP for some seconds, in which a second run is refused."""
-  workdir, process, moment = _struck(bench, draw, name, signal.SIGSTOP)
-  owned = (workdir / ".lock").exists()
-  if owned:
-    line = bench.end(bench.start(workdir), 2)
-    if f"in use by process {process.pid}" not in line:
-      raise FaultError(f"the second run was refused for another reason: {line}")
-  time.sleep(2)
-  process.send_signal(signal.SIGCONT)
-  bench.end(process, 0)
-  bench.compare(workdir)
-  return f"after {moment:.1f} s{', a second run refused' * owned}"
-
-
-def second_run(bench: Bench, draw: random.Random, name: str) -> str:
-  """Two runs in one folder at once: one is refused, the other unharmed."""
-  workdir = bench.folder / name
-  first = bench.start(workdir)
-  time.sleep(draw.uniform(0, 0.5 * bench.seconds))
-  second = bench.start(workdir)
-  for process in (first, second):
-    process.wait(timeout=600)
-  codes = sorted(process.returncode for process in (first, second))
-  for process in (first, second):
-    line = bench.end(process, 0, 2)
-    if process.returncode == 2 and "is in use by process" not in line:
-      raise FaultError(f"refused for another reason: {line}")
-  # If the first has ended when the second looks, the second finds its result.
-  if codes not in ([0, 2], [0, 0]):
-    raise FaultError(f"exit codes {codes}")
-  bench.compare(workdir)
-  return f"exit codes {codes}"
-
-
-def full_disk(bench: Bench, draw: random.Random, name: str) -> str:
-  """No file may grow beyond a random size, as on a full disk; then it may."""
-  workdir = bench.folder / name
-  limit = int(2 ** draw.uniform(6, 21))
-  line = bench.end(bench.start(workdir, largest_file=limit), 0, 2)
-  bench.finish(workdir)
-  bench.compare(workdir)
-  return f"at {limit:,} bytes: {'refused' if 'error' in line else 'unharmed'}"
-
-
-def full_tmpfs(bench: Bench, draw: random.Random, name: str) -> str:
-  """A small file system of its own, which fills up; then it is enlarged."""
-  place = bench.folder / name
-  place.mkdir()
-  size = draw.randint(64, 1200)
-  mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", str(place)]
-  if subprocess.run(mount, capture_output=True).returncode:
-    return "not done: mounting is not allowed here"
-  try:
-    line = bench.end(bench.start(place / "run"), 0, 2)
-    subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
-    bench.finish(place / "run")
-    bench.compare(place / "run")
-  finally:
-    subprocess.run(["umount", str(place)], check=True)
-  return f"of {size} KiB: {line[:60]}"
-
-
-def poison(bench: Bench, draw: random.Random, name: str) -> str:
-  """NaN in a batch or a parameter: exit code 1, and nothing bad is kept."""
-  what = draw.choice(["data", "parameters"])
-  at = draw.randint(1, 20)
-  workdir = bench.folder / name
-  program = ("-c", _POISON, what, str(at))
-  line = bench.end(bench.start(workdir, program=program), 1)
+  child = bench.start(workdir, before=lambda: _POISONS[what](at))
+  line = bench.end(child, 1)
   if "nan" not in line.lower():
     raise FaultError(f"the line names no NaN: {line}")
   if (workdir / "result.json").exists():
     raise FaultError("there is a result")
-  if what == "parameters":
+  if what == "parameter":
     # A run that was never good starts anew elsewhere.
-    if (workdir / "checkpoints").is_dir() and os.listdir(
-      workdir / "checkpoints"
-    ):
+    folder = workdir / "checkpoints"
+    if folder.is_dir() and os.listdir(folder):
       raise FaultError("a checkpoint of NaN was kept")
   else:
     bench.finish(workdir)
     bench.compare(workdir)
-  return f"{what} at {at}"
+  return Outcome(f"{what} at {at}")
 
 
-def _damage(path: pathlib.Path, draw: random.Random) -> str:
-  """Damages one file below `path`, or removes a folder."""
-  files = sorted(each for each in path.rglob("*") if each.is_file())
-  folders = sorted(each for each in path.iterdir() if each.is_dir())
-  how = draw.choice(
-    ["flip", "flip", "cut", "empty", "remove", "zero", "folder"]
-  )
-  if how == "folder" and folders:
-    target = draw.choice(folders)
-    shutil.rmtree(target)
-    return f"removed {target.relative_to(path)}/"
-  target = draw.choice([file for file in files if file.stat().st_size])
-  content = bytearray(target.read_bytes())
-  if how == "flip":
-    bit = draw.randrange(8 * len(content))
-    content[bit // 8] ^= 1 << bit % 8
-  elif how == "cut":
-    del content[draw.randrange(len(content)) :]
-  elif how == "zero":
-    start = draw.randrange(len(content))
-    content[start : start + 64] = bytes(len(content[start : start + 64]))
-  elif how == "empty":
-    content.clear()
-  if how in ("remove", "folder"):
-    target.unlink()
-  else:
-    target.write_bytes(content)
-  return f"{how} {target.relative_to(path)}"
-
-
-def damaged_checkpoint(bench: Bench, draw: random.Random, name: str) -> str:
-  """The newest checkpoint is damaged: the run goes back, figures are equal."""
-  workdir = bench.copy(bench.undisturbed, name)
-  for left_over in ("result.json", "routing.json"):
-    (workdir / left_over).unlink()
-  newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
-  what = _damage(newest, draw)
-  both = draw.random() < 0.2
-  if both:
-    older = min((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    what += f"; {_damage(older, draw)}"
-  bench.end(bench.start(workdir), *((0, 2) if both else (0,)))
-  if (workdir / "result.json").exists():
-    bench.compare(workdir)
-  return what
-
-
-def damaged_for_evaluation(bench: Bench, draw: random.Random, name: str) -> str:
-  """Evaluation of a damaged checkpoint: one line, or the same figures."""
-  workdir = bench.copy(bench.undisturbed, name)
-  newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
-  what = _damage(newest, draw)
-  bench.end(bench.start(workdir, "--mode=eval"), 0, 2)
-  bench.compare(workdir)
-  return what
-
-
-def damaged_cache(bench: Bench, draw: random.Random, name: str) -> str:
-  """The cached tokenizer or tokens are damaged: they are made again."""
-  cache = bench.folder / f"{name}-cache"
-  shutil.copytree(bench.cache, cache)
-  what = _damage(cache, draw)
-  bench.compare(bench.finish(bench.folder / name, cache=cache))
-  return what
-
-
-def shared_cache(bench: Bench, draw: random.Random, name: str) -> str:
+def shared_cache(bench: Bench, draw: random.Random, name: str) -> Outcome:
   """Two runs fill one empty cache at the same moment."""
   cache, pause = bench.folder / f"{name}-cache", draw.uniform(0, 1)
   workdirs = [bench.folder / f"{name}-{number}" for number in (1, 2)]
-  processes = []
+  children = []
   for workdir in workdirs:
-    processes.append(bench.start(workdir, cache=cache))
+    children.append(bench.start(workdir, cache=cache))
     time.sleep(pause)
-  for process in processes:
-    bench.end(process, 0)
+  for child in children:
+    bench.end(child, 0)
   for workdir in workdirs:
     bench.compare(workdir)
-  return f"{pause:.2f} s apart"
+  return Outcome(f"{pause:.2f} s apart")
 
 
 # Each fault, and how often it occurs in a round.
 FAULTS: dict[str, tuple[Fault, int]] = {
-  "kill": (kill, 10),
-  "damaged_checkpoint": (damaged_checkpoint, 5),
+  "kill": (kill, 5),
+  "damaged_checkpoints": (damaged_checkpoints, 4),
   "end_signal": (end_signal, 2),
   "stopped": (stopped, 1),
   "second_run": (second_run, 1),
   "full_disk": (full_disk, 2),
   "full_tmpfs": (full_tmpfs, 1),
+  "read_only": (read_only, 1),
+  "slow_disk": (slow_disk, 1),
+  "clock_steps": (clock_steps, 1),
+  "one_of_two": (one_of_two, 1),
   "poison": (poison, 2),
   "damaged_for_evaluation": (damaged_for_evaluation, 1),
   "damaged_cache": (damaged_cache, 1),

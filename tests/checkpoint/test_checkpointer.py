@@ -6,6 +6,7 @@ import jax
 import pytest
 
 import edl_jax
+from edl_jax import storage
 from edl_jax.checkpoint import (
   Checkpointer,
   checkpoint_steps,
@@ -87,6 +88,26 @@ def test_keeps_the_newest(tmp_path):
   (folder / "12.orbax-checkpoint-tmp-0").mkdir()
   assert checkpoint_steps(str(folder)) == [10, 11]
   assert edl_jax.load(str(tmp_path)).step == 11
+
+
+def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
+  folder, found = tmp_path / "checkpoints", []
+
+  def flush(path):
+    files = [each for each in pathlib.Path(path).rglob("*") if each.is_file()]
+    found.append((checkpoint_steps(str(folder)), path, len(files)))
+
+  monkeypatch.setattr(storage, "flush_folder", flush)
+  checkpointer = Checkpointer(str(tmp_path), keep=2)
+  checkpointer.save(5, state(), DATA_STATE, PROVENANCE)
+  checkpointer.wait()
+  ((steps, path, count),) = found
+  assert steps == [] and path.startswith(f"{folder}/5.")
+  assert checkpoint_steps(str(folder)) == [5]
+  # Orbax may merge or add a small file of its own later.
+  files = [each for each in (folder / "5").rglob("*") if each.is_file()]
+  assert 0 < count <= len(files) + 1
+  checkpointer.close()
 
 
 def test_state_bytes_is_the_size_of_the_arrays():

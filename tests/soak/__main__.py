@@ -2,10 +2,10 @@
 
   python -m tests.soak --minutes=60
 
-Watches three programs for so long each: training with evaluations and
-checkpoints, the input pipeline alone over 1,000 sources, and data.prepare again
-and again. After a sixth of the time, a program's resident memory must stay
-within 2% (or 8 MiB), and its threads and open files must not become more.
+Watches three programs for so long each: the demo's training with evaluations
+and checkpoints, the input pipeline alone over 1,000 sources, and data.prepare
+again and again. After a sixth of the time, a program's resident memory must
+stay within 2% (or 8 MiB), and its threads and open files must not become more.
 Exit code 1 if one grew.
 """
 
@@ -81,12 +81,20 @@ def look(pid: int) -> Sample:
   )
 
 
-def watch(command: Sequence[str], seconds: float) -> list[Sample]:
-  """Runs a program for `seconds`, then ends it; returns a sample a second."""
+def watch(
+  name: str, command: Sequence[str], seconds: float, cache: pathlib.Path
+) -> list[Sample]:
+  """Runs a program for `seconds`, then ends it; returns a sample a second.
+
+  Prints a line a minute. `cache` is the program's cache folder.
+
+  Raises:
+    RuntimeError: the program ended by itself.
+  """
   process = subprocess.Popen(
     command,
     cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "EDL_JAX_CACHE": str(cache)},
     stdout=subprocess.DEVNULL,
   )
   samples, end = [], time.monotonic() + seconds
@@ -96,11 +104,18 @@ def watch(command: Sequence[str], seconds: float) -> list[Sample]:
       if process.poll() is not None:
         raise RuntimeError(f"it ended by itself, with {process.returncode}")
       samples.append(look(process.pid))
+      if len(samples) % 60 == 0:
+        print(name, *_cells(samples[-1]), sep="  ", flush=True)
   finally:
     if process.poll() is None:
       process.send_signal(signal.SIGTERM)
     process.wait()
   return samples
+
+
+def _cells(sample: Sample) -> tuple[str, str, str]:
+  size = f"{sample.resident_bytes / 2**20:.1f}"
+  return size, str(sample.threads), str(sample.files)
 
 
 def problems(samples: Sequence[Sample]) -> list[str]:
@@ -140,13 +155,12 @@ def _write_text(path: pathlib.Path, sources: int) -> None:
 def main() -> int:
   """Watches the programs one after another; returns the exit code."""
   folder = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
-  few, many = folder / "few.jsonl", folder / "many.jsonl"
-  _write_text(few, 3)
+  many = folder / "many.jsonl"
   _write_text(many, 1000)
   commands = {
     "training": [
-      *("-m", "edl_jax.main", "--experiment=experiments/tiny.py"),
-      *(f"--workdir={folder}/run", f"--experiment.data.files={few}"),
+      *("-m", "edl_jax.main", "--experiment=experiments/demo.py"),
+      f"--workdir={folder}/run",
       *("--experiment.train.num_steps=100000000",),
       *("--experiment.train.eval_every=50",),
       *("--experiment.train.checkpoint_every=50",),
@@ -158,13 +172,11 @@ def main() -> int:
   try:
     for name in _ONLY.value:
       command = [sys.executable, *commands[name]]
-      samples = watch(command, 60 * _MINUTES.value)
+      seconds = 60 * _MINUTES.value
+      samples = watch(name, command, seconds, folder / "cache")
       found = problems(samples)
       grew = grew or bool(found)
-      last = samples[-1]
-      size = f"{last.resident_bytes / 2**20:.0f}"
-      told = "; ".join(found) or "flat"
-      rows.append((name, size, str(last.threads), str(last.files), told))
+      rows.append((name, *_cells(samples[-1]), "; ".join(found) or "flat"))
       print("  ".join(rows[-1]), flush=True)
   finally:
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Readers fed with content that atheris makes."""
