@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from logging import LogRecord
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import logging
@@ -295,14 +296,16 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
     # The code by which a shell reports a process that a signal ended.
     return 128 + error.signal
   except (OSError, ValueError) as error:
-    # Orbax reports a full disk as a ValueError of many lines.
-    full = re.search(
-      "No space left|File too large|Disk quota exceeded", str(error)
+    # Orbax reports a full or broken disk as a ValueError of many lines.
+    disk = re.search(
+      "No space left|File too large|Disk quota exceeded|Read-only file system"
+      "|Input/output error",
+      str(error),
     )
     broken_pipe = isinstance(error, BrokenPipeError)
-    if broken_pipe or not (full or isinstance(error, OSError)):
+    if broken_pipe or not (disk or isinstance(error, OSError)):
       raise
-    reason = full[0].lower() if full else error
+    reason = disk[0].lower() if disk else error
     raise UserError(
       f"cannot write to --workdir={workdir}: {reason}; once it can, the same"
       " command resumes from the last checkpoint"
@@ -317,12 +320,24 @@ def _verify() -> "Verify":
   return next(choice for choice in VERIFY if choice == _VERIFY.value)
 
 
+def _without_traceback(record: LogRecord) -> bool:
+  """Takes the traceback off what Orbax logs.
+
+  It logs an exception of the thread that writes a checkpoint, and raises it in
+  the next call, where `execute` makes one line of it.
+  """
+  if "orbax" in record.pathname:
+    record.exc_info = None
+  return True
+
+
 @COMMAND.main
 def main() -> int:
   """Runs the experiment; refuses a wrong one before it uses a device."""
   # Orbax and absl log every step of a save; warnings are enough.
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
+  logging.get_absl_logger().addFilter(_without_traceback)
   experiment = COMMAND.load()
   if _DESCRIBE.value is not None:
     print("\n".join(describe(experiment, _DESCRIBE.value)))

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,9 +137,14 @@ class MetricsWriter:
     self._to_all(lambda writer: writer.write_histograms(step, values))
 
   def _to_all(self, write: Callable[[Writer], None]) -> None:
-    try:
+    with self._writing():
       for writer in self._writers:
         write(writer)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
     except OSError as error:
       raise UserError(
         f"cannot write metrics to {self._workdir}: {error.strerror}; make room"
@@ -147,15 +152,20 @@ class MetricsWriter:
       ) from error
 
   def sync(self) -> None:
-    """Uploads files that have grown; does nothing for a local `workdir`.
+    """Uploads files that have grown; waits for the disk of a local `workdir`.
 
     Call this before writing a checkpoint: a run that resumes from it then finds
-    the metrics up to its step.
+    the metrics up to its step, even if the power or the disk has failed.
 
     Raises:
-      UserError: the bucket cannot be written.
+      UserError: the bucket or the disk cannot be written.
     """
     if self._temporary is None:
+      with self._writing():
+        for name in (METRICS_FILE, ""):
+          path = os.path.join(self._workdir, name)
+          if os.path.exists(path):
+            storage.flush(path)
       return
     for file in Path(self._temporary.name).rglob("*"):
       name = str(file.relative_to(self._temporary.name))

@@ -277,6 +277,19 @@ def whole_gzip_file(path: str | os.PathLike[str]) -> Iterator[gzip.GzipFile]:
     yield packed
 
 
+def flush(path: str) -> None:
+  """Waits until a local file, or the names in a local folder, are on the disk.
+
+  Raises:
+    OSError: the disk failed.
+  """
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
 def flush_folder(folder: str) -> None:
   """Waits until all files below a local folder, and it, are on the disk.
 
@@ -285,11 +298,7 @@ def flush_folder(folder: str) -> None:
   """
   for parent, _, files in os.walk(folder):
     for name in (*files, ""):
-      descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
-      try:
-        os.fsync(descriptor)
-      finally:
-        os.close(descriptor)
+      flush(os.path.join(parent, name))
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

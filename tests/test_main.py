@@ -1,6 +1,7 @@
 """The command line: what is wrong is said in one line, and nothing is made."""
 
 import json
+import logging
 import os
 import pathlib
 import random
@@ -194,6 +195,20 @@ def test_rows_longer_than_every_document_hold_several(tmp_path, files):
     assert (np.diff(row.segments_BT) >= 0).all() and row.segments_BT.min() == 1
   short = config_files.load(TINY, settings | {"train.sequence_length": 64})
   assert not main.prepare(short, str(tmp_path / "run"), "train").notes
+
+
+@pytest.mark.parametrize(
+  ("path", "kept"), [("/x/orbax/save.py", False), ("/x/edl_jax/a.py", True)]
+)
+def test_orbax_logs_no_traceback(path, kept):
+  try:
+    raise ValueError("the disk")
+  except ValueError:
+    record = logging.LogRecord(
+      *("absl", logging.ERROR, path, 1, "failed", (), sys.exc_info())
+    )
+  assert main._without_traceback(record)
+  assert ("Traceback" in logging.Formatter().format(record)) == kept
 
 
 def test_nothing_to_evaluate(tmp_path, files):

@@ -71,6 +71,32 @@ def test_damaged_line_is_named(tmp_path, bad):
     metrics.read_metrics(str(tmp_path))
 
 
+def test_synced_lines_are_on_the_disk(tmp_path, monkeypatch):
+  on_disk, fsync = {}, os.fsync
+
+  def recorded(descriptor):
+    fsync(descriptor)
+    path = os.readlink(f"/proc/self/fd/{descriptor}")
+    if os.path.isfile(path):
+      on_disk[os.path.basename(path)] = os.path.getsize(path)
+
+  monkeypatch.setattr(os, "fsync", recorded)
+  file = tmp_path / "metrics.jsonl"
+  with metrics.MetricsWriter(str(tmp_path)) as writer:
+    writer.write(1, {"train/loss": 1.0})
+    assert on_disk.get("metrics.jsonl") == 0
+    writer.sync()
+    assert on_disk["metrics.jsonl"] == file.stat().st_size > 0
+
+  def failing(descriptor):
+    raise OSError(30, "Read-only file system")
+
+  with metrics.MetricsWriter(str(tmp_path), first_step=1) as writer:
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(UserError, match=r"Read-only file system; make room"):
+      writer.sync()
+
+
 def test_unwritable_workdir_is_a_user_error(tmp_path):
   (tmp_path / "file").write_text("in the way")
   with pytest.raises(UserError, match=r"cannot write to .*file"):
