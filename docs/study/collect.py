@@ -84,6 +84,8 @@ def rows_of(sweep: str) -> list[dict[str, Any]]:
     rows.append(
       {key: experiment[key] for key in SETTINGS}
       | {
+        # Which text: runs of different text cannot be paired.
+        "text": run.result.get("content_hash", "")[:12],
         "parameters/active": run.result["parameters"]["active"],
         "tokens": run.result["step"] * tokens,
         # Runs of older versions lack it.

@@ -38,7 +38,7 @@ def read(folder: Path, question: Question) -> list[dict[str, str]]:
   """
   _, figure, _ = question.columns[0]
   return [
-    row
+    row | {"file": name}
     for name in question.files
     for row in read_rows(str(folder / "results" / f"{name}.csv"))
     if figures_of({int(row["seed"]): row}, figure)
@@ -92,10 +92,15 @@ def spread(values: Collection[float], form: str) -> str:
 def paired(first: _Runs, second: _Runs, name: str, form: str) -> str:
   """Returns second minus first by seed: mean, 95% interval and p of a t-test.
 
-  The interval and the two-sided p are Student's, for paired values.
+  The interval and the two-sided p are Student's, for paired values. Runs of
+  different text are no pair.
   """
   before, after = figures_of(first, name), figures_of(second, name)
-  pairs = [after[seed] - before[seed] for seed in before if seed in after]
+  pairs = [
+    after[seed] - before[seed]
+    for seed in before
+    if seed in after and first[seed].get("text") == second[seed].get("text")
+  ]
   if len(pairs) < 2:
     return ""
   test = stats.ttest_1samp(pairs, 0.0)

@@ -1,7 +1,7 @@
 """The questions of the study: which runs each compares, and with what.
 
 A run belongs to a condition if its settings in docs/study/results agree with
-the condition's.
+the condition's; "file" is the name of the file that it is in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ class Condition(NamedTuple):
   """Runs that differ in the seed alone."""
 
   label: str
-  # Settings that its runs have, as text by key of `collect.SETTINGS`.
+  # Settings that its runs have, as text by key of `collect.SETTINGS`; "file".
   where: Mapping[str, str]
   # The label of the condition that it is compared with; "" for none.
   base: str = ""
@@ -120,6 +120,17 @@ _LABELS = [
     "none, pools of 2 to 16", _NO_LOSS | {"model.pool_min": "2"}, "none"
   ),
 ]
+_RANDOM = [
+  Condition(
+    "39 sources, first text and machine", _DIVERGENCE | {"file": "balance"}
+  ),
+  Condition("39 sources", _DIVERGENCE | {"file": "other_text"}),
+  Condition(
+    "random labels",
+    _DIVERGENCE | {"data.granularity": "shuffled", "file": "other_text_random"},
+    "39 sources",
+  ),
+]
 _POST_TRAINING = [
   Condition("neither", {"name": "post_training_none"}),
   *(
@@ -157,6 +168,12 @@ QUESTIONS = (
         "none, fixed experts", _NO_LOSS | {"model.router": "domain"}, "none"
       ),
     ],
+    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+  ),
+  Question(
+    "random",
+    ("balance", "other_text", "other_text_random"),
+    _RANDOM,
     (("LM loss", "lm_loss", ".4f"), *_ROUTING),
   ),
   Question(

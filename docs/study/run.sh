@@ -63,6 +63,10 @@ for seed in 0 1 2; do
   sweep labels_pools pools losses.divergence_weight=0 seed=$seed
   sweep labels_router router losses.divergence_weight=0 seed=$seed
 done
+# True labels and random ones side by side, where the text may be another than
+# that of the runs above: a new `data.corpora` reads what its sources are today.
+sweep other_text fine losses.divergence_weight=0.01 seed=0,1,2
+sweep other_text_random shuffled losses.divergence_weight=0.01 seed=0,1,2
 for question in balance balance_bias micro_batches \
   labels_{coarse,hierarchical,shuffled,pools}; do
   carve "$question" 4,8

@@ -5,7 +5,6 @@ kernels. Here every instruction counts as often as it runs: once for each turn
 of the loops around it. Elementwise work does not count.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edl_jax.aot import hlo
+from edl_jax.aot import hlo, windows
 from edl_jax.aot.hlo import Array, Instruction, Module
 
 
@@ -134,17 +133,11 @@ def _convolution_flops(
   rhs_dilate = _window(window, "rhs_dilate", count, 1)
   met = 1
   for i in range(count):
-    size = lhs.shape[inputs.index(str(i))]
-    places = itertools.product(
-      range(output.shape[outputs.index(str(i))]),
-      range(rhs.shape[kernels.index(str(i))]),
-    )
-    at = (
-      o * stride[i][0] + k * rhs_dilate[i][0] - pad[i][0] for o, k in places
-    )
-    dilation = lhs_dilate[i][0]
-    met *= sum(
-      0 <= n <= (size - 1) * dilation and n % dilation == 0 for n in at
+    met *= windows.meetings(
+      (output.shape[outputs.index(str(i))], stride[i][0]),
+      (rhs.shape[kernels.index(str(i))], rhs_dilate[i][0]),
+      (lhs.shape[inputs.index(str(i))], lhs_dilate[i][0]),
+      pad[i][0],
     )
   batch, features = (output.shape[outputs.index(label)] for label in "bf")
   # The kernel's shape has the input features of one group.

@@ -1,5 +1,6 @@
 """Faults of machines: clocks that step, and processes that lose another."""
 
+import fcntl
 import pathlib
 import random
 import signal
@@ -51,9 +52,12 @@ def one_of_two(bench: Bench, draw: random.Random, name: str) -> Outcome:
   JAX's coordination service may abort the other before a collective fails.
   """
   reference = bench.folder / "pair"
-  if not reference.exists():
-    for child in _start_pair(bench, reference):
-      bench.end(child, 0)
+  # Another fault of this kind may be at work.
+  with open(f"{reference}.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (reference / "result.json").exists():
+      for child in _start_pair(bench, reference):
+        bench.end(child, 0)
   workdir = bench.folder / name
   pair = _start_pair(bench, workdir)
   struck = draw.randrange(2)

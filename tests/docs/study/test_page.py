@@ -56,9 +56,26 @@ def test_table_pairs_conditions_by_seed(rows):
   )
 
 
+def test_runs_of_different_text_are_no_pair(rows):
+  for row in rows:
+    row["text"] = "one"
+  before = page.table(QUESTION, rows)
+  rows[-1]["text"] = "other"  # seed 2, with divergence
+  # Two pairs are left: Student's t is then a Cauchy quotient.
+  p = 1 - 2 / np.pi * np.arctan(0)
+  assert page.table(QUESTION, rows) != before
+  assert f"+0.000 [-1.271, +1.271], p = {p:.2g}" in page.table(QUESTION, rows)
+
+
 def test_two_runs_of_one_seed_are_refused(rows):
   with pytest.raises(ValueError, match="two runs of seed 2"):
     page.table(QUESTION, [*rows, rows[2]])
+
+
+def test_conditions_can_name_a_file(rows):
+  here, there = ({WEIGHT: "0.0", "file": name} for name in ("runs", "other"))
+  assert len(page.runs_of(rows, Condition("none", here))) == 4
+  assert not page.runs_of(rows, Condition("none", there))
 
 
 def test_figure_has_a_line_for_each_condition(rows):
@@ -126,7 +143,8 @@ def test_conditions_use_settings_that_are_collected():
     labels = [condition.label for condition in question.conditions]
     assert len(set(labels)) == len(labels)
     for condition in question.conditions:
-      assert set(condition.where) <= set(SETTINGS)
+      assert set(condition.where) <= {*SETTINGS, "file"}
+      assert {condition.where.get("file")} <= {None, *question.files}
       assert condition.base in {"", *labels}
 
 
