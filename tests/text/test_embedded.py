@@ -68,6 +68,7 @@ def test_docstrings_share_the_origin_of_their_source():
   _, documents, _ = read_documents(data)
   code = {d.origin: d.text for d in by_domain(documents, "python_source")}
   prose = {d.origin: d.text for d in by_domain(documents, "documentation")}
+  prose.popitem()  # cut at max_characters_per_domain
   shared = [o for o in code.keys() & prose.keys() if _parses(code[o])]
   assert shared
   for origin in shared:
