@@ -167,7 +167,10 @@ def poison(bench: Bench, draw: random.Random, name: str) -> Outcome:
       raise FaultError("a checkpoint of NaN was kept")
   else:
     bench.finish(workdir)
-    bench.compare(workdir)
+    # A step with a factor in its gradient is another program, whose rounding
+    # may differ before the factor is NaN.
+    if what == "batch":
+      bench.compare(workdir)
   return Outcome(f"{what} at {at}")
 
 
