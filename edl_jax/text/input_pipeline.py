@@ -50,8 +50,7 @@ def train_dataset(
   random fine label, which depends on i and the seed alone.
 
   Raises:
-    UserError: a domain has less text than one row, or rows are longer than any
-      document.
+    UserError: a domain has less text than one row.
   """
   tokens = _documents(corpus, "train", tokenizer, experiment)
   phases = _phases(corpus, tokens, experiment)
