@@ -7,8 +7,9 @@ layers and experts (8 layers have 3 billion parameters: 6 GB, and 5 GB in the
 run folder, compressed), and imports it in a process of its own. Prints the
 greatest memory of that process over the size of the checkpoint, and its time
 over that of copying: reading the checkpoint's bytes and writing as many as the
-run folder has, without converting anything. Files are read from the disk, not
-from the memory in which the system keeps them.
+run folder has, without converting anything. Importing and copying take turns;
+figures are medians of all turns. Files are
+read from the disk, not from the memory in which the system keeps them.
 """
 
 import json
@@ -16,6 +17,7 @@ import math
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,7 @@ _FOLDER = COMMAND.flag(
   "Where to make the folder of the files, which is removed at the end. By"
   " default the system's for temporary files.",
 )
+_ROUNDS = COMMAND.flag("rounds", 3, "Turns of both.", minimum=1)
 _JSON = COMMAND.flag("json", "", "File to write the figures to, as JSON.")
 
 # Imports, then prints its own greatest resident memory in KiB. What the system
@@ -155,14 +158,10 @@ def _copy_seconds(source: str, target: str, size: int) -> float:
   return seconds
 
 
-def _measure(folder: str) -> dict[str, float]:
-  source, out = f"{folder}/source", f"{folder}/run"
-  os.mkdir(source)
-  model = _model()
-  _write_checkpoint(source, model)
-  size = Checkpoint(source).num_bytes
-  print(f"checkpoint: {size / 1e9:.2f} GB", flush=True)
+def _import(source: str, out: str) -> tuple[float, float, int]:
+  """Imports; returns seconds, those of processors, and the greatest memory."""
   _forget(source)
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
   started = time.monotonic()
   said = subprocess.run(
     [sys.executable, "-c", _CHILD, f"--source={source}", f"--out={out}"],
@@ -172,30 +171,47 @@ def _measure(folder: str) -> dict[str, float]:
   ).stdout
   os.sync()
   seconds = time.monotonic() - started
-  memory = 1024 * int(said.split()[-1])
-  used = resource.getrusage(resource.RUSAGE_CHILDREN)
-  written = sum(
-    os.path.getsize(os.path.join(root, name))
-    for root, _, names in os.walk(out)
-    for name in names
-  )
-  shutil.rmtree(out)
-  copy = _copy_seconds(source, f"{folder}/copy", written)
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  return seconds, used, 1024 * int(said.split()[-1])
+
+
+def _measure(folder: str) -> dict[str, float]:
+  source, out = f"{folder}/source", f"{folder}/run"
+  os.mkdir(source)
+  _write_checkpoint(source, _model())
+  size = Checkpoint(source).num_bytes
+  print(f"checkpoint: {size / 1e9:.2f} GB", flush=True)
+  turns: list[dict[str, float]] = []
+  for _ in range(_ROUNDS.value):
+    seconds, used, memory = _import(source, out)
+    written = sum(
+      os.path.getsize(os.path.join(root, name))
+      for root, _, names in os.walk(out)
+      for name in names
+    )
+    shutil.rmtree(out)
+    copy = _copy_seconds(source, f"{folder}/copy", written)
+    turns.append(
+      {
+        "checkpoint_bytes": size,
+        "written_bytes": written,
+        "memory_bytes": memory,
+        "memory_over_checkpoint": memory / size,
+        "seconds": seconds,
+        "processor_seconds": used,
+        "copy_seconds": copy,
+        "time_over_copy": seconds / copy,
+      }
+    )
   return {
-    "checkpoint_bytes": size,
-    "written_bytes": written,
-    "memory_bytes": memory,
-    "memory_over_checkpoint": memory / size,
-    "seconds": seconds,
-    "processor_seconds": used.ru_utime + used.ru_stime,
-    "copy_seconds": copy,
-    "time_over_copy": seconds / copy,
+    name: statistics.median(turn[name] for turn in turns) for name in turns[0]
   }
 
 
 @COMMAND.main
 def main() -> None:
-  """Imports once and prints the figures."""
+  """Takes the turns and prints the figures."""
   with tempfile.TemporaryDirectory(dir=_FOLDER.value or None) as folder:
     figures = _measure(folder)
   for name, value in figures.items():
