@@ -8,6 +8,8 @@ from pathlib import Path
 
 from edl_jax import storage
 
+_DIGEST_SIZE = hashlib.sha256().digest_size
+
 
 def cache_directory() -> Path:
   """Returns $EDL_JAX_CACHE, else edl_jax in $XDG_CACHE_HOME or in ~/.cache."""
@@ -23,11 +25,16 @@ def cache_key(*parts: str | int | float) -> str:
 
 
 def read_cache(name: str) -> bytes | None:
-  """Returns the content of a cached file, None if it cannot be read."""
+  """Returns the content of a cached file, None if there is none intact.
+
+  A file that was written under another name is not intact either.
+  """
   try:
-    return (cache_directory() / name).read_bytes()
+    file = (cache_directory() / name).read_bytes()
   except OSError:
     return None
+  content, digest = file[:-_DIGEST_SIZE], file[-_DIGEST_SIZE:]
+  return content if digest == _digest(name, content) else None
 
 
 def write_cache(name: str, content: bytes) -> None:
@@ -38,4 +45,11 @@ def write_cache(name: str, content: bytes) -> None:
   with contextlib.suppress(OSError):
     directory = cache_directory()
     directory.mkdir(parents=True, exist_ok=True)
-    storage.write_bytes(directory / name, content)
+    storage.write_bytes(directory / name, content + _digest(name, content))
+
+
+def _digest(name: str, content: bytes) -> bytes:
+  """Returns what stands behind the content of a file."""
+  digest = hashlib.sha256(name.encode())
+  digest.update(content)
+  return digest.digest()

@@ -178,30 +178,31 @@ class Command:
     def main(arguments: Sequence[str] | None = None) -> int:
       arguments = sys.argv[1:] if arguments is None else arguments
       output.prepare_streams()
-      try:
-        with output.named_stdout():
-          if "--help" in arguments:
-            print(self.help())
-            code = 0
-          else:
-            self.parse(arguments)
-            code = function() or 0
-          sys.stdout.flush()
-        return code
-      except BrokenPipeError:
-        # The reader, such as `head`, has seen enough.
-        return 128 + signal.SIGPIPE
-      except UserError as error:
-        print_error(error)
-        return 2
-      except (RuntimeError, AssertionError) as error:
-        if message := _missing_platform(error):
-          print_error(message)
+      with output.lasting_stderr():
+        try:
+          with output.named_stdout():
+            if "--help" in arguments:
+              print(self.help())
+              code = 0
+            else:
+              self.parse(arguments)
+              code = function() or 0
+            sys.stdout.flush()
+          return code
+        except BrokenPipeError:
+          # The reader, such as `head`, has seen enough.
+          return 128 + signal.SIGPIPE
+        except UserError as error:
+          print_error(error)
           return 2
-        raise
-      except KeyboardInterrupt:
-        print_error("interrupted")
-        return 128 + signal.SIGINT
+        except (RuntimeError, AssertionError) as error:
+          if message := _missing_platform(error):
+            print_error(message)
+            return 2
+          raise
+        except KeyboardInterrupt:
+          print_error("interrupted")
+          return 128 + signal.SIGINT
 
     main.__doc__ = function.__doc__
     return main

@@ -279,7 +279,8 @@ def execute(run: Run, mesh: "Mesh", verify: "Verify" = "full") -> int:
   try:
     if training is None:
       _show(lines)
-      evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
+      with peers.needed():
+        evaluate_checkpoint(corpus, provenance, mesh, workdir, verify)
       return 0
     with (
       peers.needed(),

@@ -7,7 +7,7 @@ that trains for days goes on without it.
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from edl_jax.config import UserError
@@ -33,10 +33,11 @@ def prepare_streams() -> None:
 
 
 class _Output:
-  """A stream whose errors name it; a lasting one falls silent instead."""
+  """A stream that is silenced when it cannot be written."""
 
-  def __init__(self, stream: Any, lasting: bool):
-    self._stream, self._lasting = stream, lasting
+  def __init__(self, stream: Any, failed: Callable[[OSError], None]):
+    """Takes the stream, and what to do with its first error."""
+    self._stream, self._failed = stream, failed
 
   @property
   def unwrapped(self) -> Any:
@@ -47,32 +48,21 @@ class _Output:
     return getattr(self._stream, name)
 
   def write(self, text: str) -> int:
-    with self._named():
+    with self._watched():
       self._stream.write(text)
     return len(text)
 
   def flush(self) -> None:
-    with self._named():
+    with self._watched():
       self._stream.flush()
 
   @contextlib.contextmanager
-  def _named(self) -> Iterator[None]:
+  def _watched(self) -> Iterator[None]:
     try:
       yield
     except OSError as error:
       silence(self._stream)
-      reason = error.strerror or type(error).__name__
-      if self._lasting:
-        with contextlib.suppress(OSError):
-          print(
-            f"stdout cannot be written any more ({reason}); going on without",
-            file=sys.stderr,
-            flush=True,
-          )
-      elif isinstance(error, BrokenPipeError):
-        raise
-      else:
-        raise UserError(f"stdout cannot be written: {reason}") from error
+      self._failed(error)
 
 
 def silence(stream: Any) -> None:
@@ -97,10 +87,36 @@ def named_stdout(*, lasting: bool = False) -> Iterator[None]:
     BrokenPipeError: the reader, such as `head`, has seen enough.
     UserError: stdout cannot be written for another reason.
   """
+
+  def failed(error: OSError) -> None:
+    reason = error.strerror or type(error).__name__
+    if lasting:
+      print(
+        f"stdout cannot be written any more ({reason}); going on without",
+        file=sys.stderr,
+        flush=True,
+      )
+    elif isinstance(error, BrokenPipeError):
+      raise error
+    else:
+      raise UserError(f"stdout cannot be written: {reason}") from error
+
   before = sys.stdout
   stream = before.unwrapped if isinstance(before, _Output) else before
-  sys.stdout = _Output(stream, lasting)
+  sys.stdout = _Output(stream, failed)
   try:
     yield
   finally:
     sys.stdout = before
+
+
+@contextlib.contextmanager
+def lasting_stderr() -> Iterator[None]:
+  """Lets a program go on, and keep its exit code, without a stderr."""
+  before = sys.stderr
+  if not isinstance(before, _Output):
+    sys.stderr = _Output(before, lambda error: None)
+  try:
+    yield
+  finally:
+    sys.stderr = before

@@ -28,11 +28,12 @@ def needed() -> Iterator[None]:
   minutes. A process that runs alone is left alone.
 
   Raises:
-    JaxRuntimeError: for another reason.
+    JaxRuntimeError, ValueError: for another reason.
   """
   try:
     yield
-  except jax.errors.JaxRuntimeError as error:
+  # Arrays that cannot be computed raise a ValueError where they are read.
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
     reason = lost_reason(str(error))
     if jax.process_count() == 1 or reason is None:
       raise
@@ -48,7 +49,7 @@ def lost_reason(message: str) -> str | None:
   """Returns what an error says of a lost process, in a line; None if nothing.
 
   Args:
-    message: the text of a `jax.errors.JaxRuntimeError`.
+    message: the text of an error of JAX.
   """
   if _LOST.search(message) is None:
     return None

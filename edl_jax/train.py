@@ -20,6 +20,7 @@ from edl_jax.checkpoint import (
   Verify,
   describe_workdir,
   load,
+  patient_loops,
 )
 from edl_jax.clock import Clock, goodput, read_records, write_record
 from edl_jax.config import Experiment, TrainConfig
@@ -440,7 +441,11 @@ def train(
     Preempted: SIGTERM, SIGINT or SIGHUP arrived, and the state was saved.
   """
   settings = provenance.experiment.train
-  with requests_to_end() as asked_to_end, jax.set_mesh(mesh):
+  with (
+    requests_to_end() as asked_to_end,
+    jax.set_mesh(mesh),
+    patient_loops(),
+  ):
     loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir, verify, tasks)
     try:
       # Before the loop is closed, which would wait for a process lost.

@@ -44,3 +44,21 @@ def test_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
   monkeypatch.setenv("EDL_JAX_CACHE", str(tmp_path / "file"))
   cache.write_cache("a.npz", b"content")
   assert cache.read_cache("a.npz") is None
+
+
+def test_damaged_and_renamed_files_are_not_read(monkeypatch, tmp_path):
+  monkeypatch.setenv("EDL_JAX_CACHE", str(tmp_path))
+  cache.write_cache("a", b"content")
+  whole = (tmp_path / "a").read_bytes()
+  for bit in range(8 * len(whole)):
+    damaged = bytearray(whole)
+    damaged[bit // 8] ^= 1 << bit % 8
+    (tmp_path / "a").write_bytes(damaged)
+    assert cache.read_cache("a") is None
+  for size in range(len(whole)):
+    (tmp_path / "a").write_bytes(whole[:size])
+    assert cache.read_cache("a") is None
+  (tmp_path / "a").write_bytes(whole)
+  assert cache.read_cache("a") == b"content"
+  (tmp_path / "a").rename(tmp_path / "b")
+  assert cache.read_cache("b") is None

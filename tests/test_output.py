@@ -34,6 +34,12 @@ def test_a_full_stdout_is_named():
   )
 
 
+def test_a_full_stderr_leaves_the_exit_code():
+  assert shell(f"{LIST} --nonsense 2>/dev/full").returncode == 2
+  ended = shell(f"{LIST} --describe=seed 2>/dev/full")
+  assert ended.returncode == 0 and "seed" in ended.stdout
+
+
 def test_closed_streams_are_none():
   ended = shell(f"{LIST} --describe >&- <&-")
   assert (ended.returncode, ended.stderr) == (0, "")

@@ -18,29 +18,37 @@ BARRIER = (
 )
 
 
+# Where a step fails, and where its result is read.
+KINDS = pytest.mark.parametrize(
+  "kind", [jax.errors.JaxRuntimeError, ValueError]
+)
+
+
+@KINDS
 @pytest.mark.parametrize("message", [GLOO, BARRIER])
-def test_a_lost_process_is_told_in_one_line(message, monkeypatch, capfd):
+def test_a_lost_process_is_told_in_one_line(message, kind, monkeypatch, capfd):
   def end(code):
     raise SystemExit(code)
 
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(os, "_exit", end)
   with pytest.raises(SystemExit) as caught, peers.needed():
-    raise jax.errors.JaxRuntimeError(message)
+    raise kind(message)
   assert caught.value.code == 1
   (line,) = capfd.readouterr().err.splitlines()
   assert line.startswith("error: another process of the run has ended")
   assert message[:30] in line
 
 
+@KINDS
 @pytest.mark.parametrize(
   ("message", "processes"),
   [(GLOO, 1), ("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", 2)],
 )
-def test_other_errors_are_raised(message, processes, monkeypatch, capfd):
+def test_other_errors_are_raised(message, processes, kind, monkeypatch, capfd):
   monkeypatch.setattr(jax, "process_count", lambda: processes)
-  with pytest.raises(jax.errors.JaxRuntimeError), peers.needed():
-    raise jax.errors.JaxRuntimeError(message)
+  with pytest.raises(kind), peers.needed():
+    raise kind(message)
   assert capfd.readouterr().err == ""
 
 

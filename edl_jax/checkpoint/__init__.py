@@ -6,6 +6,7 @@ hash of the corpus, with a digest of every array. `load` needs nothing else.
 """
 
 from edl_jax.checkpoint.checkpointer import Checkpointer
+from edl_jax.checkpoint.event_loops import patient_loops
 from edl_jax.checkpoint.folders import (
   DamagedError,
   checkpoint_steps,
@@ -38,6 +39,7 @@ __all__ = [
   "initial_provenance",
   "load",
   "locked",
+  "patient_loops",
   "rows_of_blocks",
   "run_folder",
   "save_streamed",

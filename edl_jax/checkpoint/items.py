@@ -1,9 +1,7 @@
 """Reads the arrays of a checkpoint, and checks them against their digests."""
 
-import gc
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -11,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from edl_jax.checkpoint.digest import array_digests, differing, sample
+from edl_jax.checkpoint.event_loops import in_patient_loop
 from edl_jax.checkpoint.folders import DamagedError
 from edl_jax.sharding import path_name
 
@@ -55,17 +54,10 @@ def reading(checkpoint: str, read: Callable[[], T]) -> T:
     DamagedError: a file is missing, cut off, or not what Orbax writes.
   """
   try:
-    return read()
+    return in_patient_loop(read)
   # Orbax and TensorStore raise many kinds, among them KeyError and TypeError.
   except Exception as error:
     text = " ".join(str(error).split()) or type(error).__name__
-  # Orbax's other reads failed too. Python would print a traceback of each when
-  # it frees them, in the middle of what comes next: free them here, in silence.
-  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-  try:
-    gc.collect()
-  finally:
-    sys.unraisablehook = hook
   named = re.search(rf"{re.escape(checkpoint)}[^\s\"'`,;:)\]]*", text)
   where = named[0] if named else checkpoint
   reason = text if len(text) <= 200 else f"{text[:200]} ..."

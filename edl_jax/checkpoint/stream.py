@@ -20,6 +20,7 @@ import tensorstore as ts
 from edl_jax import storage
 from edl_jax.checkpoint.checkpointer import saved_items
 from edl_jax.checkpoint.digest import StreamedDigest, json_digest
+from edl_jax.checkpoint.event_loops import patient_loops
 from edl_jax.checkpoint.folders import FOLDER, sealed
 from edl_jax.checkpoint.provenance import Provenance
 
@@ -60,7 +61,10 @@ def save_streamed(
     for parent in parents:
       holder = holder.setdefault(parent, {})
     holder[name] = np.zeros(1, np.float32)
-  with ocp.CheckpointManager(os.path.join(workdir, FOLDER)) as manager:
+  with (
+    patient_loops(),
+    ocp.CheckpointManager(os.path.join(workdir, FOLDER)) as manager,
+  ):
     manager.save(
       0, args=saved_items({"parameters": nested}, data, provenance, {})
     )

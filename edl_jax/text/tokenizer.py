@@ -286,10 +286,7 @@ def load_tokenizer(experiment: Experiment, corpus: Corpus) -> Tokenizer:
   )
   cached = read_cache(f"tokenizer-{key}.json")
   if cached is not None:
-    try:
-      return Tokenizer.from_json(cached.decode())
-    except Exception:  # The library raises plain Exception. Train it again.
-      pass
+    return Tokenizer.from_json(cached.decode())
   texts = [document.text for group in corpus.train for document in group]
   tokenizer = train_tokenizer(texts, size)
   write_cache(f"tokenizer-{key}.json", tokenizer.to_json().encode())

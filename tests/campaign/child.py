@@ -23,6 +23,7 @@ class Child:
     pid: its id.
     returncode: its exit code, minus the number of the signal that ended it, or
       None while it runs.
+    largest_file: the bytes beyond which it can write no file, if any.
   """
 
   def __init__(
@@ -41,7 +42,7 @@ class Child:
       largest_file: the bytes beyond which it can write no file, as on a full
         disk.
     """
-    self._errors = errors
+    self._errors, self.largest_file = errors, largest_file
     self.returncode: int | None = None
     sys.stdout.flush()
     self.pid = os.fork()

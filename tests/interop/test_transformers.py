@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 import edl_jax
+from edl_jax import main
+from edl_jax.config import DataConfig
 from edl_jax.interop.export import export
 from edl_jax.text.mixture import load_corpus
+from edl_jax.text.sources import read_documents
 
+ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = pathlib.Path(__file__).with_name("transformers_program.py")
 NEW_TOKENS = 8
 
@@ -88,6 +92,44 @@ def test_tokens(run, theirs, texts):
     found["start_ids"], np.concatenate([np.insert(x, 0, start) for x in own])
   )
   assert found["decoded"].all()
+
+
+def test_a_thousand_documents(run_elsewhere, tmp_path):
+  """Up to 250 of each domain, with a BPE that the run learned."""
+  overrides = {
+    "model.vocabulary_size": 2048,
+    "train.num_steps": 1,
+    "optimizer.warmup_steps": 1,
+    "train.eval_rows": 2,
+    "data.tokenizer": "bpe",
+  }
+  code = main.main(
+    [
+      f"--experiment={ROOT}/experiments/tiny.py",
+      f"--workdir={tmp_path / 'run'}",
+      *(f"--experiment.{key}={value}" for key, value in overrides.items()),
+    ]
+  )
+  assert code == 0
+  _, documents, _ = read_documents(DataConfig())
+  by_domain = {}
+  for document in documents:
+    by_domain.setdefault(document.domain, []).append(document.text)
+  texts = [text for group in by_domain.values() for text in group[:250]]
+  assert len(by_domain) == 6 and len(texts) >= 1000
+  (tmp_path / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+  np.save(tmp_path / "tokens.npy", np.zeros((1, 8), np.int64))
+  export(str(tmp_path / "run"), str(tmp_path / "hub"), "float32", 1 << 30)
+  run_elsewhere(
+    PROGRAM,
+    *(tmp_path / "hub", tmp_path / "tokens.npy", tmp_path / "texts.json"),
+    *(1, tmp_path / "theirs.npz"),
+  )
+  tokenizer = edl_jax.load(str(tmp_path / "run")).tokenizer
+  own = [tokenizer.encode(text) for text in texts]
+  with np.load(tmp_path / "theirs.npz") as theirs:
+    np.testing.assert_array_equal(theirs["ids"], np.concatenate(own))
+    assert theirs["decoded"].all()
 
 
 def test_bfloat16_is_float32_rounded(theirs):
