@@ -57,15 +57,18 @@ def ours(request: Request, topology: Topology) -> Program:
 
 
 # The flags that MaxText recommends, but one that its compiler does not know:
-# SparseCores gather and scatter, or on v5e, which has none, the TensorCore
+# SparseCores gather, scatter and reduce, or on v5e, which has none, the TensorCore
 # gathers inside of other fusions.
 _SPARSE_CORE_FLAGS = {
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
   "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": False,
+  "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": False,
   "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
   "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+  "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
   "xla_tpu_enable_all_gather_offload_tracing": True,
   "xla_tpu_enable_reduce_scatter_offload_tracing": True,
+  "xla_tpu_enable_all_reduce_offload_tracing": True,
   "xla_tpu_use_tc_device_shape_on_sc": True,
   "xla_sc_enable_instruction_fusion": False,
   "xla_sc_disable_megacore_partitioning": True,
