@@ -57,8 +57,8 @@ def ours(request: Request, topology: Topology) -> Program:
 
 
 # The flags that MaxText recommends, but one that its compiler does not know:
-# SparseCores gather, scatter and reduce, or on v5e, which has none, the TensorCore
-# gathers inside of other fusions.
+# SparseCores gather, scatter and reduce, or on v5e, which has none, the
+# TensorCore gathers inside of other fusions.
 _SPARSE_CORE_FLAGS = {
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
   "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": False,
