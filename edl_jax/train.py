@@ -441,11 +441,7 @@ def train(
     Preempted: SIGTERM, SIGINT or SIGHUP arrived, and the state was saved.
   """
   settings = provenance.experiment.train
-  with (
-    requests_to_end() as asked_to_end,
-    jax.set_mesh(mesh),
-    patient_loops(),
-  ):
+  with requests_to_end() as asked_to_end, jax.set_mesh(mesh), patient_loops():
     loop = _Loop(corpus, rows, epochs, provenance, mesh, workdir, verify, tasks)
     try:
       # Before the loop is closed, which would wait for a process lost.
