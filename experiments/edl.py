@@ -9,13 +9,13 @@ The size comes first (3b, 4b, 8b or 15b; 3b by default), the variant second:
 taxonomy (in the paper English, Chinese and mathematics), and `baseline` trains
 without the divergence loss.
 
-  size  parameters  active  slice      rows  memory  a step takes at least
-  3b         2.97B  0.306B  v5e:8x8      16     55%  0.88 s (products)
-  4b         4.05B  0.393B  v5e:8x8      16     54%  1.26 s (products)
-  8b         8.13B  0.818B  v6e:8x8      16     43%  0.53 s (products)
-  15b       15.37B  1.472B  v5p:4x4x4    16     20%  1.84 s (products)
-  15b       15.37B  1.472B  v5e:16x16     4     43%  1.12 s (products)
-  15b       15.37B  1.472B  v6e:8x8      16     61%  0.96 s (products)
+  size  parameters  active  slice      rows  memory  a step takes
+  3b         2.97B  0.306B  v5e:8x8      16     54%  1.29 to 1.86 s
+  4b         4.05B  0.393B  v5e:8x8      16     54%  1.89 to 2.70 s
+  8b         8.13B  0.818B  v6e:8x8      16     41%  0.92 to 1.49 s
+  15b       15.37B  1.472B  v5p:4x4x4    16     20%  2.16 to 2.78 s
+  15b       15.37B  1.472B  v5e:16x16     4     41%  1.70 to 2.09 s
+  15b       15.37B  1.472B  v6e:8x8      16     59%  1.49 to 2.37 s
 
 Active parameters are those that multiply each token; the embedding does not
 count. Rows, and peak memory as a share of what there is, are of one chip. These
@@ -23,10 +23,10 @@ steps are compiled (`python -m edl_jax.aot`); none has run on a TPU. On v5e:8x8
 and v6e:8x8 they have --experiment.mesh.expert=8, on v5e:16x16
 --experiment.mesh.expert=16.
 
-These are bounds that no schedule can beat. What the compiler (libtpu 0.0.42.1)
-made of 15b on v5p:4x4x4 takes between 2.16 and 2.78 s by a roofline and by the
-compiler's own estimates: 52% to 66% of the peak. The other rows are of an older
-program.
+Seconds are of what the compiler (libtpu 0.0.42.1; on v5e:16x16 0.0.46.3) made
+of the step: the first by a roofline, the second by its own estimates. By them
+15b has 52% to 66% of the peak on v5p:4x4x4, where no schedule takes less than
+1.84 s.
 
 With --experiment.model.remat=experts, 15b on v5p:4x4x4 takes 65% of the
 memory and at least 1.67 s. On v5p:16x16x16, with --experiment.mesh.data=16
