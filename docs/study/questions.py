@@ -105,6 +105,19 @@ _BALANCE = [
   for scope, where in _SCOPES.items()
   for weight in _WEIGHTS
 ]
+# Runs with every kind of label, and without, of one text.
+_LABEL_FILES = tuple(
+  f"labels_{kind}"
+  for kind in (
+    "none",
+    "fine",
+    "coarse",
+    "hierarchical",
+    "shuffled",
+    "pools",
+    "router",
+  )
+)
 _LABELS = [
   Condition("none", _NO_LOSS),
   Condition("39 sources", _DIVERGENCE, "none"),
@@ -154,14 +167,7 @@ QUESTIONS = (
   ),
   Question(
     "labels",
-    (
-      "balance",
-      "labels_coarse",
-      "labels_hierarchical",
-      "labels_shuffled",
-      "labels_pools",
-      "labels_router",
-    ),
+    _LABEL_FILES,
     [
       *_LABELS,
       Condition(
@@ -178,24 +184,14 @@ QUESTIONS = (
   ),
   Question(
     "carve",
-    (
-      "balance",
-      "balance_bias",
-      "micro_batches",
-      "labels_coarse",
-      "labels_hierarchical",
-      "labels_shuffled",
-      "labels_pools",
-    ),
-    [
-      *_BALANCE,
-      *(
-        condition._replace(
-          label=f"labels: {condition.label}", base="the global batch, beta 0"
-        )
-        for condition in _LABELS[2:]
-      ),
-    ],
+    ("balance", "balance_bias", "micro_batches"),
+    _BALANCE,
+    (*_CARVED, ("LM loss", "lm_loss", ".4f")),
+  ),
+  Question(
+    "carve_labels",
+    _LABEL_FILES,
+    _LABELS,
     (*_CARVED, ("LM loss", "lm_loss", ".4f")),
   ),
   Question(

@@ -55,7 +55,9 @@ for seed in 0 1 2; do
     losses.divergence_weight=0,0.001,0.003,0.01 seed=$seed
   sweep micro_batches micro_batches losses.balance_scope=sequence,global \
     losses.divergence_weight=0,0.001,0.01 seed=$seed
-  # What the labels say.
+  # What the labels say, with runs of the same text to compare with.
+  sweep labels_none fine losses.divergence_weight=0 seed=$seed
+  sweep labels_fine fine losses.divergence_weight=0.01 seed=$seed
   sweep labels_coarse coarse losses.divergence_weight=0.01 seed=$seed
   sweep labels_hierarchical hierarchical losses.divergence_weight=0.01 \
     seed=$seed
@@ -68,7 +70,7 @@ done
 sweep other_text fine losses.divergence_weight=0.01 seed=0,1,2
 sweep other_text_random shuffled losses.divergence_weight=0.01 seed=0,1,2
 for question in balance balance_bias micro_batches \
-  labels_{coarse,hierarchical,shuffled,pools}; do
+  labels_{none,fine,coarse,hierarchical,shuffled,pools}; do
   carve "$question" 4,8
 done
 
