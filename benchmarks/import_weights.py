@@ -8,8 +8,8 @@ run folder, compressed), and imports it in a process of its own. Prints the
 greatest memory of that process over the size of the checkpoint, and its time
 over that of copying: reading the checkpoint's bytes and writing as many as the
 run folder has, without converting anything. Importing and copying take turns;
-figures are medians of all turns. Files are
-read from the disk, not from the memory in which the system keeps them.
+figures are medians of all turns. Files are read from the disk, not from the
+memory in which the system keeps them.
 """
 
 import json

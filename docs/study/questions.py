@@ -106,17 +106,14 @@ _BALANCE = [
   for weight in _WEIGHTS
 ]
 # Runs with every kind of label, and without, of one text.
-_LABEL_FILES = tuple(
-  f"labels_{kind}"
-  for kind in (
-    "none",
-    "fine",
-    "coarse",
-    "hierarchical",
-    "shuffled",
-    "pools",
-    "router",
-  )
+_LABEL_FILES = (
+  "labels_none",
+  "labels_fine",
+  "labels_coarse",
+  "labels_hierarchical",
+  "labels_shuffled",
+  "labels_pools",
+  "labels_router",
 )
 _LABELS = [
   Condition("none", _NO_LOSS),
