@@ -22,12 +22,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from edl_jax.config import MoEConfig
 from edl_jax.model import rows
-from edl_jax.model.grouped_matmul import grouped_matmul
-from edl_jax.model.layers import swiglu, weighted_swiglu
+from edl_jax.model.experts import grouped_swiglu
+from edl_jax.model.layers import swiglu
 
 _AXIS = "expert"
 
@@ -36,33 +35,6 @@ def _num_devices() -> int:
   """The size X of the `expert` axis."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape[_AXIS]
-
-
-# --- Experts -----------------------------------------------------------------
-
-
-@jax.named_scope("experts")
-def _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM, gate_R=None):
-  """Sends rows, sorted by expert, through their experts.
-
-  Rows beyond the last group are not computed. They hold arbitrary values, in
-  the outputs and in the gradients of `x_RM` and `gate_R`, which reach no other
-  row.
-
-  Args:
-    gate_R: if given, outputs are multiplied with it.
-  """
-  num_experts, width, _, hidden = gate_up_EM2F.shape
-  # One product for gate and up: (R, 2 F).
-  merged = grouped_matmul(
-    x_RM, gate_up_EM2F.reshape(num_experts, width, 2 * hidden), sizes_E
-  )
-  merged = checkpoint_name(merged, "experts")
-  if gate_R is None:
-    hidden_RF = swiglu(merged)
-  else:
-    hidden_RF = weighted_swiglu(merged, gate_R)
-  return grouped_matmul(hidden_RF, down_EFM, sizes_E)
 
 
 # --- Ways of dispatch --------------------------------------------------------
@@ -90,7 +62,7 @@ def _local_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM):
   """Returns the outputs y_APM of the experts, all of them on this device."""
   order_R, place_R, sizes_E = _sort_local(expert_PA, len(down_EFM), False)
   x_RM = rows.move(x_PM, order_R, place_R)
-  y_RM = _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM)
+  y_RM = grouped_swiglu(x_RM, sizes_E, gate_up_EM2F, down_EFM)
   y_RM = rows.move(y_RM, place_R, order_R)
   return y_RM.reshape(-1, *x_PM.shape)
 
@@ -104,7 +76,7 @@ def _local_sums(x_PM, expert_PA, gate_PA, gate_up_EM2F, down_EFM, others=False):
   order_R, place_R, sizes_E = _sort_local(expert_PA, len(down_EFM), others)
   x_RM = rows.move(x_PM, order_R, place_R, lost=others)
   gate_R = rows.move(rows.by_row(gate_PA), order_R, place_R, lost=others)
-  y_RM = _experts(x_RM, sizes_E, gate_up_EM2F, down_EFM, gate_R)
+  y_RM = grouped_swiglu(x_RM, sizes_E, gate_up_EM2F, down_EFM, gate_R)
   return rows.collect(y_RM, order_R, place_R, len(x_PM), lost=others)
 
 
@@ -204,7 +176,7 @@ def _ragged_outputs(x_PM, expert_PA, gate_up_EM2F, down_EFM):
   source, target = _regroup(local_XE, most_rows)
 
   x_RM = _exchange(rows.move(x_PM, order_R, place_R), there, back, most_rows)
-  y_RM = _experts(
+  y_RM = grouped_swiglu(
     rows.move(x_RM, source, target), local_XE.sum(0), gate_up_EM2F, down_EFM
   )
   y_RM = _exchange(rows.move(y_RM, target, source), back, there, len(order_R))
