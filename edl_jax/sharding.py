@@ -364,20 +364,27 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def per_shard(
-  function: Callable[..., Any], in_specs: Sequence[Any], out_specs: Any
+  function: Callable[..., Any],
+  in_specs: Sequence[Any],
+  out_specs: Any,
+  mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
-  """Maps `function` over the shards of the mesh in use.
+  """Maps `function` over the shards of a mesh, by default the mesh in use.
 
   Inside, every mesh axis is manual and arrays are local; the functions below
   move data across devices. Outside a mesh, or on one device, this returns
   `function` itself, and the functions below do nothing.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  used = mesh or jax.sharding.get_abstract_mesh()
+  if used.empty or used.size == 1:
     return function
   # Pallas kernels do not declare varying axes, so skip that check.
   return jax.shard_map(
-    function, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False
+    function,
+    mesh=mesh,
+    in_specs=tuple(in_specs),
+    out_specs=out_specs,
+    check_vma=False,
   )
 
 

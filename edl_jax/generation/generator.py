@@ -25,6 +25,7 @@ from edl_jax.model.cached import (
   in_compute_dtype,
 )
 from edl_jax.model.choice import Choice, make_choice
+from edl_jax.model.documents import mesh_of
 from edl_jax.model.transformer import Model
 from edl_jax.text.mixture import Taxonomy
 from edl_jax.text.tokenizer import Tokenizer
@@ -172,13 +173,6 @@ def _domain_index(taxonomy: Taxonomy, domain: str | None) -> int:
       f"domain={domain!r} is none of the run's: {', '.join(taxonomy.fine)}"
     )
   return taxonomy.fine.index(domain)
-
-
-def mesh_of(model: Model) -> Mesh | None:
-  """Returns the mesh that the parameters are laid out on, None without one."""
-  placed = model.embedding_VM[...].sharding
-  mesh = placed.mesh if isinstance(placed, NamedSharding) else None
-  return mesh if isinstance(mesh, Mesh) else None
 
 
 def _encode(

@@ -15,6 +15,7 @@ from edl_jax.losses import routing
 from edl_jax.losses.cross_entropy import chunked_cross_entropy
 from edl_jax.losses.divergence import token_pair_sums
 from edl_jax.losses.token_pairs import TokenPairs, local_probabilities
+from edl_jax.model import documents
 from edl_jax.model.attention import Attention
 from edl_jax.model.choice import CHOICE_SPECS, EVERY_EXPERT, Choice, make_choice
 from edl_jax.model.layers import RMSNorm, SwiGLU, fan_in_normal
@@ -174,7 +175,8 @@ class Model(nnx.Module):
         choice,
       )
 
-    if self.config.remat != "none":
+    # Only training resolves "auto"; elsewhere nothing is computed again.
+    if self.config.remat in _REMAT_POLICIES:
       layer = jax.checkpoint(
         layer,
         policy=_REMAT_POLICIES[self.config.remat],
@@ -196,6 +198,9 @@ class Model(nnx.Module):
   ) -> jax.Array:
     """Returns the logits of whole documents, float32 (B, T, V).
 
+    Inside of `jax.jit`, a model on a mesh of several devices needs
+    `jax.set_mesh`.
+
     Args:
       tokens_BT: one document a row.
       domain_B, num_domains: fine domain label of each row, and D; only
@@ -204,10 +209,8 @@ class Model(nnx.Module):
     Raises:
       ValueError: labels are needed and missing.
     """
-    x_BTM, _, _ = self.hidden(
-      tokens_BT,
-      *_whole_documents(tokens_BT.shape),
-      choice=make_choice(self.config, domain_B, num_domains),
+    x_BTM, _ = documents.run(
+      self, tokens_BT, lambda *_: (), domain_B, num_domains
     )
     return self.logits(x_BTM)
 
@@ -231,13 +234,7 @@ class Model(nnx.Module):
       del logits_BTE, gate_BTA, weights_BT
       return probs_BTE, expert_BTA
 
-    _, tokens, _ = self.hidden(
-      tokens_BT,
-      *_whole_documents(tokens_BT.shape),
-      routing.Summaries(routing=keep_tokens),
-      choice=make_choice(self.config, domain_B, num_domains),
-    )
-    return tokens
+    return documents.run(self, tokens_BT, keep_tokens, domain_B, num_domains)[1]
 
   def _shard_sums(
     self,
@@ -404,14 +401,6 @@ def _embed_backward(dtype, residuals, dx_BTM):
 
 
 embed.defvjp(_embed_forward, _embed_backward)
-
-
-def _whole_documents(
-  shape: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns segments, positions and weights for rows of one document each."""
-  positions_BT = jnp.broadcast_to(jnp.arange(shape[1]), shape)
-  return jnp.ones(shape, jnp.int32), positions_BT, jnp.ones(shape)
 
 
 # Matrices that tokens are multiplied with, by the part that counts them.
