@@ -245,7 +245,9 @@ def by_network(
 def network_seconds(between: Sequence[Collective], topology: Topology) -> float:
   """Returns the seconds that transfers between slices need at least."""
   sent = sum(collective.wire_bytes for collective in between)
-  return sent / topology.chip.network_bandwidth
+  bandwidth = topology.chip.network_bandwidth
+  # `topologies.load` refuses several slices without a known bandwidth.
+  return sent / bandwidth if bandwidth else 0.0
 
 
 def interconnect_seconds(

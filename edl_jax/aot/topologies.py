@@ -34,8 +34,9 @@ class Chip(NamedTuple):
   hbm_bandwidth: float
   # Bytes per second of a link to a neighbour, each way.
   link_bandwidth: float
-  # Bytes per second between slices, over the data-centre network, each way.
-  network_bandwidth: float
+  # Bytes per second between slices, over the data-centre network, each way;
+  # None where nobody publishes it.
+  network_bandwidth: float | None
   # Devices that JAX sees in a chip. They share its links and its host.
   devices: int
   # Chips in a ring: slices wrap around in dimensions that are multiples of it.
@@ -53,15 +54,28 @@ _CUBES = (
 )  # fmt: skip
 
 # The published bandwidth of the interconnect is a chip's, in both directions
-# and over all its links: four in two dimensions, six in three. The data-centre
-# network of v5e is published for a pod of 256 chips. The compiler knows v4 too,
-# but nobody publishes its data-centre network.
+# and over all its links: four in two dimensions, six in three; for v4 that
+# between the halves of a pod of 16x16x16 chips, over 2 x 16 x 16 links. The
+# data-centre network of v5e is published for a pod of 256 chips.
 #
 # A clock is the peak over the FLOPs that the matrix units do in a cycle, each
-# 2 x 128 x 128: 4 units on v5e, 8 on v5p, 16 on v6e and in a device of tpu7x.
+# 2 x 128 x 128: 4 units on v5e, 8 on v4 and v5p, 16 on v6e and in a device of
+# tpu7x.
 # With half as many the compiler's estimates of products would be below the
 # ideal.
 CHIPS = {
+  "v4": Chip(
+    flops=275e12,
+    clock=1.05e9,
+    hbm_bytes=32 * _GIB,
+    hbm_bandwidth=1200e9,
+    link_bandwidth=24e12 / (2 * 16 * 16),
+    network_bandwidth=None,
+    devices=1,
+    ring=4,
+    slices=_CUBES,
+    source=f"{_PAGES}/v4",
+  ),
   "v5e": Chip(
     flops=197e12,
     clock=1.5e9,
@@ -205,12 +219,20 @@ def load(name: str, num_slices: int = 1) -> Topology:
     raise UserError(
       f"the TPU compiler is not installed: python -m pip install {LIBTPU}"
     )
+  if num_slices > 1 and chip.network_bandwidth is None:
+    raise UserError(
+      f"--num_slices={num_slices}: nobody publishes the bandwidth between"
+      f" slices of {name}; leave the flag out"
+    )
   # Imports JAX, for which a wrong name should not wait.
   from jax.experimental import topologies
 
-  several = {"num_slices": num_slices} if num_slices > 1 else {}
+  options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+  if chip is CHIPS["v4"]:
+    # Both cores are one device, as they are by default on v5p and on TPU VMs.
+    options["chip_config_name"] = "megacore"
   try:
-    found = topologies.get_topology_desc(name, platform="tpu", **several)
+    found = topologies.get_topology_desc(name, platform="tpu", **options)
   except RuntimeError as error:
     reason = " ".join(str(error).split())
     raise UserError(f"--topology={name}: {reason}") from error

@@ -44,5 +44,5 @@ def test_clocks_fit_whole_matrix_units():
     for kind, chip in topologies.CHIPS.items()
   }
   assert units == pytest.approx(
-    {"v5e": 4, "v5p": 8, "v6e": 16, "tpu7x": 16}, rel=0.01
+    {"v4": 8, "v5e": 4, "v5p": 8, "v6e": 16, "tpu7x": 16}, rel=0.01
   )
