@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 from benchmarks import contestants
-from edl_jax import config
+from edl_jax import config, runtime
 from edl_jax.aot import bounds, estimates, hlo, hlo_costs, topologies
 from edl_jax.aot import compile as aot_compile
 from edl_jax.aot.topologies import Topology
@@ -219,13 +219,13 @@ def overflow_in_a_line() -> Iterator[None]:
 
   try:
     yield
-  except (aot_compile.DoesNotFit, jax.errors.JaxRuntimeError) as error:
-    overflow = aot_compile.parse_overflow(str(error))
-    if isinstance(error, aot_compile.DoesNotFit):
-      overflow = error.needed, error.available
+  except (runtime.DoesNotFit, jax.errors.JaxRuntimeError) as error:
+    overflow = error
+    if not isinstance(overflow, runtime.DoesNotFit):
+      overflow = runtime.parse_overflow(str(error))
     if overflow is None:
       raise
-    needed, available = (size / 2**30 for size in overflow)
+    needed, available = overflow.needed / 2**30, overflow.available / 2**30
     sys.exit(f"a chip needs {needed:,.1f} GiB and has {available:,.1f}")
 
 

@@ -153,6 +153,61 @@ def compiler_options(device: Any) -> dict[str, str | bool]:
   return options
 
 
+class DoesNotFit(UserError):
+  """A device's memory does not hold a program.
+
+  Attributes:
+    needed, available: bytes.
+  """
+
+  def __init__(self, needed: float, available: float):
+    super().__init__(
+      f"the step needs {needed / 2**30:.2f} GiB of a device, which has"
+      f" {available / 2**30:.2f}; use more devices along mesh.fsdp,"
+      " model.remat=auto, or a smaller train.batch_size or"
+      " model.logits_elements"
+    )
+    self.needed = needed
+    self.available = available
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_overflow(message: str) -> DoesNotFit | None:
+  """Reads what a compiler says of a program that does not fit.
+
+  Args:
+    message: from the compiler.
+
+  Returns:
+    None if the message is about anything else.
+  """
+  size = r"([\d.]+)([KMGT]?)"
+  found = re.search(
+    rf"required for HLO temporaries \({size}\) exceeds available HBM"
+    rf" \({size}\)",
+    message,
+  ) or re.search(rf"memory space hbm\. Used {size} of {size} hbm", message)
+  if not found:
+    return None
+  needed, unit, available, available_unit = found.groups()
+  return DoesNotFit(
+    float(needed) * _UNITS[unit], float(available) * _UNITS[available_unit]
+  )
+
+
+def memory_limit(device: Any) -> float | None:
+  """Returns the bytes that programs may use on a GPU; None elsewhere.
+
+  The TPU's compiler knows its chips' memory itself, and the memory of a CPU is
+  shared with all that runs there.
+  """
+  if device.platform != "gpu":
+    return None
+  return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def compile_program(
   lowered: jax.stages.Lowered, device: Any
 ) -> jax.stages.Compiled:
@@ -160,18 +215,35 @@ def compile_program(
 
   Options come and go between versions of XLA: those that the installed one does
   not know are left out, with a line on stderr.
+
+  Raises:
+    DoesNotFit: the memory of a TPU or GPU does not hold the step.
   """
   options = compiler_options(device)
   while True:
     try:
-      return lowered.compile(options)
+      compiled = lowered.compile(options)
+      break
     except jax.errors.JaxRuntimeError as error:
+      if overflow := parse_overflow(str(error)):
+        raise overflow from error
       found = re.search(r"No such compile option: '(\w+)'", str(error))
       if found is None or found[1] not in options:
         raise
       name = found[1]
     del options[name]
     print(f"left out {name}, which this XLA does not know", file=sys.stderr)
+  limit, memory = memory_limit(device), compiled.memory_analysis()
+  if limit is not None and memory:
+    needed = (
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
+    if needed > limit:
+      raise DoesNotFit(needed, limit)
+  return compiled
 
 
 def _processor() -> str:

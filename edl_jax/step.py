@@ -68,7 +68,12 @@ def averaged(state: TrainState) -> Model:
 def starting_from(
   state: TrainState, model: Model, experiment: Experiment
 ) -> TrainState:
-  """Returns a new run's state with another model, and averages from it on."""
+  """Returns a new run's state with another model, and averages from it on.
+
+  The model is computed as the state's own was, such as in its `model.dtype`.
+  """
+  arrays = jax.tree.leaves(model)
+  model = jax.tree.unflatten(jax.tree.structure(state.model), arrays)
   state = state._replace(model=model)
   if state.ema is None:
     return state
@@ -426,6 +431,44 @@ def init_state(
     lambda: _new_state(experiment, optimizer),
     out_shardings=state_shardings(experiment, optimizer, mesh),
   )()
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
+  """Returns a global batch with shapes in place of arrays."""
+  train = experiment.train
+
+  def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+      (train.batch_size, *shape), dtype, sharding=sharding.row_sharding(mesh)
+    )
+
+  by_token = train.sequence_length
+  return Batch(
+    tokens_BT=rows(jnp.int32, by_token),
+    targets_BT=rows(jnp.int32, by_token),
+    segments_BT=rows(jnp.int32, by_token),
+    positions_BT=rows(jnp.int32, by_token),
+    weights_BT=rows(jnp.float32, by_token),
+    domain_B=rows(jnp.int32),
+  )
+
+
+def trace_step(
+  experiment: Experiment, taxonomy: Taxonomy, mesh: Mesh
+) -> tuple[jax.stages.Traced, tuple[TrainState, Batch]]:
+  """Traces the training step, without a parameter or a row in memory.
+
+  Returns:
+    The traced step, and its arguments as `ShapeDtypeStruct`s with shardings.
+  """
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
+  # Build state and step outside of `set_mesh`: both make small arrays, which
+  # devices that are only described cannot hold.
+  state = abstract_state(experiment, optimizer, mesh)
+  step = make_train_step(experiment, optimizer, taxonomy, mesh)
+  batch = abstract_batch(experiment, mesh)
+  with jax.set_mesh(mesh):
+    return step.trace(state, batch), (state, batch)
 
 
 def learned_names(experiment: Experiment) -> set[str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from edl_jax import peers, sharding, storage
+from edl_jax import peers, rematerialization, sharding, storage
 from edl_jax.checkpoint import (
   Checkpointer,
   Provenance,
@@ -89,17 +89,18 @@ class _Loop:
     verify: Verify,
     tasks: EncodedTasks | None,
   ):
-    experiment = provenance.experiment
+    taxonomy = corpus.taxonomy
+    experiment = rematerialization.resolve(
+      provenance.experiment, taxonomy, mesh
+    )
     self._experiment, self._provenance = experiment, provenance
     self._mesh, self._workdir = mesh, workdir
-    self._taxonomy = corpus.taxonomy
+    self._taxonomy = taxonomy
     self._is_first = jax.process_index() == 0
     process = (jax.process_index(), jax.process_count())
     optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
-    num_domains = len(corpus.taxonomy.fine)
-    self._train_step = make_train_step(
-      experiment, optimizer, corpus.taxonomy, mesh
-    )
+    num_domains = len(taxonomy.fine)
+    self._train_step = make_train_step(experiment, optimizer, taxonomy, mesh)
     self._compiled_step: jax.stages.Compiled | None = None
     self._eval_step = eval_step_for(corpus, provenance)
     self._eval_batches = eval_batches(
@@ -110,7 +111,7 @@ class _Loop:
       experiment,
       num_domains,
       *process,
-      unlabelled=corpus.taxonomy.unlabelled,
+      unlabelled=taxonomy.unlabelled,
     )
     self._epochs = epochs
     self._checkpointer = Checkpointer(
@@ -141,7 +142,7 @@ class _Loop:
     self._process = f"{time.time_ns()}"
     if self._is_first:
       describe_workdir(workdir, provenance)
-    self._environment = environment()
+    self._environment = environment() | {"remat": experiment.model.remat}
     self._profile = Profile(experiment.train.profile_steps, workdir)
     self._writer = self._metrics_writer() if self._is_first else None
     self.progress = Progress(

@@ -28,10 +28,11 @@ of the step: the first by a roofline, the second by its own estimates. By them
 15b has 52% to 66% of the peak on v5p:4x4x4, where no schedule takes less than
 1.84 s.
 
-With --experiment.model.remat=experts, 15b on v5p:4x4x4 takes 65% of the
-memory and at least 1.67 s. On v5p:16x16x16, with --experiment.mesh.data=16
---experiment.mesh.expert=16 --experiment.train.batch_size=4096, it has one row a
-chip, takes 4% and at least 0.43 s, which the interconnect needs.
+With --experiment.model.remat=auto, which takes `experts` there, 15b on
+v5p:4x4x4 takes 63% of the memory and 1.98 to 2.70 s. On v5p:16x16x16, with
+--experiment.mesh.data=16 --experiment.mesh.expert=16
+--experiment.train.batch_size=4096, it has one row a chip, takes 4% and at least
+0.43 s, which the interconnect needs.
 """
 
 from edl_jax.config import (

@@ -70,7 +70,7 @@ def test_long_values_are_cut_unless_alone():
 def test_choices_are_listed():
   text = " ".join(describe.describe(Experiment(), "model.remat"))
   words = " ".join(text.split())
-  assert "One of none, full, attention, experts." in words
+  assert "One of none, full, attention, experts, auto." in words
 
 
 @pytest.mark.parametrize(

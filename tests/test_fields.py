@@ -183,11 +183,17 @@ def test_numbers_have_bounds():
 
 
 def test_choices_equal_the_tables_that_they_name():
+  from edl_jax import rematerialization
   from edl_jax.losses import divergence
   from edl_jax.model import transformer
 
   assert config.choices("losses.divergence") == divergence.DIVERGENCES
-  assert config.choices("model.remat") == ("none", *transformer._REMAT_POLICIES)
+  assert config.choices("model.remat") == (
+    *("none", *transformer._REMAT_POLICIES, rematerialization.AUTO),
+  )
+  assert {*rematerialization.ORDER, rematerialization.AUTO} == {
+    *config.choices("model.remat")
+  }
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ ARROWS = {
     "text",
   },
   "aot": {
-    *("command", "config", "config_files", "model", "optim", "progress"),
-    *("runtime", "sharding", "step", "storage", "tables", "text"),
+    *("command", "config", "config_files", "model", "progress"),
+    *("rematerialization", "runtime", "sharding", "step", "storage"),
+    *("tables", "text"),
   },
   "cache": {"storage"},
   "checkpoint": {
@@ -65,6 +66,7 @@ ARROWS = {
   "preemption": set(),
   "profiling": {"storage"},
   "progress": set(),
+  "rematerialization": {"cache", "config", "runtime", "step", "text"},
   "runtime": {"cache", "config"},
   "sharding": {"config"},
   "spikes": set(),
@@ -85,8 +87,8 @@ ARROWS = {
   "train": {
     *("analysis", "checkpoint", "clock", "config", "environment"),
     *("evaluate", "losses", "metric_writers", "metrics", "model", "optim"),
-    *("peers", "preemption", "profiling", "progress", "runtime", "sharding"),
-    *("step", "storage", "tasks", "text"),
+    *("peers", "preemption", "profiling", "progress", "rematerialization"),
+    *("runtime", "sharding", "step", "storage", "tasks", "text"),
   },
   "validation": {"config", "fields", "metric_writers", "profiling"},
 }

@@ -113,7 +113,8 @@ class Runs:
         *("--experiment.mesh.fsdp=2", "--experiment.mesh.expert=4"),
         # A multiple of both axes.
         "--experiment.model.vocabulary_size=264",
-        *("--experiment.mesh.data=1", *more),
+        # The processes choose together.
+        *("--experiment.mesh.data=1", "--experiment.model.remat=auto", *more),
       ]
       if processes > 1:
         command.append("--distributed")

@@ -117,6 +117,27 @@ def test_peaks_of_devices(kind, peak):
   assert runtime.peak_flops(device) == peak
 
 
+TEMPORARIES = (
+  "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for"
+  " HLO temporaries (30.86G) exceeds available HBM (15.75G)."
+)
+TOTAL = (
+  "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in"
+  " memory space hbm. Used 20.50G of 512.00M hbm. Exceeded hbm capacity by ..."
+)
+
+
+def test_overflow_is_read_from_the_compilers_messages():
+  for message, needed, available in (
+    (TEMPORARIES, 30.86 * 2**30, 15.75 * 2**30),
+    (TOTAL, 20.5 * 2**30, 2**29),
+  ):
+    found = runtime.parse_overflow(message)
+    assert found and (found.needed, found.available) == (needed, available)
+  other = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 1M"
+  assert runtime.parse_overflow(other) is None
+
+
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch, capsys):
   # Of options for TPUs, a CPU's compiler knows none.
   known = {"xla_backend_optimization_level": 0}
@@ -171,7 +192,6 @@ COMPILE_FOR_TPUS = """
 from edl_jax.aot import topologies
 topologies.prepare_environment()
 import jax, jax.numpy as jnp
-from jax.experimental import topologies as described
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from edl_jax.runtime import compiler_options
 
@@ -181,8 +201,8 @@ def local(x, stack):
   x, _ = jax.lax.scan(layer, x, stack)
   return jax.lax.psum_scatter(x, "x", tiled=True)
 
-for name in ("v5p:2x2x1", "v6e:2x2", "v5e:2x2", "tpu7x:2x2x1"):
-  devices = described.get_topology_desc(name, platform="tpu").devices
+for name in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v5e:2x2", "tpu7x:2x2x1"):
+  devices = topologies.load(name).devices
   mesh = Mesh(devices, "x")
   whole, rows, stack = (
     NamedSharding(mesh, PartitionSpec(*axes))
@@ -222,5 +242,5 @@ def test_compilers_take_the_options(python):
   )
   assert ended.returncode == 0, ended.stderr[-2000:]
   assert ended.stdout.split() == [
-    *("v5p:2x2x1", "v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
+    *("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
   ]

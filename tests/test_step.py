@@ -12,7 +12,6 @@ import pytest
 
 from edl_jax import sharding, step
 from edl_jax.aot import hlo, hlo_costs
-from edl_jax.aot.compile import abstract_batch
 from edl_jax.config import (
   Experiment,
   LossesConfig,
@@ -287,9 +286,9 @@ def test_gradients_travel_between_copies_once_a_step(accumulation):
     program = step.make_train_step(experiment, optimizer, TAXONOMY, mesh)
     state = step.abstract_state(experiment, optimizer, mesh)
     with jax.set_mesh(mesh):
-      compiled = program.lower(state, abstract_batch(experiment, mesh)).compile(
-        FAST_OPTIONS
-      )
+      compiled = program.lower(
+        state, step.abstract_batch(experiment, mesh)
+      ).compile(FAST_OPTIONS)
     found = hlo_costs.costs(hlo.parse(compiled.as_text() or ""), 4)
     held = sum(
       4 * math.prod(leaf.sharding.shard_shape(leaf.shape))

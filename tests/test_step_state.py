@@ -13,8 +13,14 @@ from edl_jax import sharding
 from edl_jax.checkpoint import Checkpointer, Provenance
 from edl_jax.checkpoint.verify import verify_run
 from edl_jax.config import Experiment, MeshConfig, OptimizerConfig, TrainConfig
-from edl_jax.optim import make_optimizer, merged
-from edl_jax.step import abstract_state, averaged, init_state, make_train_step
+from edl_jax.optim import make_optimizer, merged, trained
+from edl_jax.step import (
+  abstract_state,
+  averaged,
+  init_state,
+  make_train_step,
+  starting_from,
+)
 from edl_jax.text.tokenizer import byte_tokenizer
 from tests.test_invariance import (
   LENGTH,
@@ -99,6 +105,28 @@ def test_a_skipped_step_changes_nothing():
     good[-1][0]._replace(step=0, spikes=None),
   )
   assert scalars[3]["learning_rate"] == good[-1][1]["learning_rate"]
+
+
+def test_a_run_may_compute_otherwise_than_the_one_it_starts_from():
+  mesh = sharding.make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+  optimizer = make_optimizer(EXPERIMENT.optimizer, EXPERIMENT.train.num_steps)
+  state = init_state(EXPERIMENT, optimizer, mesh)
+  theirs = dataclasses.replace(
+    EXPERIMENT,
+    seed=1,
+    model=dataclasses.replace(MODEL, balancing="both", dtype="bfloat16"),
+  )
+  model = init_state(theirs, optimizer, mesh).model
+  started = starting_from(state, model, EXPERIMENT)
+  # The step maps a state to one of the same structure.
+  assert jax.tree.structure(started) == jax.tree.structure(state)
+  assert_same(
+    [jax.tree.leaves(started.model), jax.tree.leaves(started.ema)],
+    [
+      jax.tree.leaves(model),
+      jax.tree.leaves(trained(EXPERIMENT.optimizer, model)),
+    ],
+  )
 
 
 def test_averages_against_their_definition():

@@ -417,6 +417,7 @@ def test_post_training_starts_from_a_checkpoint_and_survives(
   shutil.copytree(uninterrupted, start)
   arguments = (
     f"--experiment.train.initial_checkpoint={start}",
+    "--experiment.model.remat=full",
     "--experiment.losses.orthogonality_weight=auto:1e-4",
     "--experiment.losses.variance_weight=auto:1e-3",
     "--experiment.optimizer.trainable=blocks/*",

@@ -17,6 +17,9 @@ them, and prints what travels between them:
 
   ... --compare=losses.divergence_weight=0
 
+--experiment.model.remat=auto compiles until a choice of what the backward pass
+computes again fits into a chip's memory, and reports on that one.
+
 The exit code is 0 if the step fits, 2 if the command is wrong, and 3 if the
 step does not fit into the memory of a chip.
 """
@@ -25,7 +28,7 @@ import importlib.metadata
 import shlex
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edl_jax import config, config_files, storage
 from edl_jax.aot import hlo, topologies
@@ -33,6 +36,9 @@ from edl_jax.aot.topologies import Topology
 from edl_jax.command import Command
 from edl_jax.config import Experiment, UserError
 from edl_jax.progress import elapsed
+
+if TYPE_CHECKING:
+  from edl_jax.aot.compile import Step
 
 COMMAND = Command(__doc__)
 _EXPERIMENT = COMMAND.experiment()
@@ -105,6 +111,33 @@ def _write_json(
     raise UserError(f"--json={path}: {error.strerror}") from error
 
 
+def _compile(
+  name: str, experiment: Experiment, topology: Topology
+) -> tuple[Experiment, "Step"]:
+  """Compiles a variant's step, and returns it with the `model.remat` that fits.
+
+  Raises:
+    Overflow: a chip's memory does not hold the step.
+  """
+  # These import JAX, which reads the environment.
+  from edl_jax import rematerialization
+  from edl_jax.aot import compile as aot_compile
+
+  count = f"{len(topology.devices):,} {topology.unit}s"
+  text = f"compiling {experiment.name} {name}".strip()
+  is_chosen = experiment.model.remat == rematerialization.AUTO
+
+  def compile_step(choice: Experiment) -> "Step":
+    with_remat = f" with model.remat={choice.model.remat}" if is_chosen else ""
+    with elapsed(f"{text}{with_remat} for {topology.title} ({count})"):
+      return aot_compile.compile_step(choice, topology, _NUM_DOMAINS.value)
+
+  def say(line: str) -> None:
+    print(line, flush=True)
+
+  return rematerialization.first_that_fits(experiment, compile_step, say)
+
+
 @COMMAND.main
 def main() -> int:
   """Compiles the step and prints what it needs; see the module's exit codes."""
@@ -115,7 +148,7 @@ def main() -> int:
     )
   topologies.prepare_environment()
   topology = topologies.load(_TOPOLOGY.value, _NUM_SLICES.value)
-  # These import JAX, which reads the environment.
+  # As in _compile.
   from edl_jax.aot import compile as aot_compile
   from edl_jax.aot import report as aot_report
 
@@ -124,18 +157,14 @@ def main() -> int:
     aot_compile.make_mesh(experiment, topology)
   reports = {}
   for name, experiment in variants.items():
-    text = f"compiling {experiment.name} {name}".strip()
-    count = f"{len(topology.devices):,} {topology.unit}s"
     try:
-      with elapsed(f"{text} for {topology.title} ({count})"):
-        step = aot_compile.compile_step(
-          experiment, topology, _NUM_DOMAINS.value
-        )
-    except aot_compile.DoesNotFit as error:
+      experiment, step = _compile(name, experiment, topology)
+    except aot_compile.Overflow as error:
       print(
         "\n".join(aot_report.describe_overflow(experiment, topology, error))
       )
       return 3
+    variants[name] = experiment
     try:
       reports[name] = aot_report.analyze(experiment, topology, step)
     except hlo.HLOError as error:

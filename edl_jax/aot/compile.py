@@ -1,21 +1,17 @@
 """Compiles a training step for a slice of TPUs, without a TPU."""
 
 import math
-import re
 import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from edl_jax import sharding
 from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment
-from edl_jax.optim import make_optimizer
-from edl_jax.runtime import compile_program
-from edl_jax.step import abstract_state, make_train_step
-from edl_jax.text.batch import Batch
+from edl_jax.runtime import DoesNotFit, compile_program
+from edl_jax.step import trace_step
 from edl_jax.text.taxonomy import Taxonomy, load_taxonomy
 
 # The paper's finer taxonomy; for experiments that leave domains to the data.
@@ -35,46 +31,16 @@ class Array(NamedTuple):
   source: str
 
 
-class DoesNotFit(Exception):
-  """The compiler found that the step exceeds a chip's memory.
+class Overflow(DoesNotFit):
+  """A step that does not fit, with its largest arrays.
 
   Attributes:
-    needed, available: bytes.
     largest: arguments and intermediate values, the largest first.
   """
 
-  def __init__(self, needed: float, available: float, largest: list[Array]):
-    super().__init__(needed, available)
-    self.needed = needed
-    self.available = available
+  def __init__(self, error: DoesNotFit, largest: list[Array]):
+    super().__init__(error.needed, error.available)
     self.largest = largest
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_overflow(message: str) -> tuple[float, float] | None:
-  """Reads the bytes that a step needs and that a chip has.
-
-  Args:
-    message: from the compiler.
-
-  Returns:
-    None if the message is about anything else.
-  """
-  size = r"([\d.]+)([KMGT]?)"
-  found = re.search(
-    rf"required for HLO temporaries \({size}\) exceeds available HBM"
-    rf" \({size}\)",
-    message,
-  ) or re.search(rf"memory space hbm\. Used {size} of {size} hbm", message)
-  if not found:
-    return None
-  needed, unit, available, available_unit = found.groups()
-  return (
-    float(needed) * _UNITS[unit],
-    float(available) * _UNITS[available_unit],
-  )
 
 
 def largest_arrays(arguments: Any, jaxpr: Any, count: int) -> list[Array]:
@@ -173,26 +139,6 @@ def make_taxonomy(experiment: Experiment, num_domains: int | None) -> Taxonomy:
   return Taxonomy.from_names(names)
 
 
-def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
-  """Returns a global batch with shapes in place of arrays."""
-  train = experiment.train
-
-  def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-      (train.batch_size, *shape), dtype, sharding=sharding.row_sharding(mesh)
-    )
-
-  by_token = train.sequence_length
-  return Batch(
-    tokens_BT=rows(jnp.int32, by_token),
-    targets_BT=rows(jnp.int32, by_token),
-    segments_BT=rows(jnp.int32, by_token),
-    positions_BT=rows(jnp.int32, by_token),
-    weights_BT=rows(jnp.float32, by_token),
-    domain_B=rows(jnp.int32),
-  )
-
-
 def compile_step(
   experiment: Experiment, topology: Topology, num_domains: int | None = None
 ) -> Step:
@@ -205,29 +151,20 @@ def compile_step(
 
   Raises:
     UserError: the mesh does not fit the slice, the model or the batch.
-    DoesNotFit: a chip's memory does not hold the step.
+    Overflow: a chip's memory does not hold the step.
   """
   mesh = make_mesh(experiment, topology)
-  train = experiment.train
-  optimizer = make_optimizer(experiment.optimizer, train.num_steps)
   taxonomy = make_taxonomy(experiment, num_domains)
-  # Build state and step outside of `set_mesh`: both make small arrays, which
-  # devices that are only described cannot hold.
-  state = abstract_state(experiment, optimizer, mesh)
-  step = make_train_step(experiment, optimizer, taxonomy, mesh)
-  batch = abstract_batch(experiment, mesh)
   start = time.monotonic()
+  traced, arguments = trace_step(experiment, taxonomy, mesh)
   with jax.set_mesh(mesh):
-    traced = step.trace(state, batch)
     lowered = traced.lower()
     try:
       compiled = compile_program(lowered, topology.devices[0])
-    except jax.errors.JaxRuntimeError as error:
-      overflow = parse_overflow(str(error))
-      if overflow is None:
-        raise
-      largest = largest_arrays((state, batch), traced.jaxpr, _NUM_LARGEST)
-      raise DoesNotFit(*overflow, largest) from error
+    except DoesNotFit as error:
+      largest = largest_arrays(arguments, traced.jaxpr, _NUM_LARGEST)
+      raise Overflow(error, largest) from error
+  state, _ = arguments
   return Step(
     state.model,
     mesh,

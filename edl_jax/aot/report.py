@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from edl_jax import tables
 from edl_jax.aot import bounds, estimates, hlo, hlo_costs
-from edl_jax.aot.compile import DoesNotFit, Step
+from edl_jax.aot.compile import Overflow, Step
 from edl_jax.aot.hlo_costs import Collective
 from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment
@@ -246,11 +246,11 @@ def _describe_collectives(
     f"  in all {sent['sent_bytes']:.4g} bytes sent, the least for"
     f" moe.dispatch={experiment.moe.dispatch} is {least:.4g}{times}",
   ]
-  if topology.num_slices > 1:
+  if bandwidth := topology.num_slices > 1 and topology.chip.network_bandwidth:
     chip, between = topology.chip, sent["between_slices"]
     lines.append(
       f"  between slices {between['sent_bytes']:.4g} bytes, at least"
-      f" {between['seconds']:.4g} s at the {chip.network_bandwidth / 1e9:.4g}"
+      f" {between['seconds']:.4g} s at the {bandwidth / 1e9:.4g}"
       f" GB/s of a {topology.unit} on the data-centre network ({chip.source})"
     )
   return lines
@@ -329,7 +329,7 @@ def _describe_unpriced(kinds: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def describe_overflow(
-  experiment: Experiment, topology: Topology, overflow: DoesNotFit
+  experiment: Experiment, topology: Topology, overflow: Overflow
 ) -> list[str]:
   """Returns the lines that tell how much memory is missing, and for what."""
   short = overflow.needed - overflow.available

@@ -141,11 +141,13 @@ class ModelConfig:
   )
   remat: str = field(
     "none",
-    choices=("none", "full", "attention", "experts"),
+    choices=("none", "full", "attention", "experts", "auto"),
     resumable=True,
     help="What the backward pass computes again. It keeps everything (none),"
     " the input of each layer (full), that and the output of attention"
-    " (attention), or these and the first product of the experts (experts).",
+    " (attention), or these and the first product of the experts (experts)."
+    " Training compiles until the first of none, experts, attention and full"
+    " fits, and remembers it (auto).",
   )
   logits_elements: int = field(
     1 << 22,

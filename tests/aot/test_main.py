@@ -117,6 +117,25 @@ def compile_small(topology, path, *arguments, **overrides):
   )
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_auto_takes_the_least_recomputation_that_fits(tmp_path):
+  path = tmp_path / "report.json"
+  ended = compile_small(
+    "v5e:2x2",
+    path,
+    **{"model.remat": "auto", "train.batch_size": 8192},
+  )
+  assert ended.returncode == 0, ended.stderr
+  # A chip of v5e has 16 GiB.
+  overflow, fits, *_ = ended.stdout.splitlines()
+  assert overflow.startswith("model.remat=none needs 17.")
+  assert fits.startswith("model.remat=experts fits")
+  (run,) = json.loads(path.read_text())["runs"]
+  assert run["experiment"]["model.remat"] == "experts"
+  assert run["memory"]["peak"] < 16 * 2**30
+
+
 def check_golden(run, name):
   """Compares collectives with those in a file, or writes it."""
   kinds = dict(run["collectives"]["by_kind"])
@@ -134,7 +153,9 @@ def check_golden(run, name):
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x4", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+  "topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x4", "tpu7x:2x2x1"]
+)
 def test_collectives_of_small_slices(topology, tmp_path):
   path = tmp_path / "report.json"
   ended = compile_small(topology, path, "--compare=losses.divergence_weight=0")
@@ -182,6 +203,14 @@ def test_between_slices_only_a_shard_of_each_gradient_travels(tmp_path):
   assert between["seconds"] == run["step_bound"]["network"]
   assert "on 2 slices of v5p:2x2x1: 8 chips" in ended.stdout
   assert "at the 6.25 GB/s of a chip on the data-centre net" in ended.stdout
+
+
+@needs_compiler
+def test_slices_of_an_unknown_network_are_refused(tmp_path):
+  ended = compile_small("v4:2x2x1", tmp_path / "none", "--num_slices=2")
+  assert ended.returncode == 2 and not ended.stdout
+  (line,) = ended.stderr.splitlines()
+  assert "--num_slices=2: nobody publishes" in line and "v4:2x2x1" in line
 
 
 @needs_compiler

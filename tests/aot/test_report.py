@@ -10,6 +10,7 @@ from edl_jax import config_files
 from edl_jax.aot import compile as aot_compile
 from edl_jax.aot import report as aot_report
 from edl_jax.aot import topologies
+from edl_jax.runtime import DoesNotFit
 from edl_jax.sharding import MESH_AXES
 
 TINY = str(pathlib.Path(__file__).parents[2] / "experiments" / "tiny.py")
@@ -21,7 +22,7 @@ def test_overflow_names_shortfall_and_arrays():
   first, _, array = aot_report.describe_overflow(
     config_files.load(TINY),
     topology,
-    aot_compile.DoesNotFit(20 * 2**30, 15.75 * 2**30, largest),
+    aot_compile.Overflow(DoesNotFit(20 * 2**30, 15.75 * 2**30), largest),
   )
   assert "needs 20.00 GiB and has 15.75 GiB, 4.25 GiB too little" in first
   assert array.split() == ["head/dot_general", "float32[3]", "3.00", "GiB"]

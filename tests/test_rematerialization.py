@@ -1,0 +1,133 @@
+"""The choice of what the backward pass computes again, by real compiles."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from edl_jax import rematerialization, runtime, sharding, step
+from edl_jax.config import (
+  Experiment,
+  LossesConfig,
+  MeshConfig,
+  ModelConfig,
+  TrainConfig,
+)
+from edl_jax.optim import make_optimizer
+from edl_jax.text.taxonomy import Taxonomy
+
+TAXONOMY = Taxonomy(fine=("a", "b"), coarse=("x",), parent=(0, 0))
+EXPERIMENT = Experiment(
+  model=ModelConfig(
+    vocabulary_size=32,
+    num_layers=6,
+    width=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_width=16,
+    num_experts=4,
+    expert_width=64,
+    remat="auto",
+  ),
+  losses=LossesConfig(divergence_weight=0.01),
+  train=TrainConfig(batch_size=8, sequence_length=64),
+)
+
+
+@pytest.fixture
+def mesh():
+  return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+  """Returns a list of the steps that `resolve` compiles from now on."""
+  monkeypatch.setenv("EDL_JAX_CACHE", str(tmp_path))
+  # A program that was compiled before is read again.
+  setting = "jax_persistent_cache_min_compile_time_secs"
+  before = getattr(jax.config, setting)
+  jax.config.update(setting, 0)
+  made = []
+
+  def compile_program(lowered, device):
+    made.append(runtime.compile_program(lowered, device))
+    return made[-1]
+
+  monkeypatch.setattr(rematerialization, "compile_program", compile_program)
+  yield made
+  jax.config.update(setting, before)
+
+
+def lower(experiment, mesh):
+  traced, _ = step.trace_step(experiment, TAXONOMY, mesh)
+  with jax.set_mesh(mesh):
+    return traced.lower()
+
+
+def needed(experiment, mesh):
+  """Returns the bytes that a step needs, by XLA."""
+  program = lower(experiment, mesh).compile()
+  memory = program.memory_analysis()
+  # The new state lies where the old one was.
+  return (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+
+
+def test_the_first_that_fits_is_chosen(mesh, compiled, monkeypatch, capsys):
+  sizes = [
+    needed(choice, mesh) for choice in rematerialization.choices(EXPERIMENT)
+  ]
+  # Each choice needs less than the one before.
+  assert sizes == sorted(set(sizes), reverse=True)
+  monkeypatch.setattr(runtime, "memory_limit", lambda _: sizes[2])
+  chosen = rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
+  assert chosen.model.remat == "attention"
+  assert [
+    line.split()[:2] for line in capsys.readouterr().out.splitlines()
+  ] == [
+    ["model.remat=none", "needs"],
+    ["model.remat=experts", "needs"],
+    ["model.remat=attention", "fits,"],
+  ]
+  # Otherwise the choice would be remembered.
+  monkeypatch.setenv("EDL_JAX_CACHE", "/proc/none")
+  monkeypatch.setattr(runtime, "memory_limit", lambda _: sizes[-1] - 1)
+  with pytest.raises(runtime.DoesNotFit, match="along mesh") as raised:
+    rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
+  assert raised.value.needed == sizes[-1]
+
+
+def test_a_choice_is_made_once_for_each_program(mesh, compiled, monkeypatch):
+  first = rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
+  # The memory of a CPU is no limit.
+  assert first.model.remat == "none" and len(compiled) == 1
+  assert rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh) == first
+  assert len(compiled) == 1
+  longer = dataclasses.replace(
+    EXPERIMENT, train=dataclasses.replace(EXPERIMENT.train, batch_size=16)
+  )
+  rematerialization.resolve(longer, TAXONOMY, mesh)
+  assert len(compiled) == 2
+
+
+def test_other_values_stay_and_compile_nothing(mesh, compiled):
+  for chosen in rematerialization.choices(EXPERIMENT):
+    assert rematerialization.resolve(chosen, TAXONOMY, mesh) is chosen
+  assert not compiled
+
+
+def test_the_step_is_that_of_training(mesh):
+  """Otherwise JAX's cache would not have the step when training starts."""
+  experiment = rematerialization.choices(EXPERIMENT)[-1]
+  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
+  train_step = step.make_train_step(experiment, optimizer, TAXONOMY, mesh)
+  abstract = step.abstract_batch(experiment, mesh)
+  rows = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract)
+  with jax.set_mesh(mesh):
+    state = step.init_state(experiment, optimizer, mesh)
+    lowered = train_step.lower(state, sharding.put_batch(rows, mesh))
+  assert lowered.as_text() == lower(experiment, mesh).as_text()
