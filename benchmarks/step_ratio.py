@@ -5,9 +5,11 @@
 
 Each checkout runs in a process of its own, on all cores. They take turns of two
 steps, and the ratio is the median over rounds of that within a round: below 1,
-this checkout is faster. Both need `benchmarks/steps.py`.
+this checkout is faster. The older one must know `benchmarks/steps.py` and every
+setting of the experiment.
 """
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -53,7 +55,9 @@ class _Checkout:
 
   def __init__(self, process: subprocess.Popen[str], name: str):
     self._process, self._name = process, name
-    self._read()
+    # The checkout may print something before.
+    while self._read() != "ready\n":
+      pass
 
   def _read(self) -> str:
     assert self._process.stdout is not None
@@ -65,8 +69,9 @@ class _Checkout:
   def __call__(self) -> float:
     """Takes two steps; returns the mean seconds of one."""
     assert self._process.stdin is not None
-    self._process.stdin.write("\n")
-    self._process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # `_read` tells it.
+      self._process.stdin.write("\n")
+      self._process.stdin.flush()
     return float(self._read())
 
 
@@ -75,7 +80,7 @@ def _started(name: str, folder: Path) -> Iterator[_Checkout]:
   """Starts the process of a checkout, and ends it with the block."""
   # The file of this checkout, by name or with ":VARIANT".
   experiment = str(Path(_EXPERIMENT.value).absolute())
-  overrides = [a for a in sys.argv[1:] if a.startswith("--experiment.")]
+  overrides = [f"--experiment.{k}={v}" for k, v in COMMAND.overrides.items()]
   arguments = [experiment, str(_DOMAINS), *overrides]
   with subprocess.Popen(
     [sys.executable, "-c", _STEPS, *arguments],

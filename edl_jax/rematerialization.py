@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 
 from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment
-from edl_jax.runtime import DoesNotFit, compile_program
-from edl_jax.step import trace_step
+from edl_jax.runtime import DoesNotFit, compile_program, memory_limit
+from edl_jax.step import AUTO, trace_step
 from edl_jax.text.taxonomy import Taxonomy
 
-AUTO = "auto"
 # Values of `model.remat`. Each computes more again than the one before, and
 # keeps less.
 ORDER = ("none", "experts", "attention", "full")
@@ -31,63 +30,73 @@ def choices(experiment: Experiment) -> list[Experiment]:
   """
   if experiment.model.remat != AUTO:
     return [experiment]
-  return [_with(experiment, remat) for remat in ORDER]
+  return [
+    dataclasses.replace(
+      experiment, model=dataclasses.replace(experiment.model, remat=remat)
+    )
+    for remat in ORDER
+  ]
 
 
 def first_that_fits(
-  experiment: Experiment,
+  made: Sequence[Experiment],
   compile_step: Callable[[Experiment], T],
   say: Callable[[str], None],
 ) -> tuple[Experiment, T]:
-  """Compiles the choices of `model.remat` in turn until one fits.
+  """Compiles one choice after the other until one fits.
 
   Args:
-    experiment: whose `model.remat` may be "auto".
+    made: from `choices`, or the last of them.
     compile_step: compiles a step; raises DoesNotFit.
-    say: is given a line for each choice of "auto" that was compiled.
+    say: is given a line for each choice that was compiled, if there are more.
 
   Returns:
-    The experiment with the choice, and what `compile_step` returned.
+    The choice, and what `compile_step` returned.
 
   Raises:
     DoesNotFit: the last choice does not fit either.
   """
-  made = choices(experiment)
-  for choice in made:
+  for choice in made[:-1]:
     title = f"model.remat={choice.model.remat}"
     try:
       compiled = compile_step(choice)
     except DoesNotFit as error:
-      if choice is made[-1]:
-        raise
       needed, available = error.needed / 2**30, error.available / 2**30
       say(f"{title} needs {needed:.2f} GiB of {available:.2f}")
-      continue
-    if len(made) > 1:
-      say(f"{title} fits, and computes the least again")
-    return choice, compiled
-  raise AssertionError("there is at least one choice")
+    else:
+      say(f"{title} fits")
+      return choice, compiled
+  last = made[-1]
+  compiled = compile_step(last)
+  if len(made) > 1:
+    say(f"model.remat={last.model.remat} fits")
+  return last, compiled
 
 
 def resolve(
   experiment: Experiment, taxonomy: Taxonomy, mesh: Mesh
-) -> Experiment:
-  """Returns the experiment with "auto" replaced by what fits this machine.
+) -> tuple[Experiment, jax.stages.Compiled | None]:
+  """Replaces "auto" by what fits the devices, and compiles the training step.
 
-  All processes take the same choice. Each keeps it in its cache folder, and the
-  compiled step in JAX's cache, so that only the first start compiles more than
-  one step. A CPU has no limit, so nothing is computed again there.
+  All processes take the same choice. Each notes it in its cache folder, and the
+  next start begins with it. A CPU has no limit, so nothing is computed again
+  there.
 
   Args:
     experiment: whose `model.remat` may be "auto".
     taxonomy, mesh: of the run.
 
+  Returns:
+    The experiment with the choice, and its compiled step. Without "auto", the
+    experiment itself and None.
+
   Raises:
     DoesNotFit: no choice fits.
   """
   if experiment.model.remat != AUTO:
-    return experiment
-  device = mesh.devices.flat[0]
+    return experiment, None
+  made = choices(experiment)
+  device = mesh.local_devices[0]
 
   @functools.cache
   def lower(choice: Experiment) -> jax.stages.Lowered:
@@ -95,40 +104,39 @@ def resolve(
     with jax.set_mesh(mesh):
       return traced.lower()
 
-  def compile_everywhere(choice: Experiment) -> None:
-    error = None
+  def compile_everywhere(choice: Experiment) -> jax.stages.Compiled:
+    compiled, missing = None, (0.0, 0.0)
     try:
-      compile_program(lower(choice), device)
-    except DoesNotFit as does_not_fit:
-      error = does_not_fit
-    # Where it does not fit, all processes have the same error: they compile
-    # one program for devices of one kind.
-    if not _agree(error is None):
-      raise error or DoesNotFit(np.nan, np.nan)
+      compiled = compile_program(lower(choice), device)
+    except DoesNotFit as error:
+      missing = error.needed, error.available
+    needed, available = max(map(tuple, _from_all(missing)))
+    if compiled is None or needed:
+      raise DoesNotFit(needed, available)
+    return compiled
 
-  # The program stands for the experiment, the mesh and this code.
+  # The step stands for the experiment and the mesh.
   key = cache_key(
-    lower(choices(experiment)[0]).as_text(),
+    lower(made[0]).as_text(),
     device.device_kind,
     device.client.platform_version,
+    memory_limit(device) or 0,
   )
   name = f"remat-{key}.txt"
-  kept = read_cache(name)
-  if _agree(kept is not None) and kept is not None:
-    return _with(experiment, kept.decode())
-  chosen, _ = first_that_fits(experiment, compile_everywhere, _say)
+  kept = (read_cache(name) or b"").decode()
+  # What is noted may not fit any more: it is where to begin. Processes begin
+  # together, whatever each of them has noted.
+  begin = ORDER.index(kept) if kept in ORDER else 0
+  first = int(_from_all((begin,)).min())
+  chosen, compiled = first_that_fits(made[first:], compile_everywhere, _say)
   write_cache(name, chosen.model.remat.encode())
-  return chosen
+  return chosen, compiled
 
 
-def _with(experiment: Experiment, remat: str) -> Experiment:
-  model = dataclasses.replace(experiment.model, remat=remat)
-  return dataclasses.replace(experiment, model=model)
-
-
-def _agree(holds: bool) -> bool:
-  """Returns whether something holds in all processes of the run."""
-  return bool(np.all(multihost_utils.process_allgather(np.array(holds))))
+def _from_all(values: Sequence[float]) -> np.ndarray:
+  """Returns the numbers of every process, float32 (processes, numbers)."""
+  own = np.array(values, np.float32)
+  return np.reshape(multihost_utils.process_allgather(own), (-1, own.size))
 
 
 def _say(line: str) -> None:

@@ -163,9 +163,9 @@ class DoesNotFit(UserError):
   def __init__(self, needed: float, available: float):
     super().__init__(
       f"the step needs {needed / 2**30:.2f} GiB of a device, which has"
-      f" {available / 2**30:.2f}; use more devices along mesh.fsdp,"
-      " model.remat=auto, or a smaller train.batch_size or"
-      " model.logits_elements"
+      f" {available / 2**30:.2f}; use more devices along mesh.fsdp, a smaller"
+      " train.batch_size or model.logits_elements, or model.remat=auto where it"
+      " is not set"
     )
     self.needed = needed
     self.available = available
@@ -213,8 +213,9 @@ def compile_program(
 ) -> jax.stages.Compiled:
   """Compiles a training step for `device` with `compiler_options`.
 
-  Options come and go between versions of XLA: those that the installed one does
-  not know are left out, with a line on stderr.
+  The device is one of this process, or only described. Options come and go
+  between versions of XLA: those that the installed one does not know are left
+  out, with a line on stderr.
 
   Raises:
     DoesNotFit: the memory of a TPU or GPU does not hold the step.

@@ -34,6 +34,9 @@ from edl_jax.spikes import Spikes, judge, no_spikes
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
 
+# The value of `model.remat` that `rematerialization.resolve` replaces.
+AUTO = "auto"
+
 
 class TrainState(NamedTuple):
   """The state that a training step maps to the next state."""
@@ -86,6 +89,7 @@ def _coarse_weight(experiment: Experiment) -> float:
   """Returns the share of the coarse level in the divergence loss."""
   by_granularity = {
     "coarse": 1.0,
+    "shuffled_coarse": 1.0,
     "hierarchical": experiment.losses.coarse_weight,
   }
   return by_granularity.get(experiment.data.granularity, 0.0)
@@ -136,7 +140,7 @@ def _token_pairs(
   if experiment.losses.divergence_pairs != "tokens":
     return None
   domain_B = batch.domain_B
-  if experiment.data.granularity == "coarse":
+  if experiment.data.granularity in ("coarse", "shuffled_coarse"):
     # The label -1, of rows without a domain, reads the last element.
     domain_B = jnp.array([*taxonomy.parent, -1])[domain_B]
   return token_pairs.sample(
@@ -272,7 +276,12 @@ def make_train_step(
 
   It maps a TrainState and a global Batch to the next TrainState and a
   StepOutput.
+
+  Raises:
+    ValueError: `model.remat` is "auto".
   """
+  if experiment.model.remat == AUTO:
+    raise ValueError("model.remat='auto': call rematerialization.resolve first")
   everywhere = NamedSharding(mesh, PartitionSpec())
   shardings = state_shardings(experiment, optimizer, mesh)
   on_device = jax.tree.map(lambda x: x.with_memory_kind("device"), shardings)

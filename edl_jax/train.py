@@ -90,7 +90,7 @@ class _Loop:
     tasks: EncodedTasks | None,
   ):
     taxonomy = corpus.taxonomy
-    experiment = rematerialization.resolve(
+    experiment, self._compiled_step = rematerialization.resolve(
       provenance.experiment, taxonomy, mesh
     )
     self._experiment, self._provenance = experiment, provenance
@@ -101,7 +101,6 @@ class _Loop:
     optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
     num_domains = len(taxonomy.fine)
     self._train_step = make_train_step(experiment, optimizer, taxonomy, mesh)
-    self._compiled_step: jax.stages.Compiled | None = None
     self._eval_step = eval_step_for(corpus, provenance)
     self._eval_batches = eval_batches(
       corpus, provenance.tokenizer, experiment, *process
@@ -175,7 +174,7 @@ class _Loop:
       started = time.monotonic()
       # Compile ahead of the step, so that the clock can exclude it.
       self._compiled_step = compile_program(
-        self._train_step.lower(self.state, batch), self._mesh.devices.flat[0]
+        self._train_step.lower(self.state, batch), self._mesh.local_devices[0]
       )
       self._clock.exclude(started, "compile")
       self._clock.restart(step - 1)
@@ -438,6 +437,7 @@ def train(
 
   Raises:
     NonFiniteError: a loss term or the gradient is not finite.
+    DoesNotFit: the devices' memory does not hold the step.
     DamagedError: no checkpoint of the run is intact.
     Preempted: SIGTERM, SIGINT or SIGHUP arrived, and the state was saved.
   """

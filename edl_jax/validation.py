@@ -112,10 +112,11 @@ def _check_router(experiment: Experiment) -> None:
       f"{experiment.losses.divergence_weight}: labels decide how far domains"
       " diverge, so the loss has nothing to teach; set it to 0"
     )
-  if experiment.data.granularity == "shuffled":
+  if experiment.data.granularity.startswith("shuffled"):
     raise UserError(
       f"{name}: training would choose experts by random labels and evaluation"
-      " by true ones; choose another data.granularity than shuffled"
+      " by true ones; choose another data.granularity than"
+      f" {experiment.data.granularity}"
     )
 
 

@@ -14,7 +14,7 @@ experts in each layer (one seed; -0.03 in an earlier run).
 
 The loss compares the fine domains. The variant `demo.py:coarse` compares their
 parents (code, math, prose, tables), `:hierarchical` both levels, and
-`:shuffled` random labels, as a control.
+`:shuffled` and `:shuffled_coarse` random labels, as controls.
 """
 
 from edl_jax.config import (

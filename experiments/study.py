@@ -7,7 +7,8 @@ scope of the balance loss and the seed.
 
 - `study.py:fine`: L_ED compares the 39 sources.
 - `:coarse`: their four coarse domains; `:hierarchical`: both levels.
-- `:shuffled`: random labels, as a control.
+- `:shuffled`: random labels, as a control; `:shuffled_coarse`: the coarse ones
+  of these.
 - `:pools`: no labels; each document draws a pool of 2 to 16 experts.
 - `:router`: each source has fixed experts, as a reference.
 - `:micro_batches`: the losses of micro-batches of 8 rows, averaged, as trainers

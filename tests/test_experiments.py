@@ -17,12 +17,14 @@ VARIANTS = {
     *("", ":both", ":orthogonality", ":variance", ":none", ":edl"),
   ],
   "bench": [""],
-  "demo": ["", ":fine", ":coarse", ":hierarchical", ":shuffled"],
+  "demo": [
+    *("", ":fine", ":coarse", ":hierarchical", ":shuffled", ":shuffled_coarse"),
+  ],
   "edl": ["", ":15b", *(f":{size},coarse" for size in ("3b", "4b", "8b"))],
   "small": ["", ":tpu"],
   "small_web3": ["", ":fine", ":coarse", ":shuffled", ":baseline"],
   "study": [
-    *("", ":fine", ":coarse", ":hierarchical", ":shuffled"),
+    *("", ":fine", ":coarse", ":hierarchical", ":shuffled", ":shuffled_coarse"),
     *(":pools", ":router", ":micro_batches"),
     *(":truth", ":truth_pools", ":truth_router"),
     ":post_training_base",
@@ -51,7 +53,8 @@ def test_variant_loads(path):
     ("small.py:gpu", "variant 'gpu': must be one of cpu, tpu"),
     (
       "demo.py:all",
-      "variant 'all': must be one of fine, coarse, hierarchical, shuffled",
+      "variant 'all': must be one of fine, coarse, hierarchical, shuffled,"
+      " shuffled_coarse",
     ),
     ("edl.py:16b", "variant '16b': must be one of 3b, 4b, 8b, 15b"),
     (

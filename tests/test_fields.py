@@ -183,15 +183,15 @@ def test_numbers_have_bounds():
 
 
 def test_choices_equal_the_tables_that_they_name():
-  from edl_jax import rematerialization
+  from edl_jax import rematerialization, step
   from edl_jax.losses import divergence
   from edl_jax.model import transformer
 
   assert config.choices("losses.divergence") == divergence.DIVERGENCES
   assert config.choices("model.remat") == (
-    *("none", *transformer._REMAT_POLICIES, rematerialization.AUTO),
+    *("none", *transformer._REMAT_POLICIES, step.AUTO),
   )
-  assert {*rematerialization.ORDER, rematerialization.AUTO} == {
+  assert {*rematerialization.ORDER, step.AUTO} == {
     *config.choices("model.remat")
   }
 

@@ -1,8 +1,11 @@
 """The choice of what the backward pass computes again, by real compiles."""
 
 import dataclasses
+import os
+import pathlib
 
 import jax
+import numpy as np
 import pytest
 
 from edl_jax import rematerialization, runtime, sharding, step
@@ -83,45 +86,75 @@ def test_the_first_that_fits_is_chosen(mesh, compiled, monkeypatch, capsys):
   ]
   # Each choice needs less than the one before.
   assert sizes == sorted(set(sizes), reverse=True)
-  monkeypatch.setattr(runtime, "memory_limit", lambda _: sizes[2])
-  chosen = rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
-  assert chosen.model.remat == "attention"
-  assert [
-    line.split()[:2] for line in capsys.readouterr().out.splitlines()
-  ] == [
-    ["model.remat=none", "needs"],
-    ["model.remat=experts", "needs"],
-    ["model.remat=attention", "fits,"],
-  ]
-  # Otherwise the choice would be remembered.
-  monkeypatch.setenv("EDL_JAX_CACHE", "/proc/none")
-  monkeypatch.setattr(runtime, "memory_limit", lambda _: sizes[-1] - 1)
+
+  def resolve(limit):
+    monkeypatch.setattr(runtime, "memory_limit", lambda _: limit)
+    chosen, step = rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
+    assert step is compiled[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"model.remat={chosen.model.remat} fits"
+    return chosen.model.remat, [line.split()[0] for line in lines[:-1]]
+
+  attention = ["model.remat=none", "model.remat=experts"]
+  assert resolve(sizes[2]) == ("attention", attention)
+  # The next start begins there.
+  assert resolve(sizes[2]) == ("attention", [])
+  # What was noted need not fit any more.
+  assert resolve(sizes[3]) == ("full", ["model.remat=attention"])
   with pytest.raises(runtime.DoesNotFit, match="along mesh") as raised:
-    rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
-  assert raised.value.needed == sizes[-1]
+    resolve(sizes[3] - 1)
+  assert raised.value.needed == pytest.approx(sizes[3])
 
 
-def test_a_choice_is_made_once_for_each_program(mesh, compiled, monkeypatch):
-  first = rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
+def test_a_choice_is_noted_for_each_program(mesh, compiled):
+  first, _ = rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
   # The memory of a CPU is no limit.
   assert first.model.remat == "none" and len(compiled) == 1
-  assert rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh) == first
-  assert len(compiled) == 1
+  notes = set(pathlib.Path(os.environ["EDL_JAX_CACHE"]).iterdir())
   longer = dataclasses.replace(
     EXPERIMENT, train=dataclasses.replace(EXPERIMENT.train, batch_size=16)
   )
   rematerialization.resolve(longer, TAXONOMY, mesh)
-  assert len(compiled) == 2
+  both = set(pathlib.Path(os.environ["EDL_JAX_CACHE"]).iterdir())
+  assert len(notes) == 1 and len(both) == 2
+
+
+def test_processes_begin_where_the_first_of_them_does(
+  mesh, compiled, monkeypatch
+):
+  """As where another process has noted nothing, or another choice."""
+  full = rematerialization.ORDER.index("full")
+  noted = []
+
+  def from_all(values):
+    # Another process, which has noted "full".
+    noted.append(values)
+    return np.array([values, [full] * len(values)], np.float32)
+
+  monkeypatch.setattr(rematerialization, "_from_all", from_all)
+  monkeypatch.setattr(rematerialization, "read_cache", lambda _: b"attention")
+  with pytest.raises(runtime.DoesNotFit) as raised:
+    rematerialization.resolve(EXPERIMENT, TAXONOMY, mesh)
+  # It began with "attention", and the other process could not hold a step.
+  assert noted[0] == (rematerialization.ORDER.index("attention"),)
+  assert len(compiled) == 2 and raised.value.needed == full
 
 
 def test_other_values_stay_and_compile_nothing(mesh, compiled):
   for chosen in rematerialization.choices(EXPERIMENT):
-    assert rematerialization.resolve(chosen, TAXONOMY, mesh) is chosen
+    found, step = rematerialization.resolve(chosen, TAXONOMY, mesh)
+    assert found is chosen and step is None
   assert not compiled
 
 
+def test_a_step_does_not_resolve_the_choice_itself(mesh):
+  optimizer = make_optimizer(EXPERIMENT.optimizer, EXPERIMENT.train.num_steps)
+  with pytest.raises(ValueError, match="resolve first"):
+    step.make_train_step(EXPERIMENT, optimizer, TAXONOMY, mesh)
+
+
 def test_the_step_is_that_of_training(mesh):
-  """Otherwise JAX's cache would not have the step when training starts."""
+  """Training calls it with its own state and batches."""
   experiment = rematerialization.choices(EXPERIMENT)[-1]
   optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
   train_step = step.make_train_step(experiment, optimizer, TAXONOMY, mesh)

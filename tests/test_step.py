@@ -106,6 +106,22 @@ def naive_pair_loss(model, pairs):
   ).mean()
 
 
+@pytest.mark.parametrize("pairs_of", ["domains", "tokens"])
+def test_random_coarse_labels_are_compared_as_coarse_ones(pairs_of):
+  """The labels themselves come with the rows."""
+  found = [
+    gradient_of(
+      model(),
+      batch(),
+      replaced(
+        data={"granularity": granularity}, losses={"divergence_pairs": pairs_of}
+      ),
+    )[1]["divergence_loss"]
+    for granularity in ("coarse", "shuffled_coarse", "shuffled")
+  ]
+  assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("granularity", ["fine", "coarse"])
 def test_loss_and_gradient_of_token_pairs_against_naive(granularity):
   experiment = replaced(data={"granularity": granularity})

@@ -138,9 +138,12 @@ INVALID = [
       ({"model.pool_min": 2, "model.pool_max": 3}, ("pool_min=2", "learned")),
       ({"losses.divergence_weight": 0.1}, ("divergence_weight=0.1",)),
       ({"train.task_every": 5}, ("train.task_every=5", "no domain")),
-      (
-        {"losses.divergence_weight": 0, "data.granularity": "shuffled"},
-        ("shuffled", "random labels"),
+      *(
+        (
+          {"losses.divergence_weight": 0, "data.granularity": labels},
+          (f"than {labels}", "random labels"),
+        )
+        for labels in ("shuffled", "shuffled_coarse")
       ),
     )
   ),

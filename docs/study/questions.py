@@ -112,6 +112,7 @@ _LABEL_FILES = (
   "labels_coarse",
   "labels_hierarchical",
   "labels_shuffled",
+  "labels_shuffled_coarse",
   "labels_pools",
   "labels_router",
 )
@@ -123,22 +124,50 @@ _LABELS = [
     for label, value in (
       ("4 coarse domains", "coarse"),
       ("both levels", "hierarchical"),
-      ("random ones", "shuffled"),
+      ("39 random ones", "shuffled"),
+      ("4 random ones", "shuffled_coarse"),
     )
   ),
   Condition(
     "none, pools of 2 to 16", _NO_LOSS | {"model.pool_min": "2"}, "none"
   ),
 ]
-_RANDOM = [
+_TEXTS = [
+  Condition("first text: none", _NO_LOSS | {"file": "balance"}),
   Condition(
-    "39 sources, first text and machine", _DIVERGENCE | {"file": "balance"}
+    "first text: 39 sources",
+    _DIVERGENCE | {"file": "balance"},
+    "first text: none",
   ),
-  Condition("39 sources", _DIVERGENCE | {"file": "other_text"}),
+  Condition("third text: none", _NO_LOSS | {"file": "labels_none"}),
   Condition(
-    "random labels",
-    _DIVERGENCE | {"data.granularity": "shuffled", "file": "other_text_random"},
-    "39 sources",
+    "third text: 39 sources",
+    _DIVERGENCE | {"file": "labels_fine"},
+    "third text: none",
+  ),
+]
+_SHUFFLED = _DIVERGENCE | {"data.granularity": "shuffled"}
+_RANDOM = [
+  Condition("second text: 39 sources", _DIVERGENCE | {"file": "other_text"}),
+  Condition(
+    "second text: 39 random ones",
+    _SHUFFLED | {"file": "other_text_random"},
+    "second text: 39 sources",
+  ),
+  Condition("third text: 39 sources", _DIVERGENCE | {"file": "labels_fine"}),
+  Condition(
+    "third text: 39 random ones",
+    _SHUFFLED | {"file": "labels_shuffled"},
+    "third text: 39 sources",
+  ),
+]
+_AGAIN = [
+  Condition("first text, first machine", _DIVERGENCE | {"file": "balance"}),
+  Condition(
+    "second text, second machine", _DIVERGENCE | {"file": "other_text"}
+  ),
+  Condition(
+    "third text, second machine", _DIVERGENCE | {"file": "labels_fine"}
   ),
 ]
 _POST_TRAINING = [
@@ -174,9 +203,21 @@ QUESTIONS = (
     (("LM loss", "lm_loss", ".4f"), *_ROUTING),
   ),
   Question(
+    "texts",
+    ("balance", "labels_none", "labels_fine"),
+    _TEXTS,
+    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+  ),
+  Question(
     "random",
-    ("balance", "other_text", "other_text_random"),
+    ("other_text", "other_text_random", "labels_fine", "labels_shuffled"),
     _RANDOM,
+    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+  ),
+  Question(
+    "again",
+    ("balance", "other_text", "labels_fine"),
+    _AGAIN,
     (("LM loss", "lm_loss", ".4f"), *_ROUTING),
   ),
   Question(

@@ -62,6 +62,8 @@ for seed in 0 1 2; do
   sweep labels_hierarchical hierarchical losses.divergence_weight=0.01 \
     seed=$seed
   sweep labels_shuffled shuffled losses.divergence_weight=0.01 seed=$seed
+  sweep labels_shuffled_coarse shuffled_coarse losses.divergence_weight=0.01 \
+    seed=$seed
   sweep labels_pools pools losses.divergence_weight=0 seed=$seed
   sweep labels_router router losses.divergence_weight=0 seed=$seed
 done
@@ -70,7 +72,7 @@ done
 sweep other_text fine losses.divergence_weight=0.01 seed=0,1,2
 sweep other_text_random shuffled losses.divergence_weight=0.01 seed=0,1,2
 for question in balance balance_bias micro_batches \
-  labels_{none,fine,coarse,hierarchical,shuffled,pools}; do
+  labels_{none,fine,coarse,hierarchical,shuffled,shuffled_coarse,pools}; do
   carve "$question" 4,8
 done
 

@@ -123,19 +123,19 @@ def _compile(
   from edl_jax import rematerialization
   from edl_jax.aot import compile as aot_compile
 
+  choices = rematerialization.choices(experiment)
   count = f"{len(topology.devices):,} {topology.unit}s"
   text = f"compiling {experiment.name} {name}".strip()
-  is_chosen = experiment.model.remat == rematerialization.AUTO
 
   def compile_step(choice: Experiment) -> "Step":
-    with_remat = f" with model.remat={choice.model.remat}" if is_chosen else ""
-    with elapsed(f"{text}{with_remat} for {topology.title} ({count})"):
+    remat = f" with model.remat={choice.model.remat}" if choices[1:] else ""
+    with elapsed(f"{text}{remat} for {topology.title} ({count})"):
       return aot_compile.compile_step(choice, topology, _NUM_DOMAINS.value)
 
   def say(line: str) -> None:
     print(line, flush=True)
 
-  return rematerialization.first_that_fits(experiment, compile_step, say)
+  return rematerialization.first_that_fits(choices, compile_step, say)
 
 
 @COMMAND.main

@@ -357,10 +357,11 @@ class DataConfig:
   )
   granularity: str = field(
     "fine",
-    choices=("fine", "coarse", "hierarchical", "shuffled"),
+    choices=("fine", "coarse", "hierarchical", "shuffled", "shuffled_coarse"),
     help="Domain labels that L_ED compares: fine, coarse, or both"
-    " (hierarchical, see losses.coarse_weight). As a control, shuffled gives"
-    " every training row a random fine label.",
+    " (hierarchical, see losses.coarse_weight). As controls, shuffled gives"
+    " every training row a random fine label, and shuffled_coarse compares the"
+    " coarse labels of these.",
   )
   tokenizer: str = field(
     "bpe",

@@ -46,8 +46,9 @@ def train_dataset(
   """Returns the endless sequence of training rows, and its epoch counter.
 
   Rows are Batches that lack the axis B. Each domain is shuffled anew in every
-  epoch of its own. With `data.granularity="shuffled"` a labelled row i gets a
-  random fine label, which depends on i and the seed alone.
+  epoch of its own. With a `data.granularity` of "shuffled" or "shuffled_coarse"
+  a labelled row i gets a random fine label, which depends on i and the seed
+  alone.
 
   Raises:
     UserError: a domain has less text than one row.
@@ -71,7 +72,7 @@ def train_dataset(
     dataset = dataset.shuffle(_seed(experiment, f"rows {domain}"))
     datasets.append(dataset.repeat().map(rows.__getitem__))
   mixture = mix_phases(datasets, phases)
-  if experiment.data.granularity == "shuffled":
+  if experiment.data.granularity.startswith("shuffled"):
     count = len(taxonomy.fine)
 
     def relabel(row: Batch, rng: np.random.Generator) -> Batch:

@@ -224,6 +224,11 @@ def test_shuffled_labels_are_uniform_and_deterministic():
   # By index, in any order.
   for i in (899, 5, 300):
     assert again[i].domain_B == labels[i]
+  # The step takes the coarse labels of the same draws.
+  coarse, _ = train_dataset(
+    CORPUS, TOKENIZER, make_experiment(granularity="shuffled_coarse")
+  )
+  assert [int(coarse[i].domain_B) for i in range(50)] == labels[:50]
   other, _ = train_dataset(
     CORPUS, TOKENIZER, make_experiment(seed=1, granularity="shuffled")
   )
