@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from edl_jax.config import MeshConfig, MoEConfig
-from edl_jax.model import expert_parallel, grouped_matmul
+from edl_jax.model import experts, grouped_matmul
 from edl_jax.model.expert_parallel import mixed_outputs
 from edl_jax.sharding import ROW_AXES, make_mesh
 
@@ -233,13 +233,13 @@ def test_capacity_drops_later_tokens(axes):
 @pytest.mark.parametrize("dispatch", ["ragged_all_to_all", "ring"])
 def test_every_row_is_computed_once(dispatch, monkeypatch):
   rows = []
-  original = expert_parallel.grouped_matmul
+  original = experts.grouped_matmul
 
   def counting(x_RM, w_EMF, group_sizes_E):
     jax.debug.callback(lambda n: rows.append(int(n)), group_sizes_E.sum())
     return original(x_RM, w_EMF, group_sizes_E)
 
-  monkeypatch.setattr(expert_parallel, "grouped_matmul", counting)
+  monkeypatch.setattr(experts, "grouped_matmul", counting)
   x, gate, gate_up, down, _ = arrays(8, 2)
   rows_spec, expert_spec = PartitionSpec(ROW_AXES), PartitionSpec("expert")
   mesh = make_mesh(
