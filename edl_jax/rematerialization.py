@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 from edl_jax.cache import cache_key, read_cache, write_cache
 from edl_jax.config import Experiment
 from edl_jax.runtime import DoesNotFit, compile_program, memory_limit
-from edl_jax.step import AUTO, trace_step
+from edl_jax.step import AUTO
 from edl_jax.text.taxonomy import Taxonomy
+from edl_jax.tracing import trace_step
 
 # Values of `model.remat`. Each computes more again than the one before, and
 # keeps less.

@@ -18,6 +18,7 @@ from edl_jax.losses.objective import (
   auto_weights,
   objective,
   summaries,
+  weight_factors,
 )
 from edl_jax.model.balancing import balanced
 from edl_jax.model.choice import draw_pool_sizes
@@ -103,13 +104,17 @@ def _losses(experiment: Experiment) -> LossesConfig:
 
 
 def _loss_context(
-  experiment: Experiment, taxonomy: Taxonomy, rows: int
+  experiment: Experiment,
+  taxonomy: Taxonomy,
+  rows: int,
+  step: jax.Array | int,
 ) -> LossContext:
   return LossContext(
     _losses(experiment),
     taxonomy.parent,
     _coarse_weight(experiment),
     max_present=rows,
+    factors=weight_factors(experiment.losses, experiment.train.num_steps, step),
   )
 
 
@@ -186,12 +191,12 @@ def loss_and_gradient(
     experiment: losses, accumulation and granularity.
     taxonomy: fine domains and their parents.
     kept_weights: see `objective`.
-    step: optimizer steps taken; decides which random numbers are drawn.
+    step: optimizer steps taken; decides random numbers and `weight_factors`.
 
   Returns:
     The sums, the terms by name, and the gradient as `optim.trained` of a model.
   """
-  context = _loss_context(experiment, taxonomy, len(batch.domain_B))
+  context = _loss_context(experiment, taxonomy, len(batch.domain_B), step)
 
   @jax.named_scope("objective")
   def of_sums(sums: routing.BatchSums):
@@ -440,44 +445,6 @@ def init_state(
     lambda: _new_state(experiment, optimizer),
     out_shardings=state_shardings(experiment, optimizer, mesh),
   )()
-
-
-def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
-  """Returns a global batch with shapes in place of arrays."""
-  train = experiment.train
-
-  def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(
-      (train.batch_size, *shape), dtype, sharding=sharding.row_sharding(mesh)
-    )
-
-  by_token = train.sequence_length
-  return Batch(
-    tokens_BT=rows(jnp.int32, by_token),
-    targets_BT=rows(jnp.int32, by_token),
-    segments_BT=rows(jnp.int32, by_token),
-    positions_BT=rows(jnp.int32, by_token),
-    weights_BT=rows(jnp.float32, by_token),
-    domain_B=rows(jnp.int32),
-  )
-
-
-def trace_step(
-  experiment: Experiment, taxonomy: Taxonomy, mesh: Mesh
-) -> tuple[jax.stages.Traced, tuple[TrainState, Batch]]:
-  """Traces the training step, without a parameter or a row in memory.
-
-  Returns:
-    The traced step, and its arguments as `ShapeDtypeStruct`s with shardings.
-  """
-  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
-  # Build state and step outside of `set_mesh`: both make small arrays, which
-  # devices that are only described cannot hold.
-  state = abstract_state(experiment, optimizer, mesh)
-  step = make_train_step(experiment, optimizer, taxonomy, mesh)
-  batch = abstract_batch(experiment, mesh)
-  with jax.set_mesh(mesh):
-    return step.trace(state, batch), (state, batch)
 
 
 def learned_names(experiment: Experiment) -> set[str]:

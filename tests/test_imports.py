@@ -20,7 +20,7 @@ ARROWS = {
   "aot": {
     *("command", "config", "config_files", "model", "progress"),
     *("rematerialization", "runtime", "sharding", "step", "storage"),
-    *("tables", "text"),
+    *("tables", "text", "tracing"),
   },
   "cache": {"storage"},
   "checkpoint": {
@@ -66,7 +66,9 @@ ARROWS = {
   "preemption": set(),
   "profiling": {"storage"},
   "progress": set(),
-  "rematerialization": {"cache", "config", "runtime", "step", "text"},
+  "rematerialization": {
+    *("cache", "config", "runtime", "step", "text", "tracing"),
+  },
   "runtime": {"cache", "config"},
   "sharding": {"config"},
   "spikes": set(),
@@ -84,6 +86,7 @@ ARROWS = {
     *("runtime", "sharding", "storage", "tables", "text"),
   },
   "text": {"cache", "config", "progress", "storage"},
+  "tracing": {"config", "optim", "sharding", "step", "text"},
   "train": {
     *("analysis", "checkpoint", "clock", "config", "environment"),
     *("evaluate", "losses", "metric_writers", "metrics", "model", "optim"),

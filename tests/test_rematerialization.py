@@ -18,6 +18,7 @@ from edl_jax.config import (
 )
 from edl_jax.optim import make_optimizer
 from edl_jax.text.taxonomy import Taxonomy
+from edl_jax.tracing import trace_step
 
 TAXONOMY = Taxonomy(fine=("a", "b"), coarse=("x",), parent=(0, 0))
 EXPERIMENT = Experiment(
@@ -62,7 +63,7 @@ def compiled(monkeypatch, tmp_path):
 
 
 def lower(experiment, mesh):
-  traced, _ = step.trace_step(experiment, TAXONOMY, mesh)
+  traced, _ = trace_step(experiment, TAXONOMY, mesh)
   with jax.set_mesh(mesh):
     return traced.lower()
 
@@ -151,16 +152,3 @@ def test_a_step_does_not_resolve_the_choice_itself(mesh):
   optimizer = make_optimizer(EXPERIMENT.optimizer, EXPERIMENT.train.num_steps)
   with pytest.raises(ValueError, match="resolve first"):
     step.make_train_step(EXPERIMENT, optimizer, TAXONOMY, mesh)
-
-
-def test_the_step_is_that_of_training(mesh):
-  """Training calls it with its own state and batches."""
-  experiment = rematerialization.choices(EXPERIMENT)[-1]
-  optimizer = make_optimizer(experiment.optimizer, experiment.train.num_steps)
-  train_step = step.make_train_step(experiment, optimizer, TAXONOMY, mesh)
-  abstract = step.abstract_batch(experiment, mesh)
-  rows = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract)
-  with jax.set_mesh(mesh):
-    state = step.init_state(experiment, optimizer, mesh)
-    lowered = train_step.lower(state, sharding.put_batch(rows, mesh))
-  assert lowered.as_text() == lower(experiment, mesh).as_text()

@@ -23,6 +23,7 @@ from edl_jax.config import (
 from edl_jax.optim import make_optimizer, make_schedule
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
+from edl_jax.tracing import abstract_batch
 from tests.xla import FAST_OPTIONS
 
 ROWS, LENGTH, NUM_PAIRS = 6, 10, 40
@@ -104,6 +105,24 @@ def naive_pair_loss(model, pairs):
   return (
     divergence_LI[:, same_I].mean(1) - divergence_LI[:, ~same_I].mean(1)
   ).mean()
+
+
+def test_a_weight_falls_with_the_steps_taken():
+  """In the last fifth of the run, as by half its weight after nine tenths."""
+
+  def loss(taken, **settings):
+    experiment = replaced(
+      losses={"divergence_pairs": "domains", **settings},
+      train={"num_steps": 10},
+    )
+    return float(
+      gradient_of(model(), batch(), experiment, step=taken)[1]["loss"]
+    )
+
+  falling = {"divergence_schedule": "decay"}
+  assert loss(8, **falling) == loss(8)
+  half = loss(9, divergence_weight=EXPERIMENT.losses.divergence_weight / 2)
+  assert loss(9, **falling) == pytest.approx(half, rel=1e-6)
 
 
 @pytest.mark.parametrize("pairs_of", ["domains", "tokens"])
@@ -302,9 +321,9 @@ def test_gradients_travel_between_copies_once_a_step(accumulation):
     program = step.make_train_step(experiment, optimizer, TAXONOMY, mesh)
     state = step.abstract_state(experiment, optimizer, mesh)
     with jax.set_mesh(mesh):
-      compiled = program.lower(
-        state, step.abstract_batch(experiment, mesh)
-      ).compile(FAST_OPTIONS)
+      compiled = program.lower(state, abstract_batch(experiment, mesh)).compile(
+        FAST_OPTIONS
+      )
     found = hlo_costs.costs(hlo.parse(compiled.as_text() or ""), 4)
     held = sum(
       4 * math.prod(leaf.sharding.shard_shape(leaf.shape))

@@ -146,6 +146,20 @@ _TEXTS = [
     "third text: none",
   ),
 ]
+_SCHEDULE = [
+  Condition("no divergence", _NO_LOSS),
+  *(
+    Condition(label, _DIVERGENCE | {"file": name}, "no divergence")
+    for label, name in (
+      ("0.01 at every step", "labels_fine"),
+      ("rising over the first fifth", "schedule_warmup"),
+      ("falling to 0 over the last fifth", "schedule_decay"),
+    )
+  ),
+]
+_SCHEDULE_FILES = (
+  *("labels_none", "labels_fine", "schedule_warmup", "schedule_decay"),
+)
 _SHUFFLED = _DIVERGENCE | {"data.granularity": "shuffled"}
 _RANDOM = [
   Condition("second text: 39 sources", _DIVERGENCE | {"file": "other_text"}),
@@ -201,6 +215,12 @@ QUESTIONS = (
       ),
     ],
     (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+  ),
+  Question(
+    "schedule",
+    _SCHEDULE_FILES,
+    _SCHEDULE,
+    (("LM loss", "lm_loss", ".4f"), *_ROUTING, *_CARVED),
   ),
   Question(
     "texts",

@@ -58,6 +58,11 @@ for seed in 0 1 2; do
   # What the labels say, with runs of the same text to compare with.
   sweep labels_none fine losses.divergence_weight=0 seed=$seed
   sweep labels_fine fine losses.divergence_weight=0.01 seed=$seed
+  # What the weight does over the run.
+  sweep schedule_warmup fine losses.divergence_weight=0.01 \
+    losses.divergence_schedule=warmup seed=$seed
+  sweep schedule_decay fine losses.divergence_weight=0.01 \
+    losses.divergence_schedule=decay seed=$seed
   sweep labels_coarse coarse losses.divergence_weight=0.01 seed=$seed
   sweep labels_hierarchical hierarchical losses.divergence_weight=0.01 \
     seed=$seed
@@ -71,7 +76,7 @@ done
 # that of the runs above: a new `data.corpora` reads what its sources are today.
 sweep other_text fine losses.divergence_weight=0.01 seed=0,1,2
 sweep other_text_random shuffled losses.divergence_weight=0.01 seed=0,1,2
-for question in balance balance_bias micro_batches \
+for question in balance balance_bias micro_batches schedule_{warmup,decay} \
   labels_{none,fine,coarse,hierarchical,shuffled,shuffled_coarse,pools}; do
   carve "$question" 4,8
 done

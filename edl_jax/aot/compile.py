@@ -11,8 +11,8 @@ from edl_jax import sharding
 from edl_jax.aot.topologies import Topology
 from edl_jax.config import Experiment
 from edl_jax.runtime import DoesNotFit, compile_program
-from edl_jax.step import trace_step
 from edl_jax.text.taxonomy import Taxonomy, load_taxonomy
+from edl_jax.tracing import trace_step
 
 # The paper's finer taxonomy; for experiments that leave domains to the data.
 NUM_DOMAINS = 49

@@ -38,6 +38,19 @@ class LossesConfig:
   divergence_weight: float = field(
     0.0, at_least=0, help="Weight of the expert divergence loss L_ED, beta."
   )
+  divergence_schedule: str = field(
+    "constant",
+    choices=("constant", "warmup", "decay"),
+    help="divergence_weight over the run: the same at every step (constant),"
+    " rising from 0 over the first divergence_fraction of the steps (warmup),"
+    " or falling to 0 over the last (decay).",
+  )
+  divergence_fraction: float = field(
+    0.2,
+    above=0,
+    at_most=1,
+    help="Share of the steps in the rise or fall of divergence_schedule.",
+  )
   divergence: str = field(
     "jensen_shannon",
     choices=(

@@ -42,6 +42,8 @@ class LossContext(NamedTuple):
   # Rows of the global batch, which bound the number of domains present. None:
   # all domains may be present.
   max_present: int | None = None
+  # What weights are multiplied by, by field of `config`; see `weight_factors`.
+  factors: Mapping[str, jax.Array] | None = None
 
 
 class LossTerm(NamedTuple):
@@ -328,6 +330,29 @@ def _found_weight(loss: jax.Array, target: float, kept: jax.Array) -> jax.Array:
   return jnp.where(kept > 0, kept, jnp.where(size > 0, 10.0**exponent, 0))
 
 
+def weight_factors(
+  config: LossesConfig, num_steps: int, step: jax.Array | int
+) -> dict[str, jax.Array]:
+  """Returns what weights are multiplied by at a step, by their fields.
+
+  Weights that stay as they are have no entry. `config.divergence_schedule` of
+  "warmup" rises linearly from 0 at the first step to 1 after
+  `config.divergence_fraction` of the steps; "decay" is 1 until that share is
+  left, and falls linearly to 0 after the last.
+
+  Args:
+    config: the weights.
+    num_steps: of the run.
+    step: optimizer steps taken, from 0.
+  """
+  if config.divergence_schedule == "constant":
+    return {}
+  length = config.divergence_fraction * num_steps
+  falls = config.divergence_schedule == "decay"
+  inside = num_steps - step if falls else step
+  return {"divergence_weight": jnp.clip(inside / length, 0.0, 1.0)}
+
+
 def objective(
   sums: routing.BatchSums,
   context: LossContext,
@@ -337,7 +362,7 @@ def objective(
 
   Args:
     sums: of the global batch.
-    context: weights, forms and labels.
+    context: weights, their factors, forms and labels.
     kept_weights: the "auto:TARGET" weights that the first batch set; before
       it, what `auto_weights` returns.
 
@@ -354,6 +379,7 @@ def objective(
       read = sums if term.of_output else stats
       scalars[term.name] = term.function(read, context).mean()
   loss, found = scalars["lm_loss"], {}
+  factors = context.factors or {}
   for term in LOSS_TERMS:
     weight = getattr(config, term.weight)
     # A weight of 0 leaves the term out of the gradient's program.
@@ -363,5 +389,7 @@ def objective(
     if target is not None:
       kept = (kept_weights or auto_weights(config))[term.weight]
       weight = found[term.weight] = _found_weight(value, target, kept)
+    if term.weight in factors:
+      weight = factors[term.weight] * weight
     loss += weight * value
   return loss, {"loss": loss, **scalars, **found}

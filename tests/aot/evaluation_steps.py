@@ -25,7 +25,8 @@ from edl_jax.aot import hlo, hlo_costs  # noqa: E402
 from edl_jax.model.transformer import Model  # noqa: E402
 from edl_jax.optim import make_optimizer  # noqa: E402
 from edl_jax.runtime import compiler_options  # noqa: E402
-from edl_jax.step import abstract_batch, abstract_state  # noqa: E402
+from edl_jax.step import abstract_state  # noqa: E402
+from edl_jax.tracing import abstract_batch  # noqa: E402
 
 
 def main(path: str, name: str, *settings: str) -> None:

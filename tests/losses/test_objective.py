@@ -55,6 +55,7 @@ def ours(
   parent_D=(),
   coarse_weight=0.0,
   kept_weights=None,
+  factors=None,
 ):
   """Computes the objective with the library's own functions."""
   weights = jnp.asarray(constants["weights"], jnp.float32)
@@ -87,7 +88,7 @@ def ours(
     jax.tree.map(lambda *x: jnp.stack(x), *outputs),
   )
   sums = BatchSums(nats, squares, weights.sum(), stats)
-  context = LossContext(config, parent_D, coarse_weight)
+  context = LossContext(config, parent_D, coarse_weight, factors=factors)
   return losses.objective(sums, context, kept_weights)
 
 
@@ -315,6 +316,38 @@ def test_one_expert_and_one_domain_give_zero_loss_and_gradient():
         jax.value_and_grad(lambda logits, d=domain, n=name: terms(logits, d)[n])
       )(logits)
       assert value == 0 and not jnp.any(gradient), name
+
+
+@pytest.mark.parametrize(
+  ("schedule", "expected"),
+  [
+    ("constant", [1, 1, 1, 1, 1, 1]),
+    # Over 2 of 5 steps.
+    ("warmup", [0, 0.5, 1, 1, 1, 1]),
+    ("decay", [1, 1, 1, 1, 0.5, 0]),
+  ],
+)
+def test_divergence_rises_and_falls(schedule, expected):
+  config = dataclasses.replace(
+    WEIGHTS, divergence_schedule=schedule, divergence_fraction=0.4
+  )
+  factors = [losses.weight_factors(config, 5, step) for step in range(6)]
+  found = [float(each.get("divergence_weight", 1.0)) for each in factors]
+  assert found == pytest.approx(expected)
+
+
+def test_a_factor_multiplies_its_weight_alone():
+  variables, constants = inputs()
+  as_float32 = {k: jnp.asarray(v, jnp.float32) for k, v in variables.items()}
+  loss, terms = ours(
+    as_float32, constants, factors={"divergence_weight": jnp.float32(0.25)}
+  )
+  less = dataclasses.replace(WEIGHTS, divergence_weight=0.25 * 0.2)
+  want = naive_loss(variables, constants, less)
+  assert float(loss) == pytest.approx(want, rel=1e-5)
+  # The metrics have the term without any weight.
+  unweighted = naive_terms(variables, constants)["divergence_loss"]
+  assert float(terms["divergence_loss"]) == pytest.approx(unweighted, rel=1e-5)
 
 
 @pytest.mark.parametrize("coarse_weight", [1.0, 0.25])
