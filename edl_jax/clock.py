@@ -27,7 +27,11 @@ class Clock:
   """
 
   def __init__(
-    self, tokens_per_step: int, step: int, peak_rate: float | None = None
+    self,
+    tokens_per_step: int,
+    step: int,
+    peak_rate: float | None = None,
+    compiled: float = 0.0,
   ):
     """Starts after step number `step`.
 
@@ -36,12 +40,15 @@ class Clock:
       step: number of the last step that was taken.
       peak_rate: steps per second at which the devices would work at their
         published peak; None if that is unknown.
+      compiled: seconds of compilation before the start.
     """
     self._tokens_per_step = tokens_per_step
     self._peak_rate = peak_rate
     self._first_step = step
-    self._began = time.monotonic()
+    self._began = time.monotonic() - compiled
     self.seconds = {"steps": 0.0, "input": 0.0}
+    if compiled:
+      self.seconds["compile"] = compiled
     self.restart(step)
 
   def restart(self, step: int) -> None:

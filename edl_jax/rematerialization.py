@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -49,7 +50,7 @@ def first_that_fits(
   Args:
     made: from `choices`, or the last of them.
     compile_step: compiles a step; raises DoesNotFit.
-    say: is given a line for each choice that was compiled, if there are more.
+    say: is given a line for each choice that was compiled.
 
   Returns:
     The choice, and what `compile_step` returned.
@@ -69,13 +70,15 @@ def first_that_fits(
       return choice, compiled
   last = made[-1]
   compiled = compile_step(last)
-  if len(made) > 1:
-    say(f"model.remat={last.model.remat} fits")
+  say(f"model.remat={last.model.remat} fits")
   return last, compiled
 
 
 def resolve(
-  experiment: Experiment, taxonomy: Taxonomy, mesh: Mesh
+  experiment: Experiment,
+  taxonomy: Taxonomy,
+  mesh: Mesh,
+  supervised: bool = False,
 ) -> tuple[Experiment, jax.stages.Compiled | None]:
   """Replaces "auto" by what fits the devices, and compiles the training step.
 
@@ -86,6 +89,7 @@ def resolve(
   Args:
     experiment: whose `model.remat` may be "auto".
     taxonomy, mesh: of the run.
+    supervised: whether its rows have loss weights.
 
   Returns:
     The experiment with the choice, and its compiled step. Without "auto", the
@@ -101,7 +105,7 @@ def resolve(
 
   @functools.cache
   def lower(choice: Experiment) -> jax.stages.Lowered:
-    traced, _ = trace_step(choice, taxonomy, mesh)
+    traced, _ = trace_step(choice, taxonomy, mesh, supervised)
     with jax.set_mesh(mesh):
       return traced.lower()
 
@@ -122,6 +126,7 @@ def resolve(
     device.device_kind,
     device.client.platform_version,
     memory_limit(device) or 0,
+    *(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")),
   )
   name = f"remat-{key}.txt"
   kept = (read_cache(name) or b"").decode()

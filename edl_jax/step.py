@@ -22,7 +22,7 @@ from edl_jax.losses.objective import (
 )
 from edl_jax.model.balancing import balanced
 from edl_jax.model.choice import draw_pool_sizes
-from edl_jax.model.transformer import Model, abstract_model
+from edl_jax.model.transformer import Model, abstract_model, training_flops
 from edl_jax.optim import (
   make_bias_schedule,
   make_optimizer,
@@ -31,6 +31,7 @@ from edl_jax.optim import (
   rate_factors,
   trained,
 )
+from edl_jax.runtime import peak_flops
 from edl_jax.spikes import Spikes, judge, no_spikes
 from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
@@ -191,7 +192,7 @@ def loss_and_gradient(
     experiment: losses, accumulation and granularity.
     taxonomy: fine domains and their parents.
     kept_weights: see `objective`.
-    step: optimizer steps taken; decides random numbers and `weight_factors`.
+    step: steps taken, skipped ones too; decides random numbers and factors.
 
   Returns:
     The sums, the terms by name, and the gradient as `optim.trained` of a model.
@@ -464,3 +465,18 @@ def state_bytes(experiment: Experiment) -> int:
   state = jax.eval_shape(lambda: _new_state(experiment, optimizer))
   rate_factors(experiment.optimizer, trained(experiment.optimizer, state.model))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def peak_rate(experiment: Experiment, mesh: Mesh) -> float | None:
+  """Returns the steps per second of devices at their peak, None if unknown."""
+  peak = peak_flops(mesh.devices.flat[0])
+  if peak is None:
+    return None
+  train = experiment.train
+  flops = training_flops(
+    experiment.model,
+    train.batch_size,
+    train.sequence_length,
+    learned_names(experiment),
+  )
+  return mesh.size * peak / sum(flops.values())

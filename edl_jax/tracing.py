@@ -14,8 +14,13 @@ from edl_jax.text.batch import Batch
 from edl_jax.text.taxonomy import Taxonomy
 
 
-def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
-  """Returns a global batch with shapes in place of arrays."""
+def abstract_batch(
+  experiment: Experiment, mesh: Mesh, supervised: bool = False
+) -> Batch:
+  """Returns a global batch with shapes in place of arrays.
+
+  `supervised` says whether rows have loss weights.
+  """
   train = experiment.train
 
   def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -31,13 +36,21 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
     positions_BT=rows(jnp.int32, by_token),
     weights_BT=rows(jnp.float32, by_token),
     domain_B=rows(jnp.int32),
+    loss_weights_BT=rows(jnp.float32, by_token) if supervised else None,
   )
 
 
 def trace_step(
-  experiment: Experiment, taxonomy: Taxonomy, mesh: Mesh
+  experiment: Experiment,
+  taxonomy: Taxonomy,
+  mesh: Mesh,
+  supervised: bool = False,
 ) -> tuple[jax.stages.Traced, tuple[TrainState, Batch]]:
   """Traces the training step, without a parameter or a row in memory.
+
+  Args:
+    experiment, taxonomy, mesh: of the run.
+    supervised: see `abstract_batch`.
 
   Returns:
     The traced step, and its arguments as `ShapeDtypeStruct`s with shardings.
@@ -47,6 +60,6 @@ def trace_step(
   # devices that are only described cannot hold.
   state = abstract_state(experiment, optimizer, mesh)
   step = make_train_step(experiment, optimizer, taxonomy, mesh)
-  batch = abstract_batch(experiment, mesh)
+  batch = abstract_batch(experiment, mesh, supervised)
   with jax.set_mesh(mesh):
     return step.trace(state, batch), (state, batch)

@@ -23,25 +23,25 @@ from edl_jax.checkpoint import (
   patient_loops,
 )
 from edl_jax.clock import Clock, goodput, read_records, write_record
-from edl_jax.config import Experiment, TrainConfig
+from edl_jax.config import TrainConfig
 from edl_jax.environment import environment
 from edl_jax.evaluate import Evaluation, NonFiniteError, eval_step_for, evaluate
 from edl_jax.losses import routing_metrics
 from edl_jax.losses.objective import LOSS_TERMS
 from edl_jax.metric_writers import RunDescription, writer_names
 from edl_jax.metrics import MetricsWriter, read_metrics
-from edl_jax.model.transformer import parameter_counts, training_flops
+from edl_jax.model.transformer import parameter_counts
 from edl_jax.optim import make_optimizer
 from edl_jax.preemption import Preempted, requests_to_end
 from edl_jax.profiling import Profile
 from edl_jax.progress import Progress
-from edl_jax.runtime import compile_program, peak_flops
+from edl_jax.runtime import compile_program
 from edl_jax.step import (
   abstract_state,
   averaged,
   init_state,
-  learned_names,
   make_train_step,
+  peak_rate,
   starting_from,
 )
 from edl_jax.tasks.evaluation import EncodedTasks
@@ -90,9 +90,12 @@ class _Loop:
     tasks: EncodedTasks | None,
   ):
     taxonomy = corpus.taxonomy
+    started = time.monotonic()
     experiment, self._compiled_step = rematerialization.resolve(
-      provenance.experiment, taxonomy, mesh
+      provenance.experiment, taxonomy, mesh, corpus.supervised
     )
+    # Without "auto" the first step compiles.
+    compiled = time.monotonic() - started if self._compiled_step else 0.0
     self._experiment, self._provenance = experiment, provenance
     self._mesh, self._workdir = mesh, workdir
     self._taxonomy = taxonomy
@@ -135,7 +138,8 @@ class _Loop:
     self._clock = Clock(
       experiment.train.batch_size * experiment.train.sequence_length,
       self.first_step,
-      _peak_rate(experiment, mesh),
+      peak_rate(experiment, mesh),
+      compiled,
     )
     # Names sort by start, and no two processes of a run start at once.
     self._process = f"{time.time_ns()}"
@@ -177,6 +181,7 @@ class _Loop:
         self._train_step.lower(self.state, batch), self._mesh.local_devices[0]
       )
       self._clock.exclude(started, "compile")
+    if step == self.first_step + 1:
       self._clock.restart(step - 1)
       self.progress.restart(step - 1)
     self._profile.before(step)
@@ -482,18 +487,3 @@ def _go_on(
     loop.evaluate(settings.num_steps, record=False)
     loop.evaluate_tasks(settings.num_steps, record=False)
   loop.finish()
-
-
-def _peak_rate(experiment: Experiment, mesh: Mesh) -> float | None:
-  """Returns the steps per second of devices at their peak, None if unknown."""
-  peak = peak_flops(mesh.devices.flat[0])
-  if peak is None:
-    return None
-  train = experiment.train
-  flops = training_flops(
-    experiment.model,
-    train.batch_size,
-    train.sequence_length,
-    learned_names(experiment),
-  )
-  return mesh.size * peak / sum(flops.values())

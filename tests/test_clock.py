@@ -39,6 +39,14 @@ def test_excluded_time_is_no_step():
   assert "time/step_median" not in clock.read(5)
 
 
+def test_compilation_before_the_start_counts():
+  clock = Clock(tokens_per_step=10, step=0, compiled=25.0)
+  assert clock.seconds["compile"] == 25
+  assert 25 <= clock.record(0)["wall"] < 30
+  # But not in the rate of steps.
+  assert clock.read(1)["train/tokens_per_second"] > 10
+
+
 def test_percentiles_of_steps():
   steps = list(np.random.default_rng(0).random(101))
   ordered = sorted(steps)

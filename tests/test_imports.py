@@ -73,7 +73,8 @@ ARROWS = {
   "sharding": {"config"},
   "spikes": set(),
   "step": {
-    *("config", "losses", "model", "optim", "sharding", "spikes", "text"),
+    *("config", "losses", "model", "optim", "runtime", "sharding", "spikes"),
+    "text",
   },
   "storage": {"config"},
   "launcher": {"config"},

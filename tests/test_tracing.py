@@ -1,7 +1,7 @@
 """The traced step is the one that training runs."""
 
 import jax
-import jax.numpy as jnp
+import pytest
 
 from edl_jax import sharding, step, tracing
 from edl_jax.config import (
@@ -12,6 +12,7 @@ from edl_jax.config import (
   TrainConfig,
 )
 from edl_jax.optim import make_optimizer
+from edl_jax.text.batch import padding_row, stack
 from edl_jax.text.taxonomy import Taxonomy
 
 TAXONOMY = Taxonomy(fine=("a", "b"), coarse=("x",), parent=(0, 0))
@@ -31,13 +32,21 @@ EXPERIMENT = Experiment(
 )
 
 
-def test_the_step_is_that_of_training():
+@pytest.mark.parametrize("supervised", [False, True])
+def test_the_step_is_that_of_training(supervised):
   """Training calls a step that was compiled from the trace."""
   mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:4])
   optimizer = make_optimizer(EXPERIMENT.optimizer, EXPERIMENT.train.num_steps)
   train_step = step.make_train_step(EXPERIMENT, optimizer, TAXONOMY, mesh)
-  traced, (_, abstract) = tracing.trace_step(EXPERIMENT, TAXONOMY, mesh)
-  rows = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
+  traced, (_, abstract) = tracing.trace_step(
+    EXPERIMENT, TAXONOMY, mesh, supervised
+  )
+  assert abstract._replace(loss_weights_BT=None) == tracing.abstract_batch(
+    EXPERIMENT, mesh
+  )
+  # What the input pipeline makes of rows.
+  row = padding_row(EXPERIMENT.train.sequence_length, supervised)
+  rows = stack([row] * EXPERIMENT.train.batch_size)
   with jax.set_mesh(mesh):
     state = step.init_state(EXPERIMENT, optimizer, mesh)
     batch = sharding.put_batch(rows, mesh)

@@ -133,7 +133,8 @@ def _compile(
       return aot_compile.compile_step(choice, topology, _NUM_DOMAINS.value)
 
   def say(line: str) -> None:
-    print(line, flush=True)
+    if choices[1:]:
+      print(line, flush=True)
 
   return rematerialization.first_that_fits(choices, compile_step, say)
 

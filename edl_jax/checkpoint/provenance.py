@@ -105,6 +105,12 @@ def _same_so_far(
     constant = steps_at_peak(experiment.optimizer, count)
     if constant is not None and step > constant:
       return False
+    losses = experiment.losses
+    if losses.divergence_weight and losses.divergence_schedule != "constant":
+      # A rise goes by the number of steps from the first one on.
+      rises = losses.divergence_schedule == "warmup"
+      if step > (0 if rises else (1 - losses.divergence_fraction) * count):
+        return False
   starts = [
     [round(phase[0] * count) for phase in experiment.data.weight_phases]
     for count in counts

@@ -338,12 +338,12 @@ def weight_factors(
   Weights that stay as they are have no entry. `config.divergence_schedule` of
   "warmup" rises linearly from 0 at the first step to 1 after
   `config.divergence_fraction` of the steps; "decay" is 1 until that share is
-  left, and falls linearly to 0 after the last.
+  left, and falls linearly: it would be 0 one step after the last.
 
   Args:
     config: the weights.
     num_steps: of the run.
-    step: optimizer steps taken, from 0.
+    step: steps taken, those that `train.skip_spikes` skipped too.
   """
   if config.divergence_schedule == "constant":
     return {}
@@ -369,8 +369,8 @@ def objective(
   Returns:
     The loss in nats per token, and a float32 scalar by name: "loss",
     "lm_loss", every term unweighted (those of experts' outputs where these
-    were summed), and the automatic weights in use under the keys of
-    `kept_weights`. Terms are means over layers.
+    were summed), and the automatic weights and those with a factor, as they are
+    in use, under their fields. Terms are means over layers.
   """
   stats, config = sums.routing, context.config
   scalars = {"lm_loss": sums.nats / jnp.maximum(sums.tokens, 1)}
@@ -390,6 +390,6 @@ def objective(
       kept = (kept_weights or auto_weights(config))[term.weight]
       weight = found[term.weight] = _found_weight(value, target, kept)
     if term.weight in factors:
-      weight = factors[term.weight] * weight
+      weight = found[term.weight] = factors[term.weight] * weight
     loss += weight * value
   return loss, {"loss": loss, **scalars, **found}

@@ -10,10 +10,12 @@ from edl_jax.checkpoint import Provenance
 from edl_jax.config import (
   DataConfig,
   Experiment,
+  LossesConfig,
   OptimizerConfig,
   TrainConfig,
   UserError,
 )
+from edl_jax.losses.objective import weight_factors
 from edl_jax.optim import make_schedule
 from tests.checkpoint.small_run import PROVENANCE
 
@@ -90,3 +92,37 @@ def test_the_number_of_steps_may_change_while_it_had_no_part(
     of(40, phases, **optimizer).check_continues(
       json.loads(json.dumps(saved.to_dict())), "w", 41
     )
+
+
+@pytest.mark.parametrize(
+  ("step", "schedule", "allowed"),
+  [
+    (100, "constant", True),
+    (80, "decay", True),
+    (81, "decay", False),
+    (1, "warmup", False),
+  ],
+)
+def test_and_while_the_weight_of_divergence_was_the_same(
+  step, schedule, allowed
+):
+  losses = LossesConfig(divergence_weight=0.1, divergence_schedule=schedule)
+  saved, longer = (
+    dataclasses.replace(
+      run, experiment=dataclasses.replace(run.experiment, losses=losses)
+    )
+    for run in (of(100, **CONSTANT), of(200, **CONSTANT))
+  )
+  if allowed:
+    factors = [
+      [weight_factors(losses, count, taken) for taken in range(step)]
+      for count in (100, 200)
+    ]
+    assert factors[0] == factors[1]
+  for before, now in ((saved, longer), (longer, saved)):
+    content = json.loads(json.dumps(before.to_dict()))
+    if allowed:
+      now.check_continues(content, "w", step)
+    else:
+      with pytest.raises(UserError, match=r"num_steps: "):
+        now.check_continues(content, "w", step)

@@ -345,6 +345,7 @@ def test_a_factor_multiplies_its_weight_alone():
   less = dataclasses.replace(WEIGHTS, divergence_weight=0.25 * 0.2)
   want = naive_loss(variables, constants, less)
   assert float(loss) == pytest.approx(want, rel=1e-5)
+  assert float(terms["divergence_weight"]) == pytest.approx(0.25 * 0.2)
   # The metrics have the term without any weight.
   unweighted = naive_terms(variables, constants)["divergence_loss"]
   assert float(terms["divergence_loss"]) == pytest.approx(unweighted, rel=1e-5)
