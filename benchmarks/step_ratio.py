@@ -9,13 +9,12 @@ this checkout is faster. The older one must know `benchmarks/steps.py` and every
 setting of the experiment.
 """
 
-import contextlib
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from benchmarks import measure
@@ -69,7 +68,7 @@ class _Checkout:
   def __call__(self) -> float:
     """Takes two steps; returns the mean seconds of one."""
     assert self._process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # `_read` tells it.
+    with suppress(BrokenPipeError):  # `_read` tells it.
       self._process.stdin.write("\n")
       self._process.stdin.flush()
     return float(self._read())

@@ -57,7 +57,8 @@ class Provenance:
     """Checks that this run may resume the one that `saved` describes.
 
     `train.num_steps` may differ if the steps taken would have been the same:
-    while neither run's learning rate decays, and in the same phase of weights.
+    while neither the learning rate nor the weight of divergence of either run
+    changes with its length, and in the same phase of weights.
 
     Args:
       saved: a `to_dict`.
