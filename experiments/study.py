@@ -13,6 +13,12 @@ scope of the balance loss and the seed.
 - `:router`: each source has fixed experts, as a reference.
 - `:micro_batches`: the losses of micro-batches of 8 rows, averaged, as trainers
   compute them that do not sum statistics over the global batch.
+- `:finer`: as `:fine`, with 64 experts of a quarter of the width, 8 of them
+  active, so that as many parameters are active.
+- `:layers_2`, `:layers_3`, `:layers_6`, `:layers_8`: as `:fine`, in other
+  sizes. 0.34M, 0.64M, 2.8M and 5.8M parameters are active, where the model of
+  demo.py has 1.12M; tokens are in proportion.
+- `:large`: as `:fine`, with 105M active parameters on 1.0B tokens, for a GPU.
 
 A smaller model on text of Markov sources, whose best loss is known (`python -m
 data.markov`), 2.5M tokens a run:
@@ -40,7 +46,21 @@ from edl_jax.config import (
 LABELS = choices("data.granularity")
 TRUTH = ("truth", "truth_pools", "truth_router")
 BASE = "post_training_base"
-VARIANTS = (*LABELS, "pools", "router", "micro_batches", *TRUTH, BASE)
+# Layers and steps of each size; 1.12M active parameters take 400 steps.
+SIZES = {
+  "layers_2": (2, 120),
+  "layers_3": (3, 227),
+  "layers_6": (6, 996),
+  "layers_8": (8, 2066),
+}
+VARIANTS = (
+  *LABELS,
+  *("pools", "router", "micro_batches", "finer"),
+  *SIZES,
+  "large",
+  *TRUTH,
+  BASE,
+)
 
 
 def get_config(variant: str = "") -> Experiment:
@@ -49,6 +69,45 @@ def get_config(variant: str = "") -> Experiment:
     return _truth(variant)
   if variant == BASE:
     return _post_training_base()
+  experiment = _web3(variant)
+  if variant == "finer":
+    experiment.model.num_experts = 64
+    experiment.model.num_active_experts = 8
+    experiment.model.expert_width = 32
+  elif variant in SIZES:
+    layers, steps = SIZES[variant]
+    _resize(experiment, layers, head_width=32)
+    experiment.optimizer.warmup_steps = steps // 20
+    experiment.train.num_steps = steps
+    experiment.train.eval_every = steps
+    experiment.train.checkpoint_every = steps
+  elif variant == "large":
+    _resize(experiment, 14, head_width=64, width=896)
+    experiment.model.dtype = "bfloat16"
+    experiment.optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=200)
+    experiment.train.num_steps = 3_900
+    experiment.train.batch_size = 512
+    experiment.train.sequence_length = 512
+    experiment.train.eval_every = 1_300
+    experiment.train.checkpoint_every = 1_300
+    # All of the text, 13 times on average.
+    experiment.data.max_characters_per_domain = 100_000_000
+  return experiment
+
+
+def _resize(
+  experiment: Experiment, layers: int, head_width: int, width: int = 0
+) -> None:
+  """Sets the shape of the model; 32 of width for each layer by default."""
+  model = experiment.model
+  model.num_layers = layers
+  model.width = model.expert_width = width or 32 * layers
+  model.head_width = head_width
+  model.num_heads = model.width // head_width
+  model.num_kv_heads = max(1, model.num_heads // 2)
+
+
+def _web3(variant: str) -> Experiment:
   pools, micro = variant == "pools", variant == "micro_batches"
   return Experiment(
     name=f"study_{variant}",

@@ -25,7 +25,8 @@ VARIANTS = {
   "small_web3": ["", ":fine", ":coarse", ":shuffled", ":baseline"],
   "study": [
     *("", ":fine", ":coarse", ":hierarchical", ":shuffled", ":shuffled_coarse"),
-    *(":pools", ":router", ":micro_batches"),
+    *(":pools", ":router", ":micro_batches", ":finer", ":large"),
+    *(":layers_2", ":layers_3", ":layers_6", ":layers_8"),
     *(":truth", ":truth_pools", ":truth_router"),
     ":post_training_base",
   ],

@@ -15,13 +15,13 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edl_jax import storage
+from edl_jax import config, storage
 from edl_jax.analysis import run_text, sweep_report
 from edl_jax.analysis.carve import report as carve_report
 from edl_jax.analysis.carve import swept
@@ -51,6 +51,7 @@ SETTINGS = (
   "model.pool_max",
   "losses.balance_scope",
   "losses.divergence_weight",
+  "losses.divergence_schedule",
   "train.num_steps",
   "train.accumulation",
   "data.files",
@@ -65,6 +66,32 @@ def read_rows(path: str) -> list[dict[str, str]]:
     return []
   with open(path, newline="") as file:
     return list(csv.DictReader(file))
+
+
+def write_rows(
+  path: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str]
+) -> int:
+  """Adds rows to a file of results, in place of those with the same key.
+
+  Rows of older versions may lack settings, which then had their defaults.
+
+  Returns:
+    How many rows the file has now.
+  """
+  defaults = config.flatten(config.Experiment())
+  by_key = {}
+  for row in [*read_rows(path), *rows]:
+    values = [str(row.get(name, "")) for name in key]
+    by_key[
+      tuple(v or str(defaults.get(name, "")) for v, name in zip(values, key))
+    ] = row
+  columns = dict.fromkeys(name for row in by_key.values() for name in row)
+  file = io.StringIO(newline="")
+  writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(by_key.values())
+  storage.write_bytes(path, file.getvalue().encode())
+  return len(by_key)
 
 
 def rows_of(sweep: str) -> list[dict[str, Any]]:
@@ -169,16 +196,8 @@ def main() -> None:
   storage.make_folder(_OUT.value)
   for sweep in finished:
     path = os.path.join(_OUT.value, f"{sweep.name}.csv")
-    rows = {}
-    for row in [*read_rows(path), *rows_of(str(sweep))]:
-      rows[tuple(str(row[key]) for key in SETTINGS)] = row
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows.values())
-    storage.write_bytes(path, file.getvalue().encode())
-    print(f"{path}: {len(rows)} runs")
+    count = write_rows(path, rows_of(str(sweep)), (*SETTINGS, "text"))
+    print(f"{path}: {count} runs")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
   python -m docs.study.page
 
-reads docs/study/results/*.csv, writes a figure for each question beside the
-page, and puts each table between the marks `<!-- table NAME -->` and
-`<!-- end -->` of docs/study/index.md. The text around them is written by hand.
+reads docs/study/results/*.csv and puts each table between the marks
+`<!-- table NAME -->` and `<!-- end -->` of docs/study/index.md, with a figure
+of the question beside the page. The text around them is written by hand, and
+has marks for what is finished.
 """
 
 import re
@@ -16,8 +17,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from scipy import stats
 
+from docs.study import scaling
 from docs.study.collect import read_rows
-from docs.study.questions import QUESTIONS, Condition, Question
+from docs.study.questions import QUESTIONS, Question
+from docs.study.runs import Runs, figures_of, runs_of
 from edl_jax import storage
 from edl_jax.analysis import report
 from edl_jax.command import Command
@@ -27,9 +30,6 @@ _FOLDER = COMMAND.flag(
   "folder", str(Path(__file__).parent), "Folder of results and page."
 )
 
-# The rows of a condition by seed.
-_Runs = dict[int, dict[str, str]]
-
 
 def read(folder: Path, question: Question) -> list[dict[str, str]]:
   """Returns the rows of a question's files that have its first figure.
@@ -38,45 +38,11 @@ def read(folder: Path, question: Question) -> list[dict[str, str]]:
   """
   _, figure, _ = question.columns[0]
   return [
-    row | {"file": name}
+    row
     for name in question.files
     for row in read_rows(str(folder / "results" / f"{name}.csv"))
     if figures_of({int(row["seed"]): row}, figure)
   ]
-
-
-def runs_of(rows: Sequence[Mapping[str, str]], condition: Condition) -> _Runs:
-  """Returns the rows of a condition by seed.
-
-  Raises:
-    ValueError: two rows have the same seed.
-  """
-  found: _Runs = {}
-  for row in rows:
-    if all(row[key] == value for key, value in condition.where.items()):
-      seed = int(row["seed"])
-      if seed in found:
-        raise ValueError(f"{condition.label}: two runs of seed {seed}")
-      found[seed] = dict(row)
-  return found
-
-
-def figures_of(runs: _Runs, name: str) -> dict[int, float]:
-  """Returns a figure of each run that has it, by seed.
-
-  "distance" is that of the loss from the best of a predictor that knows the
-  source; "distance@TOKENS" is what it was after so many tokens.
-  """
-  found = {}
-  for seed, row in runs.items():
-    best = 0.0
-    column = name
-    if name.startswith("distance"):
-      best = float(row["best_loss/known"])
-      column = name.replace("distance", "lm_loss")
-    if row.get(column):
-      found[seed] = float(row[column]) - best
-  return found
 
 
 def spread(values: Collection[float], form: str) -> str:
@@ -89,7 +55,7 @@ def spread(values: Collection[float], form: str) -> str:
   return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
-def paired(first: _Runs, second: _Runs, name: str, form: str) -> str:
+def paired(first: Runs, second: Runs, name: str, form: str) -> str:
   """Returns second minus first by seed: mean, 95% interval and p of a t-test.
 
   The interval and the two-sided p are Student's, for paired values. Runs of
@@ -234,17 +200,24 @@ def draw_by_tokens(
   return figure
 
 
+def places(page: str) -> list[str]:
+  """Returns the names of the tables that a page has a place for."""
+  return re.findall(r"^<!-- table (\w+) -->$", page, flags=re.MULTILINE)
+
+
 def filled(page: str, tables: Mapping[str, str]) -> str:
   """Returns the page with each table between its marks.
 
   Raises:
-    ValueError: the page has no place for a table.
+    ValueError: the page has two places for a table, or a place for none.
   """
-  for name, text in tables.items():
+  for name in places(page):
+    if name not in tables:
+      raise ValueError(f"the page has a place for the table {name}, of no runs")
     pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
     page, count = re.subn(
       pattern,
-      lambda found, text=text: f"{found[1]}\n{text}\n\n{found[2]}",
+      lambda found, text=tables[name]: f"{found[1]}\n{text}\n\n{found[2]}",
       page,
       flags=re.DOTALL,
     )
@@ -253,24 +226,69 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
   return page
 
 
+def noise_table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
+  """Returns a table of differences, and the noise of the held-out rows in them.
+
+  Args:
+    question: whose conditions to show.
+    rows: of results/noise.csv.
+  """
+  lines = [
+    ["condition", "seeds", "rows", "difference", "noise"],
+    ["---", *["---:"] * 4],
+  ]
+  for condition in question.conditions:
+    for row in rows:
+      if (question.name, condition.label) == (
+        row["question"],
+        row["condition"],
+      ):
+        lines.append(
+          [
+            condition.label,
+            row["seeds"],
+            f"{int(row['rows']):,}",
+            f"{float(row['difference']):+.4f}",
+            f"{float(row['standard_error']):.4f}",
+          ]
+        )
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(folder: Path) -> dict[str, str]:
+  """Returns what stands between the marks of the page, by their names."""
+  noise = read_rows(str(folder / "results" / "noise.csv"))
+  found = {}
+  for question in QUESTIONS:
+    if rows := read(folder, question):
+      found[question.name] = section(question, rows)
+      if question.noise and noise:
+        found[f"{question.name}_noise"] = noise_table(question, noise)
+      if question.by_compute and (fits := scaling.table(question, rows)):
+        found[f"{question.name}_fits"] = fits
+  return found
+
+
 @COMMAND.main
 def main() -> None:
-  """Writes the figures and the page's tables of questions that have runs."""
+  """Writes the tables and figures that the page has a place for."""
   folder = Path(_FOLDER.value)
-  tables = {}
+  page = folder / "index.md"
+  found, text = tables(folder), page.read_text()
+  storage.write_bytes(page, filled(text, found).encode())
+  shown = places(text)
   for question in QUESTIONS:
-    rows = read(folder, question)
-    if rows:
-      tables[question.name] = section(question, rows)
+    if question.name in shown:
+      rows = read(folder, question)
       path = folder / f"{question.name}.png"
-      report.save_figure(draw(question, rows), str(path))
+      drawing = scaling.draw if question.by_compute else draw
+      report.save_figure(drawing(question, rows), str(path))
       if question.by_tokens:
         path = folder / f"{question.name}_by_tokens.png"
         report.save_figure(draw_by_tokens(question, rows), str(path))
-  page = folder / "index.md"
-  text = filled(page.read_text(), tables)
-  storage.write_bytes(page, text.encode())
-  print(f"written to {page}: {', '.join(tables) or 'no table'}")
+  print(f"written to {page}: {', '.join(shown) or 'no table'}")
+  if left := sorted(found.keys() - set(shown)):
+    print(f"it has no place for: {', '.join(left)}")
 
 
 if __name__ == "__main__":

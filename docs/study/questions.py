@@ -1,7 +1,7 @@
 """The questions of the study: which runs each compares, and with what.
 
-A run belongs to a condition if its settings in docs/study/results agree with
-the condition's; "file" is the name of the file that it is in.
+A run belongs to a condition if its settings in docs/study/results, and its
+text, agree with the condition's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ class Condition(NamedTuple):
   """Runs that differ in the seed alone."""
 
   label: str
-  # Settings that its runs have, as text by key of `collect.SETTINGS`; "file".
+  # What its runs have, as text: keys of `collect.SETTINGS`; "text", the content
+  # hash.
   where: Mapping[str, str]
   # The label of the condition that it is compared with; "" for none.
   base: str = ""
@@ -30,6 +31,11 @@ class Question(NamedTuple):
   columns: Sequence[tuple[str, str, str]]
   # Whether a second figure has the first column by tokens trained on.
   by_tokens: bool = False
+  # Whether docs.study.noise measures its differences, for a table of their own.
+  noise: bool = False
+  # Whether losses are fitted against compute, by docs/study/scaling.py: in a
+  # table and in place of the figure.
+  by_compute: bool = False
 
 
 _WEIGHT = "losses.divergence_weight"
@@ -42,30 +48,12 @@ _CARVED = (
   ("rise with 4 experts", "carved/4", "+.3f"),
   ("with 8", "carved/8", "+.3f"),
 )
-_SCOPES = {
-  "the global batch": {
-    "losses.balance_scope": "global",
-    "train.accumulation": "exact",
-  },
-  "the global batch's micro-batches": {
-    "losses.balance_scope": "global",
-    "train.accumulation": "per_micro_batch",
-  },
-  "the global batch, by a bias": {
-    "losses.balance_scope": "global",
-    "train.accumulation": "exact",
-    "model.balancing": "bias",
-  },
-  "each sequence": {
-    "losses.balance_scope": "sequence",
-    "train.accumulation": "exact",
-  },
-  "each sequence, losses by micro-batch": {
-    "losses.balance_scope": "sequence",
-    "train.accumulation": "per_micro_batch",
-  },
-}
-_WEIGHTS = ("0.0", "0.001", "0.003", "0.01")
+_LOSS = ("LM loss", "lm_loss", ".4f")
+# What `data.corpora` made at three times, by content hash. Rows of the first
+# were made before results had one.
+_FIRST = {"text": ""}
+_SECOND = {"text": "d9159acdd440"}
+_THIRD = {"text": "04b9ce886bf0"}
 _LEARNED = {
   "losses.balance_scope": "global",
   "train.accumulation": "exact",
@@ -76,7 +64,29 @@ _LEARNED = {
 }
 _NO_LOSS = _LEARNED | {_WEIGHT: "0.0"}
 _DIVERGENCE = _LEARNED | {_WEIGHT: "0.01"}
+_SCOPES = {
+  "the global batch": {},
+  "the global batch's micro-batches": {"train.accumulation": "per_micro_batch"},
+  "the global batch, by a bias": {"model.balancing": "bias"},
+  "each sequence": {"losses.balance_scope": "sequence"},
+  "each sequence, losses by micro-batch": {
+    "losses.balance_scope": "sequence",
+    "train.accumulation": "per_micro_batch",
+  },
+}
+_WEIGHTS = ("0.0", "0.001", "0.003", "0.01")
 _SHARES = ("0.0", "0.25", "0.5", "0.75", "1.0")
+_BALANCE_FILES = ("balance", "balance_bias", "micro_batches")
+# Runs with every kind of label, and without.
+_LABEL_FILES = (
+  "balance",
+  "labels_coarse",
+  "labels_hierarchical",
+  "labels_shuffled",
+  "labels_shuffled_coarse",
+  "labels_pools",
+  "labels_router",
+)
 
 
 def _truth(share: str) -> list[Condition]:
@@ -96,93 +106,113 @@ def _truth(share: str) -> list[Condition]:
   ]
 
 
-_BALANCE = [
-  Condition(
-    f"{scope}, beta {float(weight):g}",
-    _LEARNED | where | {_WEIGHT: weight},
-    f"{scope}, beta 0" if weight != "0.0" else "",
-  )
-  for scope, where in _SCOPES.items()
-  for weight in _WEIGHTS
-]
-# Runs with every kind of label, and without, of one text.
-_LABEL_FILES = (
-  "labels_none",
-  "labels_fine",
-  "labels_coarse",
-  "labels_hierarchical",
-  "labels_shuffled",
-  "labels_shuffled_coarse",
-  "labels_pools",
-  "labels_router",
-)
-_LABELS = [
-  Condition("none", _NO_LOSS),
-  Condition("39 sources", _DIVERGENCE, "none"),
-  *(
-    Condition(label, _DIVERGENCE | {"data.granularity": value}, "none")
-    for label, value in (
-      ("4 coarse domains", "coarse"),
-      ("both levels", "hierarchical"),
-      ("39 random ones", "shuffled"),
-      ("4 random ones", "shuffled_coarse"),
+def _balance(text: Mapping[str, str]) -> list[Condition]:
+  return [
+    Condition(
+      f"{scope}, beta {float(weight):g}",
+      _LEARNED | where | {_WEIGHT: weight} | text,
+      f"{scope}, beta 0" if weight != "0.0" else "",
     )
+    for scope, where in _SCOPES.items()
+    for weight in _WEIGHTS
+  ]
+
+
+_KINDS = {
+  "39 sources": {},
+  "4 coarse domains": {"data.granularity": "coarse"},
+  "both levels": {"data.granularity": "hierarchical"},
+  "39 random ones": {"data.granularity": "shuffled"},
+  "4 random ones": {"data.granularity": "shuffled_coarse"},
+}
+_LABELS = [
+  Condition("none", _NO_LOSS | _THIRD),
+  *(
+    Condition(label, _DIVERGENCE | where | _THIRD, "none")
+    for label, where in _KINDS.items()
   ),
   Condition(
-    "none, pools of 2 to 16", _NO_LOSS | {"model.pool_min": "2"}, "none"
-  ),
-]
-_TEXTS = [
-  Condition("first text: none", _NO_LOSS | {"file": "balance"}),
-  Condition(
-    "first text: 39 sources",
-    _DIVERGENCE | {"file": "balance"},
-    "first text: none",
-  ),
-  Condition("third text: none", _NO_LOSS | {"file": "labels_none"}),
-  Condition(
-    "third text: 39 sources",
-    _DIVERGENCE | {"file": "labels_fine"},
-    "third text: none",
+    "none, pools of 2 to 16",
+    _NO_LOSS | {"model.pool_min": "2"} | _THIRD,
+    "none",
   ),
 ]
 _SCHEDULE = [
-  Condition("no divergence", _NO_LOSS),
+  Condition("no divergence", _NO_LOSS | _THIRD),
   *(
-    Condition(label, _DIVERGENCE | {"file": name}, "no divergence")
-    for label, name in (
-      ("0.01 at every step", "labels_fine"),
-      ("rising over the first fifth", "schedule_warmup"),
-      ("falling to 0 over the last fifth", "schedule_decay"),
+    Condition(
+      label,
+      _DIVERGENCE | {"losses.divergence_schedule": value} | _THIRD,
+      "no divergence",
+    )
+    for label, value in (
+      ("0.01 at every step", "constant"),
+      ("rising over the first fifth", "warmup"),
+      ("falling to 0 over the last fifth", "decay"),
     )
   ),
 ]
-_SCHEDULE_FILES = (
-  *("labels_none", "labels_fine", "schedule_warmup", "schedule_decay"),
-)
-_SHUFFLED = _DIVERGENCE | {"data.granularity": "shuffled"}
+_TEXTS = [
+  condition
+  for name, text in (("first text", _FIRST), ("third text", _THIRD))
+  for condition in (
+    Condition(f"{name}: none", _NO_LOSS | text),
+    Condition(f"{name}: 39 sources", _DIVERGENCE | text, f"{name}: none"),
+  )
+]
 _RANDOM = [
-  Condition("second text: 39 sources", _DIVERGENCE | {"file": "other_text"}),
-  Condition(
-    "second text: 39 random ones",
-    _SHUFFLED | {"file": "other_text_random"},
-    "second text: 39 sources",
-  ),
-  Condition("third text: 39 sources", _DIVERGENCE | {"file": "labels_fine"}),
-  Condition(
-    "third text: 39 random ones",
-    _SHUFFLED | {"file": "labels_shuffled"},
-    "third text: 39 sources",
-  ),
+  condition
+  for text, labels, where in (
+    ("second text", ("39 sources", "39 random ones"), _SECOND),
+    ("third text", ("39 sources", "39 random ones"), _THIRD),
+    ("third text", ("4 coarse domains", "4 random ones"), _THIRD),
+  )
+  for condition in (
+    Condition(f"{text}: {labels[0]}", _DIVERGENCE | _KINDS[labels[0]] | where),
+    Condition(
+      f"{text}: {labels[1]}",
+      _DIVERGENCE | _KINDS[labels[1]] | where,
+      f"{text}: {labels[0]}",
+    ),
+  )
 ]
 _AGAIN = [
-  Condition("first text, first machine", _DIVERGENCE | {"file": "balance"}),
-  Condition(
-    "second text, second machine", _DIVERGENCE | {"file": "other_text"}
-  ),
-  Condition(
-    "third text, second machine", _DIVERGENCE | {"file": "labels_fine"}
-  ),
+  Condition("first text, first machine", _DIVERGENCE | _FIRST),
+  Condition("second text, second machine", _DIVERGENCE | _SECOND),
+  Condition("third text, second machine", _DIVERGENCE | _THIRD),
+]
+_GRANULARITY = [
+  condition
+  for label, own in (
+    ("2 of 16 experts", {"name": "study_fine"}),
+    ("8 of 64 experts", {"name": "study_finer"}),
+  )
+  for condition in (
+    Condition(f"{label}, beta 0", _NO_LOSS | own | _THIRD),
+    Condition(
+      f"{label}, beta 0.01", _DIVERGENCE | own | _THIRD, f"{label}, beta 0"
+    ),
+  )
+]
+_SCALE = [
+  condition
+  for size, name in (
+    ("0.34M", "layers_2"),
+    ("0.64M", "layers_3"),
+    ("1.12M", "fine"),
+    ("2.80M", "layers_6"),
+    ("5.80M", "layers_8"),
+  )
+  for condition in (
+    Condition(
+      f"{size} active: none", _NO_LOSS | {"name": f"study_{name}"} | _THIRD
+    ),
+    Condition(
+      f"{size} active: 39 sources",
+      _DIVERGENCE | {"name": f"study_{name}"} | _THIRD,
+      f"{size} active: none",
+    ),
+  )
 ]
 _POST_TRAINING = [
   Condition("neither", {"name": "post_training_none"}),
@@ -201,9 +231,13 @@ _POST_TRAINING = [
 QUESTIONS = (
   Question(
     "balance",
-    ("balance", "balance_bias", "micro_batches"),
-    _BALANCE,
-    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+    _BALANCE_FILES,
+    _balance(_THIRD),
+    (_LOSS, *_ROUTING),
+    noise=True,
+  ),
+  Question(
+    "balance_first", _BALANCE_FILES, _balance(_FIRST), (_LOSS, *_ROUTING)
   ),
   Question(
     "labels",
@@ -211,46 +245,35 @@ QUESTIONS = (
     [
       *_LABELS,
       Condition(
-        "none, fixed experts", _NO_LOSS | {"model.router": "domain"}, "none"
+        "none, fixed experts",
+        _NO_LOSS | {"model.router": "domain"} | _THIRD,
+        "none",
       ),
     ],
-    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
+    (_LOSS, *_ROUTING),
+    noise=True,
   ),
   Question(
     "schedule",
-    _SCHEDULE_FILES,
+    ("balance", "schedule_warmup", "schedule_decay"),
     _SCHEDULE,
-    (("LM loss", "lm_loss", ".4f"), *_ROUTING, *_CARVED),
+    (_LOSS, *_ROUTING, *_CARVED),
+  ),
+  Question("texts", ("balance",), _TEXTS, (_LOSS, *_ROUTING)),
+  Question("random", _LABEL_FILES, _RANDOM, (_LOSS, *_ROUTING)),
+  Question("again", ("balance",), _AGAIN, (_LOSS, *_ROUTING)),
+  Question("carve", _BALANCE_FILES, _balance(_THIRD), (*_CARVED, _LOSS)),
+  Question("carve_first", _BALANCE_FILES, _balance(_FIRST), (*_CARVED, _LOSS)),
+  Question("carve_labels", _LABEL_FILES, _LABELS, (*_CARVED, _LOSS)),
+  Question(
+    "granularity", ("balance", "finer"), _GRANULARITY, (_LOSS, *_ROUTING)
   ),
   Question(
-    "texts",
-    ("balance", "labels_none", "labels_fine"),
-    _TEXTS,
-    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
-  ),
-  Question(
-    "random",
-    ("other_text", "other_text_random", "labels_fine", "labels_shuffled"),
-    _RANDOM,
-    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
-  ),
-  Question(
-    "again",
-    ("balance", "other_text", "labels_fine"),
-    _AGAIN,
-    (("LM loss", "lm_loss", ".4f"), *_ROUTING),
-  ),
-  Question(
-    "carve",
-    ("balance", "balance_bias", "micro_batches"),
-    _BALANCE,
-    (*_CARVED, ("LM loss", "lm_loss", ".4f")),
-  ),
-  Question(
-    "carve_labels",
-    _LABEL_FILES,
-    _LABELS,
-    (*_CARVED, ("LM loss", "lm_loss", ".4f")),
+    "scale",
+    ("balance", "layers_2", "layers_3", "layers_6", "layers_8"),
+    _SCALE,
+    (_LOSS, *_ROUTING),
+    by_compute=True,
   ),
   Question(
     "truth",
@@ -278,7 +301,7 @@ QUESTIONS = (
     [condition.where["name"] for condition in _POST_TRAINING],
     _POST_TRAINING,
     (
-      ("LM loss", "lm_loss", ".4f"),
+      _LOSS,
       ("output similarity", "output_similarity", ".4f"),
       ("routing variance", "routing_variance", ".4f"),
       ("expert overlap", "expert_overlap", ".3f"),

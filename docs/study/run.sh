@@ -55,14 +55,7 @@ for seed in 0 1 2; do
     losses.divergence_weight=0,0.001,0.003,0.01 seed=$seed
   sweep micro_batches micro_batches losses.balance_scope=sequence,global \
     losses.divergence_weight=0,0.001,0.01 seed=$seed
-  # What the labels say, with runs of the same text to compare with.
-  sweep labels_none fine losses.divergence_weight=0 seed=$seed
-  sweep labels_fine fine losses.divergence_weight=0.01 seed=$seed
-  # What the weight does over the run.
-  sweep schedule_warmup fine losses.divergence_weight=0.01 \
-    losses.divergence_schedule=warmup seed=$seed
-  sweep schedule_decay fine losses.divergence_weight=0.01 \
-    losses.divergence_schedule=decay seed=$seed
+  # What the labels say.
   sweep labels_coarse coarse losses.divergence_weight=0.01 seed=$seed
   sweep labels_hierarchical hierarchical losses.divergence_weight=0.01 \
     seed=$seed
@@ -71,15 +64,24 @@ for seed in 0 1 2; do
     seed=$seed
   sweep labels_pools pools losses.divergence_weight=0 seed=$seed
   sweep labels_router router losses.divergence_weight=0 seed=$seed
+  # What the weight does over the run.
+  sweep schedule_warmup fine losses.divergence_weight=0.01 \
+    losses.divergence_schedule=warmup seed=$seed
+  sweep schedule_decay fine losses.divergence_weight=0.01 \
+    losses.divergence_schedule=decay seed=$seed
+  # More and finer experts; other sizes.
+  for variant in finer layers_{2,3,6,8}; do
+    sweep "$variant" "$variant" losses.divergence_weight=0,0.01 seed=$seed
+  done
 done
-# True labels and random ones side by side, where the text may be another than
-# that of the runs above: a new `data.corpora` reads what its sources are today.
-sweep other_text fine losses.divergence_weight=0.01 seed=0,1,2
-sweep other_text_random shuffled losses.divergence_weight=0.01 seed=0,1,2
 for question in balance balance_bias micro_batches schedule_{warmup,decay} \
-  labels_{none,fine,coarse,hierarchical,shuffled,shuffled_coarse,pools}; do
+  labels_{coarse,hierarchical,shuffled,shuffled_coarse,pools}; do
   carve "$question" 4,8
 done
+carve finer 16,32
+# For a GPU, in one run of two:
+#   python -m edl_jax.sweep --experiment=experiments/study.py:large \
+#     --workdir=runs/study/large --grid=losses.divergence_weight=0,0.01
 
 # Post-training: a model that has seen no mathematics, taken out and in again,
 # on worked problems.

@@ -90,6 +90,34 @@ def test_rows_of_other_machines_stay(tmp_path):
   assert [row["lm_loss"] for row in rows] == ["3.0", "4.0"]
 
 
+def test_rows_of_other_texts_stay(tmp_path):
+  folder = tmp_path / "runs" / "balance" / "seed=0"
+  result = make_run(folder, {}, 3.0)
+  flags = [f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
+  assert not collect.main(flags)
+  (folder / "result.json").write_text(
+    json.dumps(result | {"content_hash": "other"})
+  )
+  assert not collect.main(flags)
+  rows = collect.read_rows(str(tmp_path / "out" / "balance.csv"))
+  assert [row["text"] for row in rows] == ["0123456789ab", "other"]
+
+
+def test_settings_of_older_versions_have_their_defaults(tmp_path):
+  old, new = {"seed": "0", "lm_loss": "3"}, {"seed": "0", "lm_loss": "4"}
+  schedule = "losses.divergence_schedule"
+  path = str(tmp_path / "rows.csv")
+  for row, count in (
+    (old, 1),
+    (new | {schedule: "constant"}, 1),
+    (old | {schedule: "decay"}, 2),
+    (new, 2),
+  ):
+    assert collect.write_rows(path, [row], ("seed", schedule)) == count
+  rows = collect.read_rows(path)
+  assert [row["lm_loss"] for row in rows] == ["4", "3"]
+
+
 def test_without_finished_runs_it_says_so(tmp_path, capsys):
   assert collect.main([f"--runs={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
   assert "no run in it is finished" in capsys.readouterr().err
@@ -101,7 +129,7 @@ def test_settings_exist():
     for condition in question.conditions:
       experiment = config.flatten(config.Experiment())
       for key, value in condition.where.items():
-        if key == "file":
+        if key == "text":
           continue
         # As text it must be what a CSV file has.
         parsed = type(experiment[key])(value)

@@ -9,6 +9,7 @@ import pytest
 from docs.study import page
 from docs.study.collect import SETTINGS
 from docs.study.questions import QUESTIONS, Condition, Question
+from docs.study.runs import runs_of
 
 FOLDER = pathlib.Path(__file__).parents[3] / "docs" / "study"
 WEIGHT = "losses.divergence_weight"
@@ -72,10 +73,12 @@ def test_two_runs_of_one_seed_are_refused(rows):
     page.table(QUESTION, [*rows, rows[2]])
 
 
-def test_conditions_can_name_a_file(rows):
-  here, there = ({WEIGHT: "0.0", "file": name} for name in ("runs", "other"))
-  assert len(page.runs_of(rows, Condition("none", here))) == 4
-  assert not page.runs_of(rows, Condition("none", there))
+def test_conditions_can_name_a_text(rows):
+  none = Condition("none", {WEIGHT: "0.0", "text": ""})
+  # Rows of older versions have no text.
+  assert len(runs_of(rows, none)) == 4
+  rows[0]["text"] = "one"
+  assert len(runs_of(rows, none)) == 3
 
 
 def test_figure_has_a_line_for_each_condition(rows):
@@ -131,11 +134,13 @@ def test_distances_by_tokens(rows):
 
 def test_page_is_filled_between_its_marks():
   text = "# A\n<!-- table x -->\nold\n<!-- end -->\nB\n"
-  filled = page.filled(text, {"x": "| new |"})
+  filled = page.filled(text, {"x": "| new |", "not_on_the_page": ""})
   assert filled == "# A\n<!-- table x -->\n\n| new |\n\n<!-- end -->\nB\n"
   assert page.filled(filled, {"x": "| new |"}) == filled
-  with pytest.raises(ValueError, match="0 places for the table y"):
+  with pytest.raises(ValueError, match="a place for the table x, of no runs"):
     page.filled(text, {"y": ""})
+  with pytest.raises(ValueError, match="2 places for the table x"):
+    page.filled(text + text, {"x": ""})
 
 
 def test_conditions_use_settings_that_are_collected():
@@ -143,16 +148,10 @@ def test_conditions_use_settings_that_are_collected():
     labels = [condition.label for condition in question.conditions]
     assert len(set(labels)) == len(labels)
     for condition in question.conditions:
-      assert set(condition.where) <= {*SETTINGS, "file"}
-      assert {condition.where.get("file")} <= {None, *question.files}
+      assert set(condition.where) <= {*SETTINGS, "text"}
       assert condition.base in {"", *labels}
 
 
 def test_published_page_is_made_from_the_published_results():
   text = (FOLDER / "index.md").read_text()
-  tables = {
-    question.name: page.section(question, rows)
-    for question in QUESTIONS
-    if (rows := page.read(FOLDER, question))
-  }
-  assert page.filled(text, tables) == text
+  assert page.filled(text, page.tables(FOLDER)) == text

@@ -1,0 +1,43 @@
+"""Which rows of the results belong to a condition, and their figures."""
+
+from collections.abc import Mapping, Sequence
+
+from docs.study.questions import Condition
+
+# The rows of a condition by seed.
+Runs = dict[int, dict[str, str]]
+
+
+def runs_of(rows: Sequence[Mapping[str, str]], condition: Condition) -> Runs:
+  """Returns the rows of a condition by seed.
+
+  Raises:
+    ValueError: two rows have the same seed.
+  """
+  found: Runs = {}
+  for row in rows:
+    # Rows of older versions lack columns.
+    if all(row.get(key, "") == value for key, value in condition.where.items()):
+      seed = int(row["seed"])
+      if seed in found:
+        raise ValueError(f"{condition.label}: two runs of seed {seed}")
+      found[seed] = dict(row)
+  return found
+
+
+def figures_of(runs: Runs, name: str) -> dict[int, float]:
+  """Returns a figure of each run that has it, by seed.
+
+  "distance" is that of the loss from the best of a predictor that knows the
+  source; "distance@TOKENS" is what it was after so many tokens.
+  """
+  found = {}
+  for seed, row in runs.items():
+    best = 0.0
+    column = name
+    if name.startswith("distance"):
+      best = float(row["best_loss/known"])
+      column = name.replace("distance", "lm_loss")
+    if row.get(column):
+      found[seed] = float(row[column]) - best
+  return found
