@@ -175,7 +175,7 @@ def _check_train(experiment: Experiment) -> None:
   if optimizer.warmup_steps > train.num_steps:
     raise UserError(
       f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds"
-      f" train.num_steps={train.num_steps}"
+      f" train.num_steps={train.num_steps}; lower it, or train for more steps"
     )
   try:
     profiled = parse_steps(train.profile_steps)

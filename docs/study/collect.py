@@ -6,8 +6,9 @@ Each folder of --runs is a sweep, as run.sh makes it; its runs become the rows
 of docs/study/results/<folder>.csv. Rows of other runs stay, so that parts of
 the study can be made at different times and on different machines. A row has
 the run's settings and figures; its held-out loss by tokens, `lm_loss@TOKENS`;
-what its loss rises by with K experts in each layer, `carved/K`; and on text of
-Markov sources, the best loss that the held-out text allows.
+what its loss rises by with K experts in each layer, `carved/K`, and before and
+after further training on a domain, `adapted/before`, `adapted/after`; and on
+text of Markov sources, the best loss that the held-out text allows.
 """
 
 import csv
@@ -125,6 +126,7 @@ def rows_of(sweep: str) -> list[dict[str, Any]]:
         if "eval/lm_loss" in line
       }
       | _rises(carved)
+      | _adapted(sweep, run.name)
       | _best_losses(workdir, experiment)
     )
   return rows
@@ -136,6 +138,28 @@ def _rises(carved: Mapping[str, Any] | None) -> dict[str, float]:
     return {}
   rises = carve_report.mean_rises(carved, carve_report.OWN)
   return {f"carved/{keep}": rises[keep] for keep in sorted(rises)}
+
+
+def _adapted(sweep: str, name: str) -> dict[str, float]:
+  """Returns what docs.study.adapt found of a run, means over coarse domains.
+
+  "adapted/whole" is the loss of the whole model after training on one domain;
+  "adapted/before" and "adapted/after" are by how much the cut one's is above
+  the whole one's, before and after this training.
+  """
+  path = Path(sweep, "adapted", f"{name}.json")
+  if not path.exists():
+    return {}
+  found = json.loads(path.read_text()).values()
+  mean = {
+    which: float(np.mean([losses[which] for losses in found]))
+    for which in ("whole", "cut", "whole_adapted", "cut_adapted")
+  }
+  return {
+    "adapted/whole": mean["whole_adapted"],
+    "adapted/before": mean["cut"] - mean["whole"],
+    "adapted/after": mean["cut_adapted"] - mean["whole_adapted"],
+  }
 
 
 _known: dict[str, dict[str, float]] = {}

@@ -127,6 +127,22 @@ def spent(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
   return f"{len(runs)} runs; CPU time{known}: {sum(seconds) / 3600:.1f} hours."
 
 
+def total(folder: Path) -> str:
+  """Returns a sentence on all runs that have results in a folder."""
+  rows = [
+    row
+    for path in sorted((folder / "results").glob("*.csv"))
+    for row in read_rows(str(path))
+    if row.get("seed")
+  ]
+  seconds = [float(row.get("cpu_seconds") or 0) for row in rows]
+  unknown = seconds.count(0)
+  return (
+    f"All {len(rows)} runs took {sum(seconds) / 3600:.1f} hours of CPU time,"
+    f" not counting {unknown} whose time was not recorded, nor carving."
+  )
+
+
 def section(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
   """Returns what stands between the marks of a question."""
   return f"{table(question, rows)}\n\n{spent(question, rows)}"
@@ -256,9 +272,9 @@ def noise_table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def tables(folder: Path) -> dict[str, str]:
-  """Returns what stands between the marks of the page, by their names."""
+  """Returns what can stand between the page's marks, by name."""
   noise = read_rows(str(folder / "results" / "noise.csv"))
-  found = {}
+  found = {"total": total(folder)}
   for question in QUESTIONS:
     if rows := read(folder, question):
       found[question.name] = section(question, rows)

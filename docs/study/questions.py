@@ -137,6 +137,8 @@ _LABELS = [
     "none",
   ),
 ]
+# Conditions whose cut models are trained on.
+_ADAPTED = ("none", "39 sources", "none, pools of 2 to 16")
 _SCHEDULE = [
   Condition("no divergence", _NO_LOSS | _THIRD),
   *(
@@ -265,6 +267,16 @@ QUESTIONS = (
   Question("carve", _BALANCE_FILES, _balance(_THIRD), (*_CARVED, _LOSS)),
   Question("carve_first", _BALANCE_FILES, _balance(_FIRST), (*_CARVED, _LOSS)),
   Question("carve_labels", _LABEL_FILES, _LABELS, (*_CARVED, _LOSS)),
+  Question(
+    "adapt",
+    ("balance", "labels_pools"),
+    [each for each in _LABELS if each.label in _ADAPTED],
+    (
+      ("rise after 20 steps", "adapted/after", "+.3f"),
+      ("before", "adapted/before", "+.3f"),
+      ("whole model, after", "adapted/whole", ".4f"),
+    ),
+  ),
   Question(
     "granularity", ("balance", "finer"), _GRANULARITY, (_LOSS, *_ROUTING)
   ),

@@ -79,6 +79,10 @@ for question in balance balance_bias micro_batches schedule_{warmup,decay} \
   carve "$question" 4,8
 done
 carve finer 16,32
+# What is left of the difference after training on: some six minutes a run.
+for question in balance labels_pools; do
+  "$python" -m docs.study.adapt --sweep="$out/$question"
+done
 # For a GPU, in one run of two:
 #   python -m edl_jax.sweep --experiment=experiments/study.py:large \
 #     --workdir=runs/study/large --grid=losses.divergence_weight=0,0.01

@@ -155,3 +155,17 @@ def test_conditions_use_settings_that_are_collected():
 def test_published_page_is_made_from_the_published_results():
   text = (FOLDER / "index.md").read_text()
   assert page.filled(text, page.tables(FOLDER)) == text
+
+
+def test_total_is_of_all_runs_once(tmp_path):
+  (tmp_path / "results").mkdir()
+  for name, lines in (
+    ("one", "seed,cpu_seconds\n0,5400\n1,\n"),
+    ("old", "seed\n0\n"),
+    ("noise", "question,difference\nx,0.1\n"),
+  ):
+    (tmp_path / "results" / f"{name}.csv").write_text(lines)
+  assert page.total(tmp_path) == (
+    "All 3 runs took 1.5 hours of CPU time, not counting 2 whose time was not"
+    " recorded, nor carving."
+  )
