@@ -14,7 +14,7 @@ scope of the balance loss and the seed.
 - `:micro_batches`: the losses of micro-batches of 8 rows, averaged, as trainers
   compute them that do not sum statistics over the global batch.
 - `:finer`: as `:fine`, with 64 experts of a quarter of the width, 8 of them
-  active, so that as many parameters are active.
+  active, so that as many parameters of experts are active.
 - `:layers_2`, `:layers_3`, `:layers_6`, `:layers_8`: as `:fine`, in other
   sizes. 0.34M, 0.64M, 2.8M and 5.8M parameters are active, where the model of
   demo.py has 1.12M; tokens are in proportion.
@@ -98,7 +98,7 @@ def get_config(variant: str = "") -> Experiment:
 def _resize(
   experiment: Experiment, layers: int, head_width: int, width: int = 0
 ) -> None:
-  """Sets the shape of the model; 32 of width for each layer by default."""
+  """Sets the shape of the model; a width of 0 stands for 32 for each layer."""
   model = experiment.model
   model.num_layers = layers
   model.width = model.expert_width = width or 32 * layers

@@ -6,9 +6,9 @@ Each folder of --runs is a sweep, as run.sh makes it; its runs become the rows
 of docs/study/results/<folder>.csv. Rows of other runs stay, so that parts of
 the study can be made at different times and on different machines. A row has
 the run's settings and figures; its held-out loss by tokens, `lm_loss@TOKENS`;
-what its loss rises by with K experts in each layer, `carved/K`, and before and
-after further training on a domain, `adapted/before`, `adapted/after`; and on
-text of Markov sources, the best loss that the held-out text allows.
+what its loss rises by with K experts in each layer, `carved/K`; what
+docs.study.adapt found, `adapted/...`; and on text of Markov sources, the best
+loss that the held-out text allows.
 """
 
 import csv
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from docs.study import adapt
 from edl_jax import config, storage
 from edl_jax.analysis import run_text, sweep_report
 from edl_jax.analysis.carve import report as carve_report
@@ -69,23 +70,34 @@ def read_rows(path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(file))
 
 
+_DEFAULTS = config.flatten(config.Experiment())
+
+
+def value_of(row: Mapping[str, Any], name: str) -> str:
+  """Returns what a row has in a column; "" for nothing.
+
+  Rows of older versions may lack settings, which then had their defaults.
+  """
+  return str(row.get(name, "")) or str(_DEFAULTS.get(name, ""))
+
+
 def write_rows(
   path: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str]
 ) -> int:
   """Adds rows to a file of results, in place of those with the same key.
 
-  Rows of older versions may lack settings, which then had their defaults.
+  A row that has nothing in a column of the key gives way to one that has.
 
   Returns:
     How many rows the file has now.
   """
-  defaults = config.flatten(config.Experiment())
-  by_key = {}
+  by_key: dict[tuple[str, ...], Mapping[str, Any]] = {}
   for row in [*read_rows(path), *rows]:
-    values = [str(row.get(name, "")) for name in key]
-    by_key[
-      tuple(v or str(defaults.get(name, "")) for v, name in zip(values, key))
-    ] = row
+    own = tuple(value_of(row, name) for name in key)
+    for other in [*by_key]:
+      if other != own and all(x in ("", y) for x, y in zip(other, own)):
+        del by_key[other]
+    by_key[own] = row
   columns = dict.fromkeys(name for row in by_key.values() for name in row)
   file = io.StringIO(newline="")
   writer = csv.DictWriter(file, list(columns), lineterminator="\n")
@@ -147,10 +159,10 @@ def _adapted(sweep: str, name: str) -> dict[str, float]:
   "adapted/before" and "adapted/after" are by how much the cut one's is above
   the whole one's, before and after this training.
   """
-  path = Path(sweep, "adapted", f"{name}.json")
+  path = Path(sweep, adapt.FOLDER, f"{name}.json")
   if not path.exists():
     return {}
-  found = json.loads(path.read_text()).values()
+  found = json.loads(path.read_text())["losses"].values()
   mean = {
     which: float(np.mean([losses[which] for losses in found]))
     for which in ("whole", "cut", "whole_adapted", "cut_adapted")

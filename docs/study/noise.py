@@ -46,7 +46,8 @@ _OUT = COMMAND.flag(
 # What tells the rows of the file apart.
 KEY = ("question", "condition", "which")
 # Neighbouring rows can be parts of one document, whose losses go together. So
-# the rows of a source are summed up in at most so many blocks.
+# a source's rows are taken in so many blocks of neighbours, if it has as many
+# rows. A document that is longer than a block makes the error too small.
 _BLOCKS = 16
 
 # Nats and counted tokens of each row, float64 (rows, 2), by source.
@@ -75,11 +76,16 @@ def row_losses(workdir: str, which: str) -> RowLosses:
     workdir: of a finished run.
     which: "evaluated" for the rows that training evaluated, or "all".
 
+  Returns:
+    Those of each source that has held-out text.
+
   Raises:
     UserError: the run has no checkpoint, or its text is gone or has changed.
   """
+  result = Path(workdir, "result.json")
   path = Path(workdir, f"row_losses_{which}.npz")
-  if path.exists():
+  # Losses of an earlier training in this folder do not count.
+  if path.exists() and path.stat().st_mtime > result.stat().st_mtime:
     with np.load(path) as file:
       return [file[name] for name in file.files]
   provenance = checkpoint_provenance(workdir)
@@ -88,8 +94,9 @@ def row_losses(workdir: str, which: str) -> RowLosses:
     train = dataclasses.replace(experiment.train, eval_rows=-1)
     experiment = dataclasses.replace(experiment, train=train)
   corpus = run_text.read_corpus(provenance, workdir)
-  rows_D = held_out_rows(corpus, provenance.tokenizer, experiment)
-  rows = [row for own in rows_D for row in own]
+  every = held_out_rows(corpus, provenance.tokenizer, experiment)
+  by_source = [own for own in every if own]
+  rows = [row for own in by_source for row in own]
   mesh = choose_mesh(experiment)
   with jax.set_mesh(mesh):
     model = load(workdir, mesh=mesh).model
@@ -98,7 +105,7 @@ def row_losses(workdir: str, which: str) -> RowLosses:
       for batch in padded_batches(rows, experiment.train.batch_size)
     ]
   flat = np.concatenate(sums, dtype=np.float64)[: len(rows)]
-  found = np.split(flat, np.cumsum([len(own) for own in rows_D])[:-1])
+  found = np.split(flat, np.cumsum([len(own) for own in by_source])[:-1])
   file = io.BytesIO()
   np.savez(file, *found)
   storage.write_bytes(path, file.getvalue())
@@ -116,13 +123,20 @@ def difference(before: RowLosses, after: RowLosses) -> tuple[float, float]:
 
   Returns:
     The mean over sources of the nats per token after minus before, and its
-    standard error, for runs and sources that stay and rows that are drawn anew:
-    that of a ratio of sums over blocks of neighbouring rows (Cochran, Sampling
-    Techniques, 1977, section 6.4).
+    standard error. The error takes runs and sources as fixed and rows as a
+    sample: it is that of a ratio of sums over blocks of neighbouring rows
+    (Cochran, Sampling Techniques, 1977, section 6.4).
+
+  Raises:
+    UserError: the rows are not the same, or a source has one alone.
   """
   means, variances = [], []
   for first, second in zip(before, after, strict=True):
     tokens = first[:, 1]
+    if not np.array_equal(tokens, second[:, 1]):
+      raise UserError("two runs that are compared have other held-out rows")
+    if len(tokens) < 2:
+      raise UserError("a source has one held-out row, which has no spread")
     changes = second[:, 0] - first[:, 0]
     mean = changes.sum() / tokens.sum()
     blocks = np.array_split(changes - mean * tokens, min(_BLOCKS, len(tokens)))
@@ -151,7 +165,12 @@ def pairs(question: Question, sweeps: Path) -> Iterator[Pairs]:
   }
   for condition in question.conditions:
     before, after = by_label.get(condition.base, {}), by_label[condition.label]
-    if seeds := sorted(before.keys() & after.keys()):
+    seeds = [
+      seed
+      for seed in sorted(before.keys() & after.keys())
+      if before[seed]["text"] == after[seed]["text"]
+    ]
+    if seeds:
       yield Pairs(
         question.name,
         condition.label,
@@ -176,7 +195,10 @@ def main() -> None:
     for each in pairs(question, Path(_RUNS.value))
   ]
   if not found:
-    raise UserError(f"--runs={_RUNS.value}: no two finished runs are a pair")
+    raise UserError(
+      f"--runs={_RUNS.value}: no two finished runs are a pair of conditions,"
+      " with the settings and the text that docs/study/questions.py names"
+    )
   rows = []
   for each in found:
     for which in ("evaluated", "all"):
@@ -194,6 +216,7 @@ def main() -> None:
         }
       )
       print(f"{each.condition}, {which} rows: {mean:+.4f}, noise {error:.4f}")
+  storage.make_folder(str(Path(_OUT.value).parent))
   write_rows(_OUT.value, rows, KEY)
   print(f"written to {_OUT.value}")
 

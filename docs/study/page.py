@@ -139,7 +139,8 @@ def total(folder: Path) -> str:
   unknown = seconds.count(0)
   return (
     f"All {len(rows)} runs took {sum(seconds) / 3600:.1f} hours of CPU time,"
-    f" not counting {unknown} whose time was not recorded, nor carving."
+    f" not counting {unknown} whose time was not recorded. Carving, training on"
+    " and the noise of held-out text are not in it."
   )
 
 
@@ -250,7 +251,7 @@ def noise_table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
     rows: of results/noise.csv.
   """
   lines = [
-    ["condition", "seeds", "rows", "difference", "noise"],
+    ["condition", "seeds", "rows", "difference", "standard error of rows"],
     ["---", *["---:"] * 4],
   ]
   for condition in question.conditions:
@@ -278,11 +279,30 @@ def tables(folder: Path) -> dict[str, str]:
   for question in QUESTIONS:
     if rows := read(folder, question):
       found[question.name] = section(question, rows)
-      if question.noise and noise:
+      if question.noise and any(r["question"] == question.name for r in noise):
         found[f"{question.name}_noise"] = noise_table(question, noise)
       if question.by_compute and (fits := scaling.table(question, rows)):
         found[f"{question.name}_fits"] = fits
   return found
+
+
+def unused(folder: Path) -> dict[str, int]:
+  """Returns how many rows of each file belong to no condition."""
+  counts = {}
+  for name in dict.fromkeys(name for q in QUESTIONS for name in q.files):
+    conditions = [
+      condition
+      for question in QUESTIONS
+      if name in question.files
+      for condition in question.conditions
+    ]
+    rows = read_rows(str(folder / "results" / f"{name}.csv"))
+    alone = [
+      row for row in rows if not any(runs_of([row], c) for c in conditions)
+    ]
+    if alone:
+      counts[name] = len(alone)
+  return counts
 
 
 @COMMAND.main
@@ -305,6 +325,8 @@ def main() -> None:
   print(f"written to {page}: {', '.join(shown) or 'no table'}")
   if left := sorted(found.keys() - set(shown)):
     print(f"it has no place for: {', '.join(left)}")
+  for name, count in unused(folder).items():
+    print(f"{count} runs of {name}.csv are of no condition in questions.py")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ class Condition(NamedTuple):
   """Runs that differ in the seed alone."""
 
   label: str
-  # What its runs have, as text: keys of `collect.SETTINGS`; "text", the content
-  # hash.
+  # What its runs have, as text: keys of `collect.SETTINGS`; "text", of which
+  # text they are.
   where: Mapping[str, str]
   # The label of the condition that it is compared with; "" for none.
   base: str = ""
@@ -49,9 +49,9 @@ _CARVED = (
   ("with 8", "carved/8", "+.3f"),
 )
 _LOSS = ("LM loss", "lm_loss", ".4f")
-# What `data.corpora` made at three times, by content hash. Rows of the first
-# were made before results had one.
-_FIRST = {"text": ""}
+# What `data.corpora` made at three times: the first 12 characters of the text's
+# content hash. Rows of the first were made before results had one.
+_FIRST = {"text": "first"}
 _SECOND = {"text": "d9159acdd440"}
 _THIRD = {"text": "04b9ce886bf0"}
 _LEARNED = {
@@ -61,6 +61,7 @@ _LEARNED = {
   "model.router": "learned",
   "model.balancing": "loss",
   "model.pool_min": "0",
+  "losses.divergence_schedule": "constant",
 }
 _NO_LOSS = _LEARNED | {_WEIGHT: "0.0"}
 _DIVERGENCE = _LEARNED | {_WEIGHT: "0.01"}
@@ -278,7 +279,15 @@ QUESTIONS = (
     ),
   ),
   Question(
-    "granularity", ("balance", "finer"), _GRANULARITY, (_LOSS, *_ROUTING)
+    "granularity",
+    ("balance", "finer"),
+    _GRANULARITY,
+    (
+      _LOSS,
+      *_ROUTING,
+      ("rise with a quarter of the experts", "carved/quarter", "+.3f"),
+      ("with half", "carved/half", "+.3f"),
+    ),
   ),
   Question(
     "scale",

@@ -79,11 +79,16 @@ for question in balance balance_bias micro_batches schedule_{warmup,decay} \
   carve "$question" 4,8
 done
 carve finer 16,32
-# What is left of the difference after training on: some six minutes a run.
-for question in balance labels_pools; do
-  "$python" -m docs.study.adapt --sweep="$out/$question"
+# How far cut models are behind whole ones after training on: six minutes a run.
+learned=()
+for seed in 0 1 2; do
+  for weight in 0 0.01; do
+    learned+=("--run=balance_scope=global,divergence_weight=$weight,seed=$seed")
+  done
 done
-# For a GPU, in one run of two:
+"$python" -m docs.study.adapt --sweep="$out/balance" "${learned[@]}"
+"$python" -m docs.study.adapt --sweep="$out/labels_pools"
+# The largest size, for a GPU:
 #   python -m edl_jax.sweep --experiment=experiments/study.py:large \
 #     --workdir=runs/study/large --grid=losses.divergence_weight=0,0.01
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from docs.study.collect import value_of
 from docs.study.questions import Condition
 
 # The rows of a condition by seed.
@@ -16,8 +17,7 @@ def runs_of(rows: Sequence[Mapping[str, str]], condition: Condition) -> Runs:
   """
   found: Runs = {}
   for row in rows:
-    # Rows of older versions lack columns.
-    if all(row.get(key, "") == value for key, value in condition.where.items()):
+    if all(value_of(row, key) == x for key, x in condition.where.items()):
       seed = int(row["seed"])
       if seed in found:
         raise ValueError(f"{condition.label}: two runs of seed {seed}")
@@ -30,7 +30,9 @@ def figures_of(runs: Runs, name: str) -> dict[int, float]:
 
   "distance" is that of the loss from the best of a predictor that knows the
   source; "distance@TOKENS" is what it was after so many tokens.
+  "carved/half" and "carved/quarter" are rises with this share of the experts.
   """
+  shares = {"carved/half": 2, "carved/quarter": 4}
   found = {}
   for seed, row in runs.items():
     best = 0.0
@@ -38,6 +40,8 @@ def figures_of(runs: Runs, name: str) -> dict[int, float]:
     if name.startswith("distance"):
       best = float(row["best_loss/known"])
       column = name.replace("distance", "lm_loss")
+    elif name in shares:
+      column = f"carved/{int(row['model.num_experts']) // shares[name]}"
     if row.get(column):
       found[seed] = float(row[column]) - best
   return found

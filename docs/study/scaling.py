@@ -1,7 +1,5 @@
 """Fits the study's losses against compute, with their uncertainty."""
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,48 +21,52 @@ class Line(NamedTuple):
 
 
 def compute_of(row: Mapping[str, str]) -> float:
-  """Returns the FLOPs of a run's training, 6 for a token and parameter.
+  """Returns the FLOPs of a run's training: 6 for a token and active parameter.
 
-  Only active parameters count (Kaplan et al., arXiv:2001.08361, section 2.1).
+  The head's parameters count, and the embedding's do not. Attention's scores,
+  a few percent, are left out.
   """
   return 6 * float(row["parameters/active"]) * float(row["tokens"])
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> Line:
+def fit(x: np.ndarray, y: np.ndarray) -> Line:
   """Returns the line of least squares through three points or more."""
   found = stats.linregress(x, y)
   reach = stats.t.ppf(0.975, len(x) - 2) * found.stderr
   return Line(found.intercept, found.slope, reach)
 
 
-def series(
-  question: Question, rows: Sequence[Mapping[str, str]]
-) -> dict[str, dict[tuple[float, int], float]]:
-  """Returns losses by compute and seed, by what follows the size in a label.
+class Series(NamedTuple):
+  """Losses of two conditions in several sizes, paired by size and seed."""
 
-  A condition's label is "SIZE: WHAT"; the first is what others are paired with.
-  """
+  # What follows the size in their labels.
+  names: tuple[str, str]
+  # FLOPs, (runs,).
+  compute: np.ndarray
+  # Nats per token, (runs,) each.
+  before: np.ndarray
+  after: np.ndarray
+
+
+def series(question: Question, rows: Sequence[Mapping[str, str]]) -> Series:
+  """Returns the pairs of a question whose labels are "SIZE: WHAT"."""
   _, name, _ = question.columns[0]
-  found: dict[str, dict[tuple[float, int], float]] = {}
+  by_label = {each.label: each for each in question.conditions}
+  names, pairs = ("", ""), []
   for condition in question.conditions:
-    runs = runs_of(rows, condition)
-    _, _, what = condition.label.partition(": ")
-    own = found.setdefault(what, {})
-    for seed, loss in figures_of(runs, name).items():
-      own[compute_of(runs[seed]), seed] = loss
-  return found
-
-
-def differences(
-  before: Mapping[tuple[float, int], float],
-  after: Mapping[tuple[float, int], float],
-) -> list[tuple[float, float]]:
-  """Returns compute and difference of losses, paired by compute and seed."""
-  return [
-    (compute, loss - before[compute, seed])
-    for (compute, seed), loss in after.items()
-    if (compute, seed) in before
-  ]
+    if not condition.base:
+      continue
+    first = runs_of(rows, by_label[condition.base])
+    second = runs_of(rows, condition)
+    before, after = figures_of(first, name), figures_of(second, name)
+    names = tuple(
+      label.partition(": ")[2] for label in (condition.base, condition.label)
+    )
+    pairs += [
+      (compute_of(first[seed]), before[seed], after[seed])
+      for seed in sorted(before.keys() & after.keys())
+    ]
+  return Series(names, *np.reshape(pairs, (-1, 3)).T)
 
 
 def table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
@@ -73,54 +75,51 @@ def table(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
   ln L = a - alpha ln C is a power law without an irreducible loss, which so few
   sizes cannot tell. The difference of paired losses is fitted by log10(C).
   """
-  before, *others = series(question, rows).values()
-  if len({compute for compute, _ in before}) < 3:
+  found = series(question, rows)
+  if len(set(found.compute)) < 3:
     return ""
+  logarithms = np.log(found.compute)
   lines = [
     "| fit | runs | value | 95% interval |",
     "| --- | ---: | ---: | ---: |",
   ]
-  for what, losses in series(question, rows).items():
-    computes = [math.log(compute) for compute, _ in losses]
-    line = fit(computes, [math.log(loss) for loss in losses.values()])
+  for what, x, y, form in (
+    *(
+      (f"{name}: exponent of the loss", logarithms, np.log(losses), ".4f")
+      for name, losses in zip(found.names, (found.before, found.after))
+    ),
+    (
+      "difference, its change in nats for ten times the compute",
+      logarithms / np.log(10),
+      found.after - found.before,
+      "+.4f",
+    ),
+  ):
+    line = fit(x, y)
+    low, high = line.slope - line.reach, line.slope + line.reach
     lines.append(
-      f"| {what}: exponent of the loss | {len(losses)} | {line.slope:.4f} |"
-      f" {line.slope - line.reach:.4f} to {line.slope + line.reach:.4f} |"
-    )
-  for after in others:
-    computes, changes = zip(*differences(before, after))
-    line = fit(np.log10(computes).tolist(), changes)
-    lines.append(
-      "| difference, its change in nats for ten times the compute |"
-      f" {len(changes)} | {line.slope:+.4f} |"
-      f" {line.slope - line.reach:+.4f} to {line.slope + line.reach:+.4f} |"
+      f"| {what} | {len(x)} | {line.slope:{form}} | {low:{form}} to"
+      f" {high:{form}} |"
     )
   return "\n".join(lines)
 
 
 def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
   """Draws losses against compute with their fits, and paired differences."""
+  found = series(question, rows)
+  sizes = np.unique(found.compute)
   figure = Figure(figsize=(8, 3.4), layout="constrained")
   left, right = figure.subplots(1, 2)
-  before, *others = series(question, rows).values()
-  for what, losses in series(question, rows).items():
-    computes = [compute for compute, _ in losses]
-    (drawn,) = left.plot(
-      computes, list(losses.values()), "o", alpha=0.6, label=what
-    )
-    if len(set(computes)) > 2:
-      logarithms = [math.log(loss) for loss in losses.values()]
-      line = fit(np.log(computes).tolist(), logarithms)
-      ends = np.array([min(computes), max(computes)])
-      fitted = np.exp(line.intercept + line.slope * np.log(ends))
-      left.plot(ends, fitted, color=drawn.get_color())
-  for after in others:
-    changes: dict[float, list[float]] = {}
-    for compute, change in differences(before, after):
-      changes.setdefault(compute, []).append(change)
-    for compute, values in changes.items():
-      right.plot([compute] * len(values), values, "o", color="tab:orange")
-      right.plot(compute, statistics.fmean(values), "_", color="black", ms=14)
+  for name, losses in zip(found.names, (found.before, found.after)):
+    (drawn,) = left.plot(found.compute, losses, "o", alpha=0.6, label=name)
+    if len(sizes) > 2:
+      line = fit(np.log(found.compute), np.log(losses))
+      fitted = np.exp(line.intercept + line.slope * np.log(sizes))
+      left.plot(sizes, fitted, color=drawn.get_color())
+  changes = found.after - found.before
+  right.plot(found.compute, changes, "o", color="tab:orange")
+  means = [changes[found.compute == size].mean() for size in sizes]
+  right.plot(sizes, means, "_", color="black", ms=14)
   right.axhline(0, color="black", lw=0.8)
   for axes in (left, right):
     axes.set_xscale("log")

@@ -21,7 +21,7 @@ def test_without_runs_it_says_so(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_the_runs(tmp_path, capsys):
+def test_losses_are_those_of_the_runs(tmp_path, capsys, monkeypatch):
   folder = tmp_path / "runs" / "seeds"
   domains = "code/c_headers,code/python_source,prose/legal"
   flags = [f"--experiment={TINY}", f"--experiment.data.domains={domains}"]
@@ -29,9 +29,13 @@ def test_losses_are_those_of_the_runs(tmp_path, capsys):
   grid = "--grid=seed=3"
   assert not sweep.main([*flags, *steps, grid, f"--workdir={folder}"])
   command = [f"--sweep={folder}", "--keep=2", "--steps=4"]
-  # Other text than the runs': the command that fails is named.
+  # Other text than the run's: the command that fails is named.
   assert adapt.main([*command, f"--experiment={TINY}"]) == 2
-  assert "edl_jax.main --experiment=" in capsys.readouterr().err
+  assert "edl_jax.main ended with 2: error: " in capsys.readouterr().err
+  # As if it had been killed while it wrote the other domain's cut model.
+  (folder / "adapted" / "seed=3,keep=2,steps=4" / "prose" / "part").mkdir(
+    parents=True
+  )
   (tmp_path / "own.py").write_text(
     "import edl_jax.config_files\n"
     "def get_config(variant=''):\n"
@@ -40,16 +44,21 @@ def test_losses_are_those_of_the_runs(tmp_path, capsys):
   )
   command.append(f"--experiment={tmp_path / 'own.py'}")
   assert not adapt.main(command)
-  found = json.loads((folder / "adapted" / "seed=3.json").read_text())
+  path = folder / "adapted" / "seed=3.json"
+  made = json.loads(path.read_text())
+  assert (made["keep"], made["steps"]) == (2, 4)
+  found = made["losses"]
   before = losses_of(folder / "seed=3" / "result.json")
   for coarse, sources in (
     ("code", ("c_headers", "python_source")),
     ("prose", ("legal",)),
   ):
-    place = folder / "adapted" / "seed=3" / coarse
+    place = folder / "adapted" / "seed=3,keep=2,steps=4" / coarse
+    record = json.loads((place / "cut" / "cut.json").read_text())
     expected = {
       "whole": before,
-      "whole_adapted": losses_of(place / "whole" / "result.json"),
+      "cut": {name: each["cut"] for name, each in record["losses"].items()},
+      "whole_adapted": losses_of(place / "whole_adapted" / "result.json"),
       "cut_adapted": losses_of(place / "cut_adapted" / "result.json"),
     }
     for which, losses in expected.items():
@@ -61,6 +70,14 @@ def test_losses_are_those_of_the_runs(tmp_path, capsys):
     assert cut["experiment"]["seed"] == 3
     weights = [float(name in sources) for name in before]
     assert cut["experiment"]["data.weights"] == weights
+  assert not [*folder.rglob("adapted/**/checkpoints")]
+  # What is done is not done again, and is not taken for something else.
+  monkeypatch.setattr(adapt, "commands", None)
+  assert not adapt.main(command)
+  assert adapt.main([*command, "--keep=3"]) == 2
+  assert "is of other flags" in capsys.readouterr().err
+  assert adapt.main([*command, "--run=seed=4"]) == 2
+  assert "--run=seed=4: no finished run of" in capsys.readouterr().err
   assert not collect.main(
     [f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}"]
   )

@@ -118,6 +118,18 @@ def test_settings_of_older_versions_have_their_defaults(tmp_path):
   assert [row["lm_loss"] for row in rows] == ["4", "3"]
 
 
+def test_rows_without_a_text_give_way(tmp_path):
+  path, key = str(tmp_path / "rows.csv"), ("seed", "text")
+  rows = [{"seed": "0"}, {"seed": "1"}, {"seed": "2", "text": "first"}]
+  assert collect.write_rows(path, rows, key) == 3
+  new = [{"seed": seed, "text": "other"} for seed in ("0", "2")]
+  assert collect.write_rows(path, new, key) == 4
+  found = [(row["seed"], row["text"]) for row in collect.read_rows(path)]
+  assert sorted(found) == [
+    *(("0", "other"), ("1", ""), ("2", "first"), ("2", "other")),
+  ]
+
+
 def test_without_finished_runs_it_says_so(tmp_path, capsys):
   assert collect.main([f"--runs={tmp_path}", f"--out={tmp_path / 'out'}"]) == 2
   assert "no run in it is finished" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 from docs.study import noise, page
 from docs.study.questions import Condition, Question
 from edl_jax import sweep
+from edl_jax.config import UserError
 from tests.test_sweep import TINY
 
 WEIGHT = "losses.divergence_weight"
@@ -55,7 +56,16 @@ def test_difference_of_equal_runs_is_zero():
   assert noise.difference(before, before) == (0, 0)
 
 
-def test_table_has_a_line_for_each_row(tmp_path):
+def test_rows_that_cannot_be_compared_are_refused():
+  before, after = drawn(np.random.default_rng(1), 2, 40, 1)
+  with pytest.raises(UserError, match="one held-out row"):
+    noise.difference([before[0][:1]], [after[0][:1]])
+  after[1][3, 1] += 1
+  with pytest.raises(UserError, match="other held-out rows"):
+    noise.difference(before, after)
+
+
+def test_table_has_a_line_for_each_row():
   rows = [
     {
       "question": name,

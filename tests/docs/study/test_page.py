@@ -2,6 +2,7 @@
 
 import csv
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from docs.study import page
 from docs.study.collect import SETTINGS
 from docs.study.questions import QUESTIONS, Condition, Question
-from docs.study.runs import runs_of
+from docs.study.runs import figures_of, runs_of
 
 FOLDER = pathlib.Path(__file__).parents[3] / "docs" / "study"
+AES = ("none", "orthogonality", "variance", "both")
 WEIGHT = "losses.divergence_weight"
 QUESTION = Question(
   "example",
@@ -167,5 +169,34 @@ def test_total_is_of_all_runs_once(tmp_path):
     (tmp_path / "results" / f"{name}.csv").write_text(lines)
   assert page.total(tmp_path) == (
     "All 3 runs took 1.5 hours of CPU time, not counting 2 whose time was not"
-    " recorded, nor carving."
+    " recorded. Carving, training on and the noise of held-out text are not in"
+    " it."
   )
+
+
+def test_rows_of_no_condition_are_counted(tmp_path, monkeypatch):
+  (tmp_path / "results").mkdir()
+  (tmp_path / "results" / "runs.csv").write_text(
+    f"seed,{WEIGHT}\n0,0.0\n0,0.01\n1,0.7\n2,0.7\n"
+  )
+  monkeypatch.setattr(page, "QUESTIONS", (QUESTION,))
+  assert page.unused(tmp_path) == {"runs": 2}
+
+
+def test_shares_of_the_experts():
+  runs = {
+    0: {"model.num_experts": "16", "carved/4": "0.5", "carved/8": "0.25"},
+    1: {"model.num_experts": "64", "carved/16": "0.125"},
+  }
+  assert figures_of(runs, "carved/quarter") == {0: 0.5, 1: 0.125}
+  assert figures_of(runs, "carved/half") == {0: 0.25}
+
+
+def test_every_file_of_the_questions_is_made_and_every_made_one_is_asked_for():
+  names = {name for question in QUESTIONS for name in question.files}
+  script = (FOLDER / "run.sh").read_text()
+  made = set(re.findall(r"^ *sweep (\w+) ", script, flags=re.MULTILINE))
+  made |= {f"post_training_{name}" for name in ("both_100", "edl")}
+  made |= {"finer", *(f"layers_{number}" for number in (2, 3, 6, 8))}
+  made |= {f"post_training_{name}" for name in AES}
+  assert made == names | {"post_training_base"}

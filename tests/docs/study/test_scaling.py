@@ -60,10 +60,20 @@ def test_fits_find_the_law():
   assert cells[2][4] == f"{-0.1 - reach:.4f} to {-0.1 + reach:.4f}"
 
 
-def test_two_sizes_have_no_fit():
-  rows = [row for row in rows_of(power_law) if row["name"] != "4"]
+@pytest.mark.parametrize("edl", ["0", "1"])
+def test_two_sizes_have_no_fit(edl):
+  rows = [
+    row for row in rows_of(power_law) if (row["name"], row["edl"]) != ("4", edl)
+  ]
   assert scaling.table(QUESTION, rows) == ""
   assert len(scaling.draw(QUESTION, rows).axes) == 2
+
+
+def test_runs_without_a_partner_do_not_count():
+  rows = rows_of(power_law)
+  alone = [row | {"seed": "7", "lm_loss": "9"} for row in rows[:1]]
+  assert scaling.table(QUESTION, rows + alone) == scaling.table(QUESTION, rows)
+  assert scaling.table(QUESTION, []) == ""
 
 
 def test_figure_has_each_pair():
