@@ -5,10 +5,11 @@
 Each folder of --runs is a sweep, as run.sh makes it; its runs become the rows
 of docs/study/results/<folder>.csv. Rows of other runs stay, so that parts of
 the study can be made at different times and on different machines. A row has
-the run's settings and figures; its held-out loss by tokens, `lm_loss@TOKENS`;
-what its loss rises by with K experts in each layer, `carved/K`; what
-docs.study.adapt found, `adapted/...`; and on text of Markov sources, the best
-loss that the held-out text allows.
+the run's settings and figures; by tokens, its held-out loss, `lm_loss@TOKENS`,
+and that of single training batches, `train_loss@TOKENS`; what its loss rises by
+with K experts in each layer, `carved/K`; what docs.study.adapt found,
+`adapted/...`; and on text of Markov sources, the best loss that the held-out
+text allows.
 """
 
 import csv
@@ -59,6 +60,8 @@ SETTINGS = (
   "data.files",
   "data.granularity",
 )
+# Columns of the training loss after so many tokens, of one batch each.
+PREFIX = "train_loss@"
 _TEXTS = os.path.join("text", "*.jsonl.gz")
 
 
@@ -136,6 +139,11 @@ def rows_of(sweep: str) -> list[dict[str, Any]]:
         f"lm_loss@{line['step'] * tokens}": line["eval/lm_loss"]
         for line in read_metrics(workdir)
         if "eval/lm_loss" in line
+      }
+      | {
+        f"{PREFIX}{line['step'] * tokens}": line["train/lm_loss"]
+        for line in read_metrics(workdir)
+        if "train/lm_loss" in line
       }
       | _rises(carved)
       | _adapted(sweep, run.name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from scipy import stats
 
-from docs.study import scaling
+from docs.study import scaling, training
 from docs.study.collect import read_rows
 from docs.study.questions import QUESTIONS, Question
 from docs.study.runs import Runs, figures_of, runs_of
@@ -281,6 +281,8 @@ def tables(folder: Path) -> dict[str, str]:
       found[question.name] = section(question, rows)
       if question.noise and any(r["question"] == question.name for r in noise):
         found[f"{question.name}_noise"] = noise_table(question, noise)
+      if question.by_quarter and (quarters := training.table(question, rows)):
+        found[f"{question.name}_quarters"] = quarters
       if question.by_compute and (fits := scaling.table(question, rows)):
         found[f"{question.name}_fits"] = fits
   return found

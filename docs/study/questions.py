@@ -31,6 +31,8 @@ class Question(NamedTuple):
   columns: Sequence[tuple[str, str, str]]
   # Whether a second figure has the first column by tokens trained on.
   by_tokens: bool = False
+  # Whether a second table has training losses by quarters of the run.
+  by_quarter: bool = False
   # Whether docs.study.noise measures its differences, for a table of their own.
   noise: bool = False
   # Whether losses are fitted against compute, by docs/study/scaling.py: in a
@@ -155,14 +157,6 @@ _SCHEDULE = [
     )
   ),
 ]
-_TEXTS = [
-  condition
-  for name, text in (("first text", _FIRST), ("third text", _THIRD))
-  for condition in (
-    Condition(f"{name}: none", _NO_LOSS | text),
-    Condition(f"{name}: 39 sources", _DIVERGENCE | text, f"{name}: none"),
-  )
-]
 _RANDOM = [
   condition
   for text, labels, where in (
@@ -237,6 +231,7 @@ QUESTIONS = (
     _BALANCE_FILES,
     _balance(_THIRD),
     (_LOSS, *_ROUTING),
+    by_quarter=True,
     noise=True,
   ),
   Question(
@@ -262,7 +257,6 @@ QUESTIONS = (
     _SCHEDULE,
     (_LOSS, *_ROUTING, *_CARVED),
   ),
-  Question("texts", ("balance",), _TEXTS, (_LOSS, *_ROUTING)),
   Question("random", _LABEL_FILES, _RANDOM, (_LOSS, *_ROUTING)),
   Question("again", ("balance",), _AGAIN, (_LOSS, *_ROUTING)),
   Question("carve", _BALANCE_FILES, _balance(_THIRD), (*_CARVED, _LOSS)),
