@@ -31,6 +31,12 @@ _FOLDER = COMMAND.flag(
 )
 
 
+def _rows(folder: Path, name: str) -> list[dict[str, str]]:
+  """Returns the rows of a file, each with the file's name as "sweep"."""
+  rows = read_rows(str(folder / "results" / f"{name}.csv"))
+  return [row | {"sweep": name} for row in rows]
+
+
 def read(folder: Path, question: Question) -> list[dict[str, str]]:
   """Returns the rows of a question's files that have its first figure.
 
@@ -40,7 +46,7 @@ def read(folder: Path, question: Question) -> list[dict[str, str]]:
   return [
     row
     for name in question.files
-    for row in read_rows(str(folder / "results" / f"{name}.csv"))
+    for row in _rows(folder, name)
     if figures_of({int(row["seed"]): row}, figure)
   ]
 
@@ -163,7 +169,7 @@ def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
     axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.6)
     axes.plot(statistics.fmean(values), place, "|", color="black", ms=14)
   axes.set_yticks(range(len(drawn)), [label for label, _ in drawn])
-  axes.invert_yaxis()
+  axes.set_ylim(len(drawn) - 0.5, -0.5)
   axes.set_xlabel(heading)
   axes.grid(axis="x", alpha=0.3)
   return figure
@@ -298,9 +304,10 @@ def unused(folder: Path) -> dict[str, int]:
       if name in question.files
       for condition in question.conditions
     ]
-    rows = read_rows(str(folder / "results" / f"{name}.csv"))
     alone = [
-      row for row in rows if not any(runs_of([row], c) for c in conditions)
+      row
+      for row in _rows(folder, name)
+      if not any(runs_of([row], each) for each in conditions)
     ]
     if alone:
       counts[name] = len(alone)

@@ -13,7 +13,7 @@ class Condition(NamedTuple):
 
   label: str
   # What its runs have, as text: keys of `collect.SETTINGS`; "text", of which
-  # text they are.
+  # text they are; "sweep", the file that they are in, without its ending.
   where: Mapping[str, str]
   # The label of the condition that it is compared with; "" for none.
   base: str = ""
@@ -72,14 +72,11 @@ _SCOPES = {
   "the global batch's micro-batches": {"train.accumulation": "per_micro_batch"},
   "the global batch, by a bias": {"model.balancing": "bias"},
   "each sequence": {"losses.balance_scope": "sequence"},
-  "each sequence, losses by micro-batch": {
-    "losses.balance_scope": "sequence",
-    "train.accumulation": "per_micro_batch",
-  },
 }
 _WEIGHTS = ("0.0", "0.001", "0.003", "0.01")
 _SHARES = ("0.0", "0.25", "0.5", "0.75", "1.0")
-_BALANCE_FILES = ("balance", "balance_bias", "micro_batches")
+# Seeds 3 and 4 are in balance_seeds.
+_BALANCE_FILES = ("balance", "balance_seeds", "balance_bias", "micro_batches")
 # Runs with every kind of label, and without.
 _LABEL_FILES = (
   "balance",
@@ -178,6 +175,25 @@ _AGAIN = [
   Condition("second text, second machine", _DIVERGENCE | _SECOND),
   Condition("third text, second machine", _DIVERGENCE | _THIRD),
 ]
+# The same runs on two machines.
+_SECOND_MACHINE = _THIRD | {"sweep": "balance"}
+_THIRD_MACHINE = _THIRD | {"sweep": "balance_rerun"}
+_RERUN = [
+  Condition("second machine, beta 0", _NO_LOSS | _SECOND_MACHINE),
+  Condition(
+    "third machine, beta 0", _NO_LOSS | _THIRD_MACHINE, "second machine, beta 0"
+  ),
+  Condition(
+    "second machine, beta 0.01",
+    _DIVERGENCE | _SECOND_MACHINE,
+    "second machine, beta 0",
+  ),
+  Condition(
+    "third machine, beta 0.01",
+    _DIVERGENCE | _THIRD_MACHINE,
+    "third machine, beta 0",
+  ),
+]
 _GRANULARITY = [
   condition
   for label, own in (
@@ -259,6 +275,7 @@ QUESTIONS = (
   ),
   Question("random", _LABEL_FILES, _RANDOM, (_LOSS, *_ROUTING)),
   Question("again", ("balance",), _AGAIN, (_LOSS, *_ROUTING)),
+  Question("rerun", ("balance", "balance_rerun"), _RERUN, (_LOSS, *_ROUTING)),
   Question("carve", _BALANCE_FILES, _balance(_THIRD), (*_CARVED, _LOSS)),
   Question("carve_first", _BALANCE_FILES, _balance(_FIRST), (*_CARVED, _LOSS)),
   Question("carve_labels", _LABEL_FILES, _LABELS, (*_CARVED, _LOSS)),

@@ -42,18 +42,14 @@ sweep truth_router truth_router seed=0,1,2 data.files="$files"
 carve truth 2,4,8
 carve truth_pools 2,4,8
 
-for seed in 0 1 2 3 4; do
-  # Where the load is balanced, against the weight of the divergence loss.
-  weights=0,0.001
-  if ((seed < 3)); then weights=0,0.001,0.003,0.01; fi
-  sweep balance fine losses.balance_scope=sequence,global \
-    losses.divergence_weight=$weights seed=$seed
-done
 for seed in 0 1 2; do
+  # Where the load is balanced, against the weight of the divergence loss.
+  sweep balance fine losses.balance_scope=sequence,global \
+    losses.divergence_weight=0,0.001,0.003,0.01 seed=$seed
   sweep balance_bias fine model.balancing=bias optimizer.bias_rate=0.01 \
     optimizer.bias_schedule=learning_rate \
     losses.divergence_weight=0,0.001,0.003,0.01 seed=$seed
-  sweep micro_batches micro_batches losses.balance_scope=sequence,global \
+  sweep micro_batches micro_batches losses.balance_scope=global \
     losses.divergence_weight=0,0.001,0.01 seed=$seed
   # What the labels say.
   sweep labels_coarse coarse losses.divergence_weight=0.01 seed=$seed
@@ -73,6 +69,15 @@ for seed in 0 1 2; do
   for variant in finer layers_{2,3,6,8}; do
     sweep "$variant" "$variant" losses.divergence_weight=0,0.01 seed=$seed
   done
+done
+for seed in 3 4; do
+  sweep balance_seeds fine losses.balance_scope=sequence,global \
+    losses.divergence_weight=0,0.001,0.01 seed=$seed
+done
+# For another machine: what the order of sums does to a run.
+for seed in 0 1 2; do
+  sweep balance_rerun fine losses.balance_scope=global \
+    losses.divergence_weight=0,0.01 seed=$seed
 done
 for question in balance balance_bias micro_batches schedule_{warmup,decay} \
   labels_{coarse,hierarchical,shuffled,shuffled_coarse,pools}; do

@@ -83,6 +83,12 @@ def test_conditions_can_name_a_text(rows):
   assert len(runs_of(rows, none)) == 3
 
 
+def test_conditions_can_name_a_sweep(rows):
+  all_none = Condition("none", {WEIGHT: "0.0", "sweep": "runs"})
+  assert len(runs_of(rows, all_none)) == 4
+  assert not runs_of(rows, Condition("none", {"sweep": "missing"}))
+
+
 def test_figure_has_a_line_for_each_condition(rows):
   labels = page.draw(QUESTION, rows).axes[0].get_yticklabels()
   assert [label.get_text() for label in labels] == ["none", "some"]
@@ -150,7 +156,7 @@ def test_conditions_use_settings_that_are_collected():
     labels = [condition.label for condition in question.conditions]
     assert len(set(labels)) == len(labels)
     for condition in question.conditions:
-      assert set(condition.where) <= {*SETTINGS, "text"}
+      assert set(condition.where) <= {*SETTINGS, "text", "sweep"}
       assert condition.base in {"", *labels}
 
 
