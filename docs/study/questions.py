@@ -107,15 +107,17 @@ def _truth(share: str) -> list[Condition]:
 
 
 def _balance(text: Mapping[str, str]) -> list[Condition]:
-  return [
-    Condition(
-      f"{scope}, beta {float(weight):g}",
-      _LEARNED | where | {_WEIGHT: weight} | text,
-      f"{scope}, beta 0" if weight != "0.0" else "",
-    )
-    for scope, where in _SCOPES.items()
-    for weight in _WEIGHTS
-  ]
+  """Compares weights under each balance, and the balances without a weight."""
+  conditions, reference = [], ""
+  for scope, where in _SCOPES.items():
+    none = f"{scope}, beta 0"
+    for weight in _WEIGHTS:
+      label = f"{scope}, beta {float(weight):g}"
+      own = _LEARNED | where | {_WEIGHT: weight} | text
+      base = none if label != none else reference
+      conditions.append(Condition(label, own, base))
+    reference = reference or none
+  return conditions
 
 
 _KINDS = {
@@ -227,6 +229,23 @@ _SCALE = [
     ),
   )
 ]
+_LENGTH = [
+  condition
+  for label, name, steps in (
+    ("0.34M active, 0.7M tokens", "layers_2", "120"),
+    ("0.34M active, 2.5M tokens", "layers_2", "400"),
+    ("1.12M active, 0.7M tokens", "fine", "120"),
+    ("1.12M active, 2.5M tokens", "fine", "400"),
+    ("1.12M active, 7.4M tokens", "fine", "1200"),
+  )
+  for own in ({"name": f"study_{name}", "train.num_steps": steps},)
+  for condition in (
+    Condition(f"{label}: none", _NO_LOSS | own | _THIRD),
+    Condition(
+      f"{label}: 39 sources", _DIVERGENCE | own | _THIRD, f"{label}: none"
+    ),
+  )
+]
 _POST_TRAINING = [
   Condition("neither", {"name": "post_training_none"}),
   *(
@@ -302,10 +321,19 @@ QUESTIONS = (
   ),
   Question(
     "scale",
-    ("balance", "layers_2", "layers_3", "layers_6", "layers_8"),
+    ("balance", "balance_seeds", *(f"layers_{n}" for n in (2, 3, 6, 8))),
     _SCALE,
     (_LOSS, *_ROUTING),
     by_compute=True,
+  ),
+  Question(
+    "length",
+    (
+      *("balance", "balance_seeds", "layers_2", "layers_2_long"),
+      *("layers_4_short", "layers_4_long"),
+    ),
+    _LENGTH,
+    (_LOSS, *_ROUTING),
   ),
   Question(
     "truth",

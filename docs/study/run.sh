@@ -69,6 +69,16 @@ for seed in 0 1 2; do
   for variant in finer layers_{2,3,6,8}; do
     sweep "$variant" "$variant" losses.divergence_weight=0,0.01 seed=$seed
   done
+  # The smallest size for longer, and the usual one for less long and longer.
+  sweep layers_2_long layers_2 losses.divergence_weight=0,0.01 seed=$seed \
+    train.num_steps=400 train.eval_every=400 train.checkpoint_every=400 \
+    optimizer.warmup_steps=20
+  sweep layers_4_short fine losses.divergence_weight=0,0.01 seed=$seed \
+    train.num_steps=120 train.eval_every=120 train.checkpoint_every=120 \
+    optimizer.warmup_steps=6
+  sweep layers_4_long fine losses.divergence_weight=0,0.01 seed=$seed \
+    train.num_steps=1200 train.eval_every=1200 train.checkpoint_every=1200 \
+    optimizer.warmup_steps=60
 done
 for seed in 3 4; do
   sweep balance_seeds fine losses.balance_scope=sequence,global \
@@ -79,7 +89,7 @@ for seed in 0 1 2; do
   sweep balance_rerun fine losses.balance_scope=global \
     losses.divergence_weight=0,0.01 seed=$seed
 done
-for question in balance balance_bias micro_batches schedule_{warmup,decay} \
+for question in balance balance_{seeds,bias} micro_batches schedule_{warmup,decay} \
   labels_{coarse,hierarchical,shuffled,shuffled_coarse,pools}; do
   carve "$question" 4,8
 done

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy import stats
 
 from docs.study.questions import Question
@@ -123,9 +124,12 @@ def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
   right.axhline(0, color="black", lw=0.8)
   for axes in (left, right):
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("training compute in FLOPs")
     axes.grid(alpha=0.3)
   left.set_yscale("log")
+  left.yaxis.set_major_formatter("{x:.1f}")
+  left.yaxis.set_minor_formatter("{x:.1f}")
   left.set_ylabel(question.columns[0][0])
   right.set_ylabel("difference, paired by seed")
   left.legend()
