@@ -158,7 +158,8 @@ def pairs(question: Question, sweeps: Path) -> Iterator[Pairs]:
       finished = sweep_report.read_runs(str(sweep))
       for run, row in zip(finished, rows_of(str(sweep)), strict=True):
         text = {key: str(value) for key, value in row.items()}
-        rows.append(text | {"workdir": str(sweep / run.name)})
+        place = {"sweep": name, "workdir": str(sweep / run.name)}
+        rows.append(text | place)
   by_label = {
     condition.label: runs_of(rows, condition)
     for condition in question.conditions

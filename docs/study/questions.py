@@ -69,14 +69,13 @@ _NO_LOSS = _LEARNED | {_WEIGHT: "0.0"}
 _DIVERGENCE = _LEARNED | {_WEIGHT: "0.01"}
 _SCOPES = {
   "the global batch": {},
-  "the global batch's micro-batches": {"train.accumulation": "per_micro_batch"},
   "the global batch, by a bias": {"model.balancing": "bias"},
   "each sequence": {"losses.balance_scope": "sequence"},
 }
 _WEIGHTS = ("0.0", "0.001", "0.003", "0.01")
 _SHARES = ("0.0", "0.25", "0.5", "0.75", "1.0")
 # Seeds 3 and 4 are in balance_seeds.
-_BALANCE_FILES = ("balance", "balance_seeds", "balance_bias", "micro_batches")
+_BALANCE_FILES = ("balance", "balance_seeds", "balance_bias")
 # Runs with every kind of label, and without.
 _LABEL_FILES = (
   "balance",
@@ -178,23 +177,36 @@ _AGAIN = [
   Condition("third text, second machine", _DIVERGENCE | _THIRD),
 ]
 # The same runs on two machines.
-_SECOND_MACHINE = _THIRD | {"sweep": "balance"}
-_THIRD_MACHINE = _THIRD | {"sweep": "balance_rerun"}
 _RERUN = [
-  Condition("second machine, beta 0", _NO_LOSS | _SECOND_MACHINE),
-  Condition(
-    "third machine, beta 0", _NO_LOSS | _THIRD_MACHINE, "second machine, beta 0"
-  ),
-  Condition(
-    "second machine, beta 0.01",
-    _DIVERGENCE | _SECOND_MACHINE,
-    "second machine, beta 0",
-  ),
-  Condition(
-    "third machine, beta 0.01",
-    _DIVERGENCE | _THIRD_MACHINE,
-    "third machine, beta 0",
-  ),
+  condition
+  for scope in ("the global batch", "each sequence")
+  for machine, sweep, base in (
+    ("second machine", "balance", ""),
+    ("third machine", "balance_rerun", f"{scope}, second machine: beta 0"),
+  )
+  for where in (_THIRD | _SCOPES[scope] | {"sweep": sweep},)
+  for label in (f"{scope}, {machine}",)
+  for condition in (
+    Condition(f"{label}: beta 0", _NO_LOSS | where, base),
+    Condition(f"{label}: beta 0.01", _DIVERGENCE | where, f"{label}: beta 0"),
+  )
+]
+_MICRO_BATCHES = [
+  condition
+  for label, how, base in (
+    ("the global batch", "exact", ""),
+    ("micro-batches", "per_micro_batch", "the global batch, beta 0"),
+  )
+  for where in (_THIRD | {"train.accumulation": how},)
+  for condition in (
+    Condition(f"{label}, beta 0", _NO_LOSS | where, base),
+    Condition(
+      f"{label}, beta 0.001",
+      _LEARNED | where | {_WEIGHT: "0.001"},
+      f"{label}, beta 0",
+    ),
+    Condition(f"{label}, beta 0.01", _DIVERGENCE | where, f"{label}, beta 0"),
+  )
 ]
 _GRANULARITY = [
   condition
@@ -295,6 +307,13 @@ QUESTIONS = (
   Question("random", _LABEL_FILES, _RANDOM, (_LOSS, *_ROUTING)),
   Question("again", ("balance",), _AGAIN, (_LOSS, *_ROUTING)),
   Question("rerun", ("balance", "balance_rerun"), _RERUN, (_LOSS, *_ROUTING)),
+  Question(
+    "micro_batches",
+    ("balance_rerun", "micro_batches"),
+    _MICRO_BATCHES,
+    (_LOSS, *_ROUTING),
+    by_quarter=True,
+  ),
   Question("carve", _BALANCE_FILES, _balance(_THIRD), (*_CARVED, _LOSS)),
   Question("carve_first", _BALANCE_FILES, _balance(_FIRST), (*_CARVED, _LOSS)),
   Question("carve_labels", _LABEL_FILES, _LABELS, (*_CARVED, _LOSS)),
@@ -310,7 +329,7 @@ QUESTIONS = (
   ),
   Question(
     "granularity",
-    ("balance", "finer"),
+    ("balance_rerun", "finer"),
     _GRANULARITY,
     (
       _LOSS,
@@ -321,7 +340,7 @@ QUESTIONS = (
   ),
   Question(
     "scale",
-    ("balance", "balance_seeds", *(f"layers_{n}" for n in (2, 3, 6, 8))),
+    ("balance_rerun", *(f"layers_{number}" for number in (2, 3, 6, 8))),
     _SCALE,
     (_LOSS, *_ROUTING),
     by_compute=True,
@@ -329,8 +348,8 @@ QUESTIONS = (
   Question(
     "length",
     (
-      *("balance", "balance_seeds", "layers_2", "layers_2_long"),
-      *("layers_4_short", "layers_4_long"),
+      "balance_rerun",
+      *("layers_2", "layers_2_long", "layers_4_short", "layers_4_long"),
     ),
     _LENGTH,
     (_LOSS, *_ROUTING),

@@ -66,6 +66,7 @@ def series(question: Question, rows: Sequence[Mapping[str, str]]) -> Series:
     pairs += [
       (compute_of(first[seed]), before[seed], after[seed])
       for seed in sorted(before.keys() & after.keys())
+      if first[seed].get("text") == second[seed].get("text")
     ]
   return Series(names, *np.reshape(pairs, (-1, 3)).T)
 
