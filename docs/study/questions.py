@@ -210,15 +210,14 @@ _MICRO_BATCHES = [
 ]
 _GRANULARITY = [
   condition
-  for label, own in (
-    ("2 of 16 experts", {"name": "study_fine"}),
-    ("8 of 64 experts", {"name": "study_finer"}),
+  for label, name, base in (
+    ("2 of 16 experts", "fine", ""),
+    ("8 of 64 experts", "finer", "2 of 16 experts, beta 0"),
   )
+  for own in (_THIRD | {"name": f"study_{name}"},)
   for condition in (
-    Condition(f"{label}, beta 0", _NO_LOSS | own | _THIRD),
-    Condition(
-      f"{label}, beta 0.01", _DIVERGENCE | own | _THIRD, f"{label}, beta 0"
-    ),
+    Condition(f"{label}, beta 0", _NO_LOSS | own, base),
+    Condition(f"{label}, beta 0.01", _DIVERGENCE | own, f"{label}, beta 0"),
   )
 ]
 _SCALE = [

@@ -92,8 +92,9 @@ if [[ ${RERUN:-} ]]; then
     sweep balance_rerun fine losses.balance_scope=sequence,global \
       losses.divergence_weight=0,0.01 seed=$seed
   done
-else
-  ln -sfn balance "$out/balance_rerun"
+  carve balance_rerun 4,8
+elif [[ ! -e $out/balance_rerun ]]; then
+  ln -s balance "$out/balance_rerun"
 fi
 for question in balance balance_{seeds,bias} micro_batches schedule_{warmup,decay} \
   labels_{coarse,hierarchical,shuffled,shuffled_coarse,pools}; do
