@@ -310,7 +310,7 @@ QUESTIONS = (
     "micro_batches",
     ("balance_rerun", "micro_batches"),
     _MICRO_BATCHES,
-    (_LOSS, *_ROUTING),
+    (_LOSS, *_ROUTING, *_CARVED),
     by_quarter=True,
   ),
   Question("carve", _BALANCE_FILES, _balance(_THIRD), (*_CARVED, _LOSS)),
@@ -318,7 +318,7 @@ QUESTIONS = (
   Question("carve_labels", _LABEL_FILES, _LABELS, (*_CARVED, _LOSS)),
   Question(
     "adapt",
-    ("balance", "labels_pools"),
+    ("balance", "labels_pools_rerun"),
     [each for each in _LABELS if each.label in _ADAPTED],
     (
       ("rise after 20 steps", "adapted/after", "+.3f"),

@@ -85,16 +85,19 @@ for seed in 3 4; do
     losses.divergence_weight=0,0.001,0.01 seed=$seed
 done
 # What another rounding of sums does to a run: RERUN=1 on another machine makes
-# some runs again. Sizes, micro-batches and finer experts compare with these. On
-# one machine they are the same runs.
+# some runs again. Sizes, micro-batches, finer experts and pools that are trained
+# on are of these. On one machine they are the same runs.
 if [[ ${RERUN:-} ]]; then
   for seed in 0 1 2; do
     sweep balance_rerun fine losses.balance_scope=sequence,global \
       losses.divergence_weight=0,0.01 seed=$seed
+    sweep labels_pools_rerun pools losses.divergence_weight=0 seed=$seed
   done
   carve balance_rerun 4,8
-elif [[ ! -e $out/balance_rerun ]]; then
-  ln -s balance "$out/balance_rerun"
+else
+  for name in balance labels_pools; do
+    [[ -e $out/${name}_rerun ]] || ln -s "$name" "$out/${name}_rerun"
+  done
 fi
 for question in balance balance_{seeds,bias} micro_batches schedule_{warmup,decay} \
   labels_{coarse,hierarchical,shuffled,shuffled_coarse,pools}; do
@@ -109,7 +112,7 @@ for seed in 0 1 2; do
   done
 done
 "$python" -m docs.study.adapt --sweep="$out/balance" "${learned[@]}"
-"$python" -m docs.study.adapt --sweep="$out/labels_pools"
+"$python" -m docs.study.adapt --sweep="$out/labels_pools_rerun"
 # The largest size, for a GPU:
 #   python -m edl_jax.sweep --experiment=experiments/study.py:large \
 #     --workdir=runs/study/large --grid=losses.divergence_weight=0,0.01
