@@ -20,7 +20,7 @@ from scipy import stats
 from docs.study import scaling, training
 from docs.study.collect import read_rows
 from docs.study.questions import QUESTIONS, Question
-from docs.study.runs import Runs, figures_of, runs_of
+from docs.study.runs import Runs, figures_of, pairs_of, runs_of
 from edl_jax import storage
 from edl_jax.analysis import report
 from edl_jax.command import Command
@@ -64,15 +64,9 @@ def spread(values: Collection[float], form: str) -> str:
 def paired(first: Runs, second: Runs, name: str, form: str) -> str:
   """Returns second minus first by seed: mean, 95% interval and p of a t-test.
 
-  The interval and the two-sided p are Student's, for paired values. Runs of
-  different text are no pair.
+  The interval and the two-sided p are Student's, for paired values.
   """
-  before, after = figures_of(first, name), figures_of(second, name)
-  pairs = [
-    after[seed] - before[seed]
-    for seed in before
-    if seed in after and first[seed].get("text") == second[seed].get("text")
-  ]
+  pairs = [*pairs_of(first, second, name).values()]
   if len(pairs) < 2:
     return ""
   test = stats.ttest_1samp(pairs, 0.0)
@@ -156,13 +150,23 @@ def section(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
-  """Draws the first column: a point for each run, a bar at the mean."""
+  """Draws the first column: a point for each run, a bar at the mean.
+
+  Where the question says so, points are differences from a condition's base.
+  """
   heading, name, _ = question.columns[0]
-  drawn = [
-    (condition.label, list(values.values()))
-    for condition in question.conditions
-    if (values := figures_of(runs_of(rows, condition), name))
-  ]
+  by_label = {each.label: each for each in question.conditions}
+  drawn = []
+  for condition in question.conditions:
+    values = figures_of(runs_of(rows, condition), name)
+    if question.draws_differences:
+      base = by_label.get(condition.base)
+      before = runs_of(rows, base) if base else {}
+      values = pairs_of(before, runs_of(rows, condition), name)
+    if values:
+      drawn.append((condition.label, list(values.values())))
+  if question.draws_differences:
+    heading += ", difference"
   figure = Figure(figsize=(7, 0.8 + 0.3 * len(drawn)), layout="constrained")
   axes = figure.subplots()
   for place, (_, values) in enumerate(drawn):

@@ -38,6 +38,8 @@ class Question(NamedTuple):
   # Whether losses are fitted against compute, by docs/study/scaling.py: in a
   # table and in place of the figure.
   by_compute: bool = False
+  # Whether the figure has the paired differences.
+  draws_differences: bool = False
 
 
 _WEIGHT = "losses.divergence_weight"
@@ -352,6 +354,7 @@ QUESTIONS = (
     ),
     _LENGTH,
     (_LOSS, *_ROUTING),
+    draws_differences=True,
   ),
   Question(
     "truth",

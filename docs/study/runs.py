@@ -45,3 +45,16 @@ def figures_of(runs: Runs, name: str) -> dict[int, float]:
     if row.get(column):
       found[seed] = float(row[column]) - best
   return found
+
+
+def pairs_of(first: Runs, second: Runs, name: str) -> dict[int, float]:
+  """Returns second minus first of a figure, by seed.
+
+  Runs of different text are no pair.
+  """
+  before, after = figures_of(first, name), figures_of(second, name)
+  return {
+    seed: after[seed] - before[seed]
+    for seed in before
+    if seed in after and first[seed].get("text") == second[seed].get("text")
+  }

@@ -94,6 +94,14 @@ def test_figure_has_a_line_for_each_condition(rows):
   assert [label.get_text() for label in labels] == ["none", "some"]
 
 
+def test_figure_can_have_the_paired_differences(rows):
+  question = QUESTION._replace(draws_differences=True)
+  (axes,) = page.draw(question, rows).axes
+  assert [label.get_text() for label in axes.get_yticklabels()] == ["some"]
+  np.testing.assert_allclose(axes.get_lines()[0].get_xdata(), [0.1, -0.1, 0.25])
+  assert axes.get_xlabel() == "LM loss, difference"
+
+
 @pytest.mark.usefixtures("rows")
 def test_runs_without_the_first_figure_are_left_out(tmp_path):
   question = QUESTION._replace(columns=(("rise", "carved/4", ".3f"),))
