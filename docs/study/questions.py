@@ -354,6 +354,7 @@ QUESTIONS = (
     ),
     _LENGTH,
     (_LOSS, *_ROUTING),
+    by_quarter=True,
     draws_differences=True,
   ),
   Question(
