@@ -128,13 +128,17 @@ def spent(question: Question, rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def total(folder: Path) -> str:
-  """Returns a sentence on all runs that have results in a folder."""
-  rows = [
+  """Returns a sentence on all runs that have results in a folder.
+
+  A run that two files have, as where run.sh links sweeps, counts once.
+  """
+  every = [
     row
     for path in sorted((folder / "results").glob("*.csv"))
     for row in read_rows(str(path))
     if row.get("seed")
   ]
+  rows = [row for place, row in enumerate(every) if row not in every[:place]]
   seconds = [float(row.get("cpu_seconds") or 0) for row in rows]
   unknown = seconds.count(0)
   return (
@@ -155,14 +159,14 @@ def draw(question: Question, rows: Sequence[Mapping[str, str]]) -> Figure:
   Where the question says so, points are differences from a condition's base.
   """
   heading, name, _ = question.columns[0]
-  by_label = {each.label: each for each in question.conditions}
+  by_label = {each.label: runs_of(rows, each) for each in question.conditions}
   drawn = []
   for condition in question.conditions:
-    values = figures_of(runs_of(rows, condition), name)
+    runs = by_label[condition.label]
     if question.draws_differences:
-      base = by_label.get(condition.base)
-      before = runs_of(rows, base) if base else {}
-      values = pairs_of(before, runs_of(rows, condition), name)
+      values = pairs_of(by_label.get(condition.base, {}), runs, name)
+    else:
+      values = figures_of(runs, name)
     if values:
       drawn.append((condition.label, list(values.values())))
   if question.draws_differences:

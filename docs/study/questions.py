@@ -107,18 +107,38 @@ def _truth(share: str) -> list[Condition]:
   ]
 
 
+def _by_weight(
+  label: str,
+  where: Mapping[str, str],
+  base: str = "",
+  weights: Sequence[str] = _WEIGHTS,
+) -> list[Condition]:
+  """Compares weights of divergence with none, and none with a base."""
+  none = f"{label}, beta 0"
+  conditions = [Condition(none, _NO_LOSS | where, base)]
+  for weight in weights[1:]:
+    own = _LEARNED | where | {_WEIGHT: weight}
+    conditions.append(Condition(f"{label}, beta {weight}", own, none))
+  return conditions
+
+
 def _balance(text: Mapping[str, str]) -> list[Condition]:
   """Compares weights under each balance, and the balances without a weight."""
-  conditions, reference = [], ""
-  for scope, where in _SCOPES.items():
-    none = f"{scope}, beta 0"
-    for weight in _WEIGHTS:
-      label = f"{scope}, beta {float(weight):g}"
-      own = _LEARNED | where | {_WEIGHT: weight} | text
-      base = none if label != none else reference
-      conditions.append(Condition(label, own, base))
-    reference = reference or none
+  first, *others = _SCOPES
+  conditions = _by_weight(first, _SCOPES[first] | text)
+  for scope in others:
+    conditions += _by_weight(scope, _SCOPES[scope] | text, f"{first}, beta 0")
   return conditions
+
+
+def _sources(label: str, where: Mapping[str, str]) -> list[Condition]:
+  """Compares divergence over the sources with none, on the third text."""
+  return [
+    Condition(f"{label}: none", _NO_LOSS | where | _THIRD),
+    Condition(
+      f"{label}: 39 sources", _DIVERGENCE | where | _THIRD, f"{label}: none"
+    ),
+  ]
 
 
 _KINDS = {
@@ -184,43 +204,30 @@ _RERUN = [
   for scope in ("the global batch", "each sequence")
   for machine, sweep, base in (
     ("second machine", "balance", ""),
-    ("third machine", "balance_rerun", f"{scope}, second machine: beta 0"),
+    ("third machine", "balance_rerun", f"{scope}, second machine, beta 0"),
   )
-  for where in (_THIRD | _SCOPES[scope] | {"sweep": sweep},)
-  for label in (f"{scope}, {machine}",)
-  for condition in (
-    Condition(f"{label}: beta 0", _NO_LOSS | where, base),
-    Condition(f"{label}: beta 0.01", _DIVERGENCE | where, f"{label}: beta 0"),
+  for condition in _by_weight(
+    f"{scope}, {machine}",
+    _THIRD | _SCOPES[scope] | {"sweep": sweep},
+    base,
+    ("0.0", "0.01"),
   )
 ]
 _MICRO_BATCHES = [
-  condition
-  for label, how, base in (
-    ("the global batch", "exact", ""),
-    ("micro-batches", "per_micro_batch", "the global batch, beta 0"),
-  )
-  for where in (_THIRD | {"train.accumulation": how},)
-  for condition in (
-    Condition(f"{label}, beta 0", _NO_LOSS | where, base),
-    Condition(
-      f"{label}, beta 0.001",
-      _LEARNED | where | {_WEIGHT: "0.001"},
-      f"{label}, beta 0",
-    ),
-    Condition(f"{label}, beta 0.01", _DIVERGENCE | where, f"{label}, beta 0"),
-  )
+  *_by_weight("the global batch", _THIRD),
+  *_by_weight(
+    "micro-batches",
+    _THIRD | {"train.accumulation": "per_micro_batch"},
+    "the global batch, beta 0",
+  ),
 ]
 _GRANULARITY = [
-  condition
-  for label, name, base in (
-    ("2 of 16 experts", "fine", ""),
-    ("8 of 64 experts", "finer", "2 of 16 experts, beta 0"),
-  )
-  for own in (_THIRD | {"name": f"study_{name}"},)
-  for condition in (
-    Condition(f"{label}, beta 0", _NO_LOSS | own, base),
-    Condition(f"{label}, beta 0.01", _DIVERGENCE | own, f"{label}, beta 0"),
-  )
+  *_by_weight("2 of 16 experts", _THIRD | {"name": "study_fine"}),
+  *_by_weight(
+    "8 of 64 experts",
+    _THIRD | {"name": "study_finer"},
+    "2 of 16 experts, beta 0",
+  ),
 ]
 _SCALE = [
   condition
@@ -231,16 +238,7 @@ _SCALE = [
     ("2.80M", "layers_6"),
     ("5.80M", "layers_8"),
   )
-  for condition in (
-    Condition(
-      f"{size} active: none", _NO_LOSS | {"name": f"study_{name}"} | _THIRD
-    ),
-    Condition(
-      f"{size} active: 39 sources",
-      _DIVERGENCE | {"name": f"study_{name}"} | _THIRD,
-      f"{size} active: none",
-    ),
-  )
+  for condition in _sources(f"{size} active", {"name": f"study_{name}"})
 ]
 _LENGTH = [
   condition
@@ -251,12 +249,8 @@ _LENGTH = [
     ("1.12M active, 2.5M tokens", "fine", "400"),
     ("1.12M active, 7.4M tokens", "fine", "1200"),
   )
-  for own in ({"name": f"study_{name}", "train.num_steps": steps},)
-  for condition in (
-    Condition(f"{label}: none", _NO_LOSS | own | _THIRD),
-    Condition(
-      f"{label}: 39 sources", _DIVERGENCE | own | _THIRD, f"{label}: none"
-    ),
+  for condition in _sources(
+    label, {"name": f"study_{name}", "train.num_steps": steps}
   )
 ]
 _POST_TRAINING = [

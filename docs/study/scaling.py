@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter
 from scipy import stats
 
 from docs.study.questions import Question
-from docs.study.runs import figures_of, runs_of
+from docs.study.runs import figures_of, pairs_of, runs_of
 
 
 class Line(NamedTuple):
@@ -65,8 +65,7 @@ def series(question: Question, rows: Sequence[Mapping[str, str]]) -> Series:
     )
     pairs += [
       (compute_of(first[seed]), before[seed], after[seed])
-      for seed in sorted(before.keys() & after.keys())
-      if first[seed].get("text") == second[seed].get("text")
+      for seed in sorted(pairs_of(first, second, name))
     ]
   return Series(names, *np.reshape(pairs, (-1, 3)).T)
 

@@ -177,6 +177,7 @@ def test_total_is_of_all_runs_once(tmp_path):
   (tmp_path / "results").mkdir()
   for name, lines in (
     ("one", "seed,cpu_seconds\n0,5400\n1,\n"),
+    ("linked", "seed,cpu_seconds\n0,5400\n1,\n"),
     ("old", "seed\n0\n"),
     ("noise", "question,difference\nx,0.1\n"),
   ):
